@@ -1,0 +1,44 @@
+# Everything starts from a bare checkout: Python >= 3.11 and make are enough.
+#   make demo ARGS="--data mnist --data-dir DIR"     make test PYTHON=python3.13 VENV=.venv-newest
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: demo test slow lint types mutants bench clean
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/digits.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+mutants: $(VENV)/.test
+	$(BIN)/python tests/mutants.py $(ARGS)
+
+bench: $(VENV)/.bench
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# One stamp for each extra: installed again whenever pyproject.toml changes.
+$(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'clipjax needs Python >= 3.11: try `make PYTHON=python3.11 ...`.'; exit 1; }
+	$(PYTHON) -m venv $(VENV)

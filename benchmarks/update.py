@@ -1,0 +1,109 @@
+"""Claim: a whole chain (clip, adam, clamp, prune, fake_quantize) costs at most 1.7 times plain adam once it is frozen.
+
+One jitted, donated update + apply_updates at 1.6e7 parameters, all variants in one process, in turn; ratios of medians.
+"frozen" compiles with `refresh=False`; "cycle" keeps the refreshes in the program and runs past `stop`; "refresh" is one
+update that recomputes mask and steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import clipjax
+
+
+def chain(*members: str) -> optax.GradientTransformationExtraArgs:
+    """The chain that has these members besides adam."""
+    build = {
+        "clip": lambda: clipjax.clip(0.01),
+        "norm": lambda: clipjax.clip_norm(1.0),
+        "clamp": lambda: clipjax.clamp_weights(0.1),
+        "prune": lambda: clipjax.prune_mask(optax.polynomial_schedule(0.0, 0.9, 3, 2), every=1, stop=2),
+        "quantize": lambda: clipjax.fake_quantize(4, every=1, stop=2),
+    }
+    before = [build[m]() for m in members if m in ("clip", "norm")]
+    after = [build[m]() for m in members if m not in ("clip", "norm")]
+    return optax.chain(*before, optax.adam(1e-3), *after)
+
+
+VARIANTS = {
+    "adam": (optax.adam(1e-3), None),
+    "+ clip": (chain("clip"), None),
+    "+ clamp": (chain("clip", "clamp"), None),
+    "+ prune, frozen": (chain("clip", "clamp", "prune"), False),
+    "whole chain, frozen": (chain("clip", "clamp", "prune", "quantize"), False),
+    "whole chain, cycle": (chain("clip", "clamp", "prune", "quantize"), None),
+    "whole chain, refresh": (chain("clip", "clamp", "prune", "quantize"), True),
+    "clip_norm + adam": (chain("norm"), None),
+    "optax.clip_by_global_norm + adam": (optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), None),
+}
+
+
+def stepper(tx: optax.GradientTransformation, refresh: bool | None):
+    """A donated, jitted update and application."""
+    tx = optax.with_extra_args_support(tx)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params, refresh=refresh)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def main() -> None:
+    """Print the table and the verdict."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--leaves", type=int, default=16, help="square leaves that hold the 1.6e7 parameters")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--only", nargs="*", default=None, help="variants to run besides adam")
+    options = parser.parse_args()
+    side = int((1.6e7 / options.leaves) ** 0.5)
+
+    @jax.jit
+    def make():
+        keys = [jax.random.fold_in(jax.random.key(0), i) for i in range(options.leaves)]
+        return {f"layer{i}": {"kernel": 0.05 * jax.random.normal(k, (side, side))} for i, k in enumerate(keys)}
+
+    grads = jax.tree.map(lambda x: 0.1 * x, make())
+
+    runs = {}
+    for name, (tx, refresh) in VARIANTS.items():
+        if options.only is None or name in (*options.only, "adam"):
+            params = make()
+            first, step = stepper(tx, None), stepper(tx, refresh)
+            state = tx.init(params)
+            for _ in range(4):  # past `stop`
+                params, state = first(params, state, grads)
+            compiled = step.lower(params, state, grads).compile()
+            temp = compiled.memory_analysis().temp_size_in_bytes / 1e6
+            params, state = jax.block_until_ready(step(params, state, grads))
+            runs[name] = [step, params, state, [], temp]
+            del params, state
+    for _ in range(options.repeats):
+        for run in runs.values():
+            begin = time.perf_counter()
+            run[1], run[2] = jax.block_until_ready(run[0](run[1], run[2], grads))
+            run[3].append(time.perf_counter() - begin)
+
+    base = statistics.median(runs["adam"][3])
+    print(f"jax {jax.__version__}, {jax.devices()[0].platform}, {options.leaves} leaves of {side} x {side}")
+    print(f"{'variant':34s} {'ms':>8s} {'ratio':>7s} {'temporaries MB':>15s}")
+    ratios = {}
+    for name, (_, _, _, times, temp) in runs.items():
+        ratios[name] = statistics.median(times) / base
+        print(f"{name:34s} {1e3 * statistics.median(times):8.1f} {ratios[name]:7.2f} {temp:15.1f}")
+    if "whole chain, frozen" in ratios:
+        verdict = "holds" if ratios["whole chain, frozen"] <= 1.7 else "FAILS"
+        print(f"whole chain, frozen / adam = {ratios['whole chain, frozen']:.2f} (at most 1.7): {verdict}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""clipjax makes a JAX model small while it trains, with nothing but Optax transformations."""
+
+from clipjax import projections, scores, selections, steps, structures, widths
+from clipjax._clamping import clamp_weights
+from clipjax._clipping import clip, clip_norm
+from clipjax._grids import clamp, dequantize, quantize, round_to_step
+from clipjax._projecting import project, with_gradient
+from clipjax._pruning import make_mask, prune_mask
+from clipjax._quantizing import Quantized, fake_quantize, quantized
+from clipjax._reporting import Summary, report, summarize
+from clipjax._trees import per_leaf
+from clipjax.projections import Context, Projection
+from clipjax.steps import choose_step
+from clipjax.widths import choose_bits
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Context",
+    "Projection",
+    "Quantized",
+    "Summary",
+    "choose_bits",
+    "choose_step",
+    "clamp",
+    "clamp_weights",
+    "clip",
+    "clip_norm",
+    "dequantize",
+    "fake_quantize",
+    "make_mask",
+    "per_leaf",
+    "project",
+    "projections",
+    "prune_mask",
+    "quantize",
+    "quantized",
+    "report",
+    "round_to_step",
+    "scores",
+    "selections",
+    "steps",
+    "structures",
+    "summarize",
+    "widths",
+    "with_gradient",
+]

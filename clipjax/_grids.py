@@ -1,0 +1,250 @@
+"""Plain maths of a grid: rounding to codes, the codes a width allows, and steps whose multiples are exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipjax import _arguments as arguments
+from clipjax import _trees as trees
+
+ROUNDINGS = ("nearest", "half_away", "stochastic")
+
+
+def clamp(x: jax.Array, bound: Any) -> jax.Array:
+    """Limit every entry to [-T, T], or to [lo, hi].
+
+    D3's weight clipping: w -> T sign(w) if |w| > T, else w. The bound is rounded into the interval where the
+    dtype of `x` cannot hold it.
+
+    Args:
+      x: float array of any shape.
+      bound: T >= 0, or a pair (lo, hi); scalars or arrays that broadcast to `x`.
+
+    Returns:
+      An array like `x`; NaN stays NaN.
+
+    Raises:
+      ValueError: for a negative or NaN bound, lo > hi, or an interval without a value of the dtype of `x`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> clamp(jnp.array([-3.0, 0.5, 3.0]), 1.0).tolist()
+      [-1.0, 0.5, 1.0]
+
+    References:
+      D3, section 3, step 4.
+    """
+    x = jnp.asarray(x)
+    low, high = inside(bound, x.dtype)
+    return limit(x, low, high)
+
+
+def limit(x: jax.Array, low: Any, high: Any) -> jax.Array:
+    """The entries limited to [low, high], NaN as it is; two selects, where min and max would each test for NaN."""
+    x = jnp.where(x > high, jnp.asarray(high, x.dtype), x)
+    return jnp.where(x < low, jnp.asarray(low, x.dtype), x)
+
+
+def interval(bound: Any) -> tuple[Any, Any]:
+    """The interval that a bound means: (-T, T) for a number T, a pair as it is, checked where known."""
+    if isinstance(bound, tuple | list):
+        arguments.require(len(bound) == 2, "bound", "be a number or a pair (lo, hi)", bound, "Give T or (lo, hi).")
+        low, high = bound
+        for end in (low, high):
+            if arguments.known(end):
+                ok = not np.any(np.isnan(np.asarray(end, np.float64)))
+                arguments.require(ok, "bound", "not hold NaN", bound, "Give numbers, lo <= hi.")
+        if arguments.known(low) and arguments.known(high):
+            ordered = np.all(np.asarray(low, np.float64) <= np.asarray(high, np.float64))
+            arguments.require(ordered, "bound", "have lo <= hi", bound, "Swap the two ends.")
+        return low, high
+    arguments.non_negative(bound, "bound", "|w| <= bound needs a bound of at least 0.")
+    return -bound if not isinstance(bound, jax.Array | np.ndarray) else -jnp.asarray(bound), bound
+
+
+def inside(bound: Any, dtype: Any) -> tuple[Any, Any]:
+    """The ends of the interval as values of `dtype`, rounded inwards where they fall between two."""
+    low, high = interval(bound)
+    ends = _toward(low, dtype, up=True), _toward(high, dtype, up=False)
+    if arguments.known(low) and arguments.known(high):
+        remedy = f"No value of {jnp.dtype(dtype).name} lies inside; widen the interval."
+        arguments.require(np.all(ends[0] <= ends[1]), "bound", "hold a value of the leaf's dtype", bound, remedy)
+    return ends
+
+
+def _toward(end: Any, dtype: Any, *, up: bool) -> Any:
+    """`end`, read as f32 (f64 for f64 leaves), rounded up or down to a value of `dtype`."""
+    xp: Any = np if arguments.known(end) else jnp
+    wide = trees.wide(dtype)
+    exact = xp.asarray(end).astype(wide)
+    if wide == dtype:
+        return exact
+    near = exact.astype(dtype)
+    off = near.astype(wide) < exact if up else near.astype(wide) > exact
+    other = xp.nextafter(near, xp.asarray(np.inf if up else -np.inf).astype(dtype))
+    return xp.where(off, other, near)
+
+
+def top(bits: int) -> int:
+    """The largest code of a symmetric grid: 2^(bits-1) - 1, and 1 for bits = 1, where the codes are -1 and 1."""
+    return max(1, 2 ** (bits - 1) - 1)
+
+
+def code_dtype(bits: int | None) -> Any:
+    """The narrowest integer that holds the codes."""
+    return jnp.int32 if bits is None else jnp.int8 if bits <= 8 else jnp.int16
+
+
+def codes(x: jax.Array, step: Any, bits: int | None, *, rounding: str = "nearest", key: Any = None) -> jax.Array:
+    """Unlimited integer codes round(x / s), as floats; sign(x) with sign(0) = + for bits = 1."""
+    if bits == 1:
+        return jnp.where(x < 0, jnp.ones_like(x) * -1, jnp.ones_like(x))
+    # A select keeps the divisor elementwise: XLA rewrites a division by a broadcast scalar as a product with
+    # its reciprocal, which rounds near-ties differently.
+    ratio = x / jnp.where(jnp.isfinite(x), jnp.asarray(step, x.dtype), jnp.ones_like(x))
+    if rounding == "half_away":
+        return jax.lax.round(ratio, jax.lax.RoundingMethod.AWAY_FROM_ZERO)
+    if rounding == "stochastic":
+        return jnp.floor(ratio + jax.random.uniform(key, x.shape, x.dtype))
+    return jax.lax.round(ratio, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def short(step: jax.Array, bits: int) -> jax.Array:
+    """Keep 23 - bits significant bits, toward zero, so that codes * s and their differences are exact in f32."""
+    drop = 1 + bits
+    raw = jax.lax.bitcast_convert_type(step.astype(jnp.float32), jnp.uint32)
+    return jax.lax.bitcast_convert_type(raw & np.uint32(2**32 - 2**drop), jnp.float32)
+
+
+def multiples(limit: jax.Array, step: jax.Array) -> jax.Array:
+    """The largest whole k with k * s <= limit, exact where k * s is, for limit >= 0."""
+    k = jnp.floor(limit / step)
+    return jnp.maximum(jnp.where(k * step > limit, k - 1, k), 0)
+
+
+def reduced_axes(ndim: int, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The axes that share a step: all but `axis`.
+
+    Raises:
+      ValueError: for an axis that does not exist.
+    """
+    kept = () if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    for a in kept:
+        remedy = f"An array of rank {ndim} has axes {-ndim} to {ndim - 1}."
+        arguments.require(-ndim <= a < ndim, "axis", "exist in every picked leaf", axis, remedy)
+    return tuple(i for i in range(ndim) if i not in {a % ndim for a in kept})
+
+
+def round_to_step(x: jax.Array, step: Any, *, rounding: str = "nearest", key: Any = None) -> jax.Array:
+    r"""Round every entry to a multiple of the step: :math:`Q(x) = \mathrm{round}(x/s)\,s` (D4).
+
+    Args:
+      x: float array of any shape.
+      step: s > 0, a scalar or an array that broadcasts to `x`.
+      rounding: "nearest" (halves to even), "half_away" (D4's schoolbook rounding) or "stochastic".
+      key: a PRNG key, for "stochastic" only.
+
+    Returns:
+      An array like `x`, unbounded; non-finite entries pass.
+
+    Raises:
+      ValueError: for a step that is not positive and finite, an unknown rounding, or a missing key.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> round_to_step(jnp.array([0.5, 1.5, -1.5]), 1.0).tolist()
+      [0.0, 2.0, -2.0]
+      >>> round_to_step(jnp.array([0.5, 1.5, -1.5]), 1.0, rounding="half_away").tolist()
+      [1.0, 2.0, -2.0]
+
+    References:
+      D4, section 3.2.
+    """
+    check_step(step)
+    check_rounding(rounding, key)
+    x = jnp.asarray(x)
+    wide = trees.widened(x)
+    step = jnp.asarray(step, wide.dtype)
+    rounded = codes(wide, step, None, rounding=rounding, key=key) * step
+    return jnp.where(jnp.isfinite(wide), rounded, wide).astype(x.dtype)
+
+
+def quantize(
+    x: jax.Array, step: Any, bits: int | None = None, *, rounding: str = "nearest", key: Any = None
+) -> jax.Array:
+    r"""The integer codes of an array on a symmetric grid.
+
+    .. math:: c = \mathrm{clip}(\mathrm{round}(x/s),\ -(2^{b-1}-1),\ 2^{b-1}-1)
+
+    One bit has the codes -1 and 1, with sign(0) = +1. NaN has the code 0.
+
+    Args:
+      x: float array of any shape.
+      step: s > 0, a scalar or an array that broadcasts to `x`.
+      bits: b, 1 to 16, or None for unbounded codes.
+      rounding: "nearest" (halves to even), "half_away" or "stochastic".
+      key: a PRNG key, for "stochastic" only.
+
+    Returns:
+      i8 up to 8 bits, i16 up to 16, i32 for None; the shape of `x`.
+
+    Raises:
+      ValueError: for bits outside 1 to 16, a step that is not positive and finite, an unknown rounding.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> quantize(jnp.array([-9.0, -0.3, 0.0, 0.9]), 0.5, 4).tolist()
+      [-7, -1, 0, 2]
+
+    References:
+      D4, section 2.2.
+    """
+    check_step(step)
+    check_rounding(rounding, key)
+    if bits is not None:
+        arguments.bits(bits)
+    x = jnp.asarray(x)
+    x = trees.widened(x)
+    rounded = codes(x, step, bits, rounding=rounding, key=key)
+    limit = float(2**31 - 128) if bits is None else float(top(bits))
+    rounded = jnp.clip(jnp.where(jnp.isnan(rounded), jnp.zeros_like(rounded), rounded), -limit, limit)
+    return rounded.astype(code_dtype(bits))
+
+
+def dequantize(codes: jax.Array, step: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """The values that codes stand for: code * s, computed in f32 and rounded once to `dtype`.
+
+    Args:
+      codes: integer array from `quantize`.
+      step: s, a scalar or an array that broadcasts to `codes`.
+      dtype: the float dtype to return.
+
+    Returns:
+      f[...] of the shape of `codes`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> dequantize(quantize(jnp.array([0.9, -0.2]), 0.5, 4), 0.5).tolist()
+      [1.0, 0.0]
+    """
+    wide = trees.wide(dtype)
+    return (jnp.asarray(codes).astype(wide) * jnp.asarray(step, wide)).astype(dtype)
+
+
+def check_step(step: Any) -> None:
+    """Check a known step: positive and finite."""
+    if arguments.known(step):
+        ok = np.all(np.asarray(step, np.float64) > 0) and arguments.finite(step)
+        arguments.require(ok, "step", "be positive and finite", step, "It is the distance of two levels.")
+
+
+def check_rounding(rounding: str, key: Any) -> None:
+    """Check a rounding and the key that one of them needs."""
+    arguments.choice(rounding, "rounding", ROUNDINGS)
+    if rounding == "stochastic":
+        remedy = "Pass `key=jax.random.key(0)`."
+        arguments.require(key is not None, "key", "be given for stochastic rounding", key, remedy)

@@ -1,0 +1,49 @@
+"""Norms of gradient trees: accumulated in at least f32 across leaves, right wherever the norm is representable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipjax import _trees as trees
+
+_SHRINK, _GROW = np.float32(2.0**-90), np.float32(2.0**90)
+
+
+def sums(x: jax.Array) -> jax.Array:
+    """f[3]: the sums of x^2, (x 2^-90)^2 and (x 2^90)^2 in one pass; one is right wherever the norm is a float."""
+    x = trees.widened(x)
+    scales = (x.dtype.type(1), _SHRINK.astype(x.dtype), _GROW.astype(x.dtype))
+    return jnp.stack([jnp.sum(jnp.square(x * scale)) for scale in scales])
+
+
+def from_sums(total: jax.Array) -> jax.Array:
+    """The 2-norm of everything that went into the sums."""
+    plain, shrunk, grown = total[..., 0], total[..., 1], total[..., 2]
+    floor = np.float32(2.0**-100)
+    small = jnp.sqrt(grown) * _SHRINK
+    large = jnp.sqrt(shrunk) * _GROW
+    safe = jnp.where(jnp.isinf(plain), large, jnp.sqrt(plain))
+    return jnp.where(plain < floor, jnp.where(jnp.isinf(grown), safe, small), safe)
+
+
+def power_sum(x: jax.Array, ord: float) -> jax.Array:
+    """The sum of |x|^p, or max|x| for p = inf."""
+    size = jnp.abs(trees.widened(x))
+    return jnp.max(size) if np.isinf(ord) else jnp.sum(size**ord)
+
+
+def norm(arrays: list[jax.Array], ord: float = 2) -> jax.Array:
+    """The p-norm of all arrays together, f32 (f64 where one is); 0 for none."""
+    arrays = [x for x in arrays if x.size]
+    if not arrays:
+        return jnp.zeros(())
+    dtype = trees.widest(arrays)
+    if ord == 2:
+        parts: Any = jnp.stack([sums(x.astype(dtype)) for x in arrays])
+        return from_sums(parts.sum(axis=0))
+    parts = jnp.stack([power_sum(x.astype(dtype), ord) for x in arrays])
+    return parts.max() if np.isinf(ord) else parts.sum() ** (1 / ord)

@@ -1,0 +1,302 @@
+"""The core of the weight side: hold parameters in a set, land on it exactly, carry what was cut."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipjax import _arguments as arguments
+from clipjax import _trees as trees
+from clipjax import selections
+from clipjax._typing import Tree, Where
+from clipjax.projections import Context, Projection, as_projection
+
+
+class ProjectState(NamedTuple):
+    """State of `project` and of every member built on it.
+
+    Attributes:
+      count: i32, updates so far.
+      carry: the float weights in f32, None at leaves not governed; () without carry.
+      projection: the state of the projection.
+      inner: the state of the inner transformation.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    carry: Any
+    projection: Any
+    inner: Any
+
+
+def project(
+    projection: Any,
+    *,
+    carry: bool = False,
+    inner: optax.GradientTransformation | None = None,
+    start: Any = 0,
+    where: Where | None = None,
+    key: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Hold parameters in a set: after `optax.apply_updates` they are P(params + updates).
+
+    .. math:: u' = P(p + u) - p
+
+    corrected so that :math:`p + u'` in floating point is the projected value itself. With ``carry=True`` what P
+    removed is kept and comes back: :math:`z \leftarrow z + u,\ u' = P(z) - p`, where z is the f32 float weight. It is
+    used only where P(z) still explains the parameter (or the parameter is 0); an edited or reloaded weight wins.
+
+    Args:
+      projection: a `Projection` or a plain function params -> params.
+      carry: keep the float weights in the state, 4 bytes a parameter.
+      inner: a transformation that sees the float weights and f32 gradients where there is a carry. Those chained
+        before see the visible weights.
+      start: the first update that projects; may be traced.
+      where: `where(path, leaf) -> bool`, which float leaves are held; every one by default.
+      key: PRNG key for projections that draw; folded with the count.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`; its updates are f32 where parameters are narrower.
+      Extra arguments: `grad`, see `with_gradient`; `refresh`, a static bool, forces a refresh of masks and steps
+      (True) or compiles an update that has none (False).
+
+    Raises:
+      TypeError: for something that is no projection.
+      ValueError: for a negative `start`, and at update where `params` are missing.
+
+    Example:
+      >>> import clipjax, jax, jax.numpy as jnp, optax
+      >>> tx = optax.chain(optax.sgd(1.0), project(lambda params: jax.tree.map(jnp.abs, params)))
+      >>> params = jnp.array([1.0, -1.0])
+      >>> updates, _ = tx.update(jnp.array([0.5, 1.5]), tx.init(params), params)
+      >>> optax.apply_updates(params, updates).tolist()
+      [0.5, 2.5]
+
+    References:
+      D3, D4; Courbariaux et al., "BinaryConnect", https://arxiv.org/abs/1511.00363.
+    """
+    held = as_projection(projection)
+    arguments.static(carry, "carry")
+    arguments.times(start, None, None)
+    where = trees.everything if where is None else where
+    inside = optax.with_extra_args_support(inner or optax.identity())
+
+    def init_fn(params: Tree) -> ProjectState:
+        picks = trees.pick(where, params)
+        trees.warn_if_nothing(picks, params)
+        weights = trees.restrict(params, picks)
+        floats = jax.tree.map(_fresh, weights) if carry else ()
+        seen = trees.merge(params, floats, picks) if carry and inner else params
+        count = jnp.zeros((), jnp.int32)
+        return ProjectState(count, floats, held.init(weights), inside.init(seen))
+
+    def update_fn(
+        updates: Tree, state: ProjectState, params: Tree | None = None, **extra: Any
+    ) -> tuple[Tree, ProjectState]:
+        if params is None:
+            raise ValueError(arguments.NO_PARAMS)
+        refresh = _refresh(extra)
+        picks = trees.pick(where, params)
+        narrow = trees.restrict(params, picks)
+        weights = jax.tree.map(trees.widened, narrow)
+        context = _context(state.count, narrow, extra.get("grad"), key, refresh)
+
+        before = context._replace(count=state.count - 1, key=selections.key_at(key, state.count - 1))
+        floats = _explained(held, state, weights, narrow, before, start)
+        seen = params
+        if carry and inner:
+            seen = trees.merge(params, floats, picks)
+            widened = jax.tree.map(trees.widened, trees.restrict(updates, picks))
+            updates = trees.merge(updates, widened, picks)
+        updates, inner_state = inside.update(updates, state.inner, seen, **extra)
+
+        steps = _aligned(updates, params, picks)
+        target = jax.tree.map(jnp.add, floats, steps)
+        landed = target if inner or not carry else jax.tree.map(jnp.add, weights, steps)
+        context = context._replace(landed=landed)
+        new, projected = held.apply(target, state.projection, context)
+        active = None if _always(start) else state.count >= start
+        if carry:
+            target, new = _bring_back(held, target, landed, new, projected, context, active)
+            moved = jax.tree.map(_land_all, weights, _rounded(new, narrow))
+        else:
+            new = jax.tree.map(lambda n, t: _keep(active, n, t), new, target)
+            lander = _drop if held.zeroing else land
+            moved = jax.tree.map(
+                lambda *leaves: _land_changed(lander, *leaves), steps, weights, landed, new, _rounded(new, narrow)
+            )
+        count = optax.safe_increment(state.count)
+        carried = target if carry else ()
+        return trees.merge(updates, moved, picks), ProjectState(count, carried, projected, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def with_gradient(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Hand the incoming gradient to every member of a chain as the extra argument `grad`.
+
+    Behind an optimizer a member sees updates; gradient scores need the gradient itself. A caller's own `grad=` wins.
+
+    Args:
+      inner: the whole chain.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
+
+    Example:
+      >>> import clipjax, jax.numpy as jnp, optax
+      >>> score = clipjax.scores.gradient()
+      >>> tx = with_gradient(optax.chain(optax.adam(0.1), clipjax.prune_mask(0.5, score=score)))
+      >>> params = {"kernel": jnp.ones((1, 2))}
+      >>> updates, _ = tx.update({"kernel": jnp.array([[1.0, 2.0]])}, tx.init(params), params)
+      >>> [round(x, 2) for x in optax.apply_updates(params, updates)["kernel"][0].tolist()]
+      [0.0, 0.9]
+
+    References:
+      D2, section 2.2, step 1.
+    """
+    inside = optax.with_extra_args_support(inner)
+
+    def update_fn(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        return inside.update(updates, state, params, **{"grad": updates, **extra})
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def refreshed(context: Context, start: Any, every: Any, stop: Any, refresh: Any, old: Any) -> Any:
+    """`refresh()` where it is due, else `old`.
+
+    Refreshes are due at counts c >= start with (c - start) divisible by `every` up to `stop`, and at `stop` itself;
+    without `every` once, at `start`. A static `context.refresh` decides at trace time instead.
+    """
+    if context.refresh is not None:
+        return refresh() if context.refresh else old
+    since = context.count - start
+    due = since == 0 if every is None else (since >= 0) & (since % every == 0)
+    if stop is not None:
+        due = (due & (context.count <= stop)) | (context.count == stop)
+    return jax.lax.cond(due, refresh, lambda: old)
+
+
+def land(p: jax.Array, q: jax.Array) -> jax.Array:
+    """The update u for which p + u is q in floating point, or the nearest one toward zero where none is found.
+
+    u = q - p is exact for q = 0 and q/2 <= p <= 2q (Sterbenz). Elsewhere what p + u misses is added once. If p + u is
+    then still too far out, u moves by one unit in its last place: |p + u| <= |q| holds always. A weight that must move
+    by more than itself may so land inside the set, and on its value at the next update.
+    """
+    u = q - p
+    u = u + (q - (p + u))
+    v = p + u
+    unit = jnp.finfo(u.dtype).eps  # u (1 - eps/2) is the float before u, u (1 + eps) is one of the next two
+    scale = jnp.where((v > 0) == (u > 0), u.dtype.type(1 - unit / 2), u.dtype.type(1 + unit))
+    return jnp.where(jnp.abs(v) > jnp.abs(q), u * scale, u)
+
+
+def _land_all(p: jax.Array, q: jax.Array) -> jax.Array:
+    """Land every entry; one whose value is not finite gets there by plain subtraction."""
+    return jnp.where(jnp.isfinite(q), land(p, q), q - p)
+
+
+def _land_changed(
+    lander: Any, u: jax.Array, p: jax.Array, landed: jax.Array, new: jax.Array, q: jax.Array
+) -> jax.Array:
+    """The update as it came where P changes nothing, and where the target is not finite."""
+    changed = (new != landed) & jnp.isfinite(landed)
+    return jnp.where(changed, lander(p, q), u)
+
+
+def _drop(p: jax.Array, q: jax.Array) -> jax.Array:
+    """`land` for q = 0, where it is exact at once."""
+    return -p
+
+
+def _bring_back(
+    held: Projection, target: Tree, landed: Tree, new: Tree, projected: Any, context: Context, active: Any
+) -> tuple[Tree, Tree]:
+    """What the carry keeps, and its projection.
+
+    A weight that the members before land on exactly 0 stays 0: where P would not send it there, the carry drops it.
+    The projection is taken from the carried value alone, so that a compiled update needs no third array.
+    """
+    kept = jax.tree.map(
+        lambda t, w, n: jnp.where((w == 0) & (n != 0) & jnp.isfinite(t), jnp.zeros_like(t), t),
+        target,
+        landed,
+        new,
+    )
+    kept = jax.tree.map(lambda k, t: _keep(active, k, t), kept, target)
+    new = _hold(held, kept, projected, context)
+    return kept, jax.tree.map(lambda n, k: _keep(active, jnp.where(jnp.isfinite(k), n, k), k), new, kept)
+
+
+def _explained(held: Projection, state: ProjectState, weights: Tree, narrow: Tree, before: Context, start: Any) -> Tree:
+    """The carried float weights where the last projection of them is what the params show, else the params."""
+    if isinstance(state.carry, tuple) and not state.carry:
+        return weights
+    carried = trees.place(state.carry, weights)
+    shown = _hold(held, carried, state.projection, before._replace(landed=carried, refresh=False))
+    active = None if _always(start) else state.count > start
+
+    def choose(z: jax.Array, n: jax.Array, w: jax.Array, p: jax.Array) -> jax.Array:
+        same = _keep(active, n, z).astype(p.dtype) == p
+        return jnp.where(same | (p == 0), z, w)
+
+    return jax.tree.map(choose, carried, shown, weights, narrow)
+
+
+def _hold(held: Projection, target: Tree, state: Any, context: Context) -> Tree:
+    if held.hold is not None:
+        return held.hold(target, state, context)
+    return held.apply(target, state, context)[0]
+
+
+def _context(count: jax.Array, params: Tree, grad: Any, key: Any, refresh: bool | None) -> Context:
+    grads = None if grad is None else trees.match(grad, params)
+    return Context(count, params, params, grads, selections.key_at(key, count), refresh)
+
+
+def _refresh(extra: dict[str, Any]) -> bool | None:
+    refresh = extra.get("refresh")
+    if refresh is None or isinstance(refresh, bool):
+        return refresh
+    raise TypeError(
+        f"`refresh` must be None or a static bool, got {refresh!r}. Pass it through jit as a static argument."
+    )
+
+
+def _aligned(updates: Tree, params: Tree, picks: list[bool]) -> Tree:
+    """The updates of the governed leaves in computing dtype, in the structure of the params; None counts as 0."""
+    leaves, _ = trees.flatten(updates)
+    weights, treedef = trees.flatten(params)
+    if len(leaves) != len(weights):
+        raise ValueError(
+            f"`updates` must have one leaf per leaf of `params`, got {len(leaves)} for {len(weights)}."
+            " Pass the params that the updates belong to."
+        )
+    aligned = [
+        None if not ok else jnp.zeros_like(p, trees.wide(p.dtype)) if u is None else u.astype(trees.wide(p.dtype))
+        for u, p, ok in zip(leaves, weights, picks, strict=True)
+    ]
+    return treedef.unflatten(aligned)
+
+
+def _fresh(p: jax.Array) -> jax.Array:
+    """A copy in computing dtype, with the sharding of the leaf."""
+    dtype = trees.wide(p.dtype)
+    return jnp.zeros_like(p, dtype=dtype) + p.astype(dtype)
+
+
+def _rounded(new: Tree, narrow: Tree) -> Tree:
+    """The projected values as the parameter's dtype can hold them, in computing dtype."""
+    return jax.tree.map(lambda n, p: n.astype(p.dtype).astype(n.dtype), new, narrow)
+
+
+def _always(start: Any) -> bool:
+    return arguments.known(start) and int(start) == 0
+
+
+def _keep(active: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+    return new if active is None else jnp.where(active, new, old)

@@ -1,0 +1,166 @@
+"""Exact selection of the k lowest scores without a sort, a gather or a flattened copy.
+
+A float's bits, reordered, compare like the float. The k-th smallest of any number of arrays is then found by
+bisection on those bits: one counting pass a bit, one scalar a pass across devices. Ties are settled by position
+with a second bisection, on the linear index, only when the boundary falls inside a run of equal scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipjax import _trees as trees
+
+Keys = list[jax.Array]
+
+
+def order(scores: jax.Array, *, gone: jax.Array | None = None) -> jax.Array:
+    """Unsigned keys that compare like the scores; -0 equals 0, NaN is lower, `gone` lowest of all."""
+    scores = trees.widened(scores)
+    width = scores.dtype.itemsize * 8
+    kind = jnp.dtype(f"uint{width}")
+    bits = jax.lax.bitcast_convert_type(scores, kind)
+    sign = kind.type(1 << (width - 1))
+    bits = jnp.where(bits == sign, kind.type(0), bits)  # -0 -> 0, also where denormals flush
+    keys = jnp.where(bits >= sign, ~bits, bits | sign)
+    infinity = kind.type(np.asarray(np.inf, scores.dtype).view(kind))
+    keys = jnp.where((bits & ~sign) > infinity, kind.type(1), keys)  # NaN
+    return keys if gone is None else jnp.where(gone, kind.type(0), keys)
+
+
+def protect(keys: jax.Array, protected: jax.Array) -> jax.Array:
+    """Keys that are never among the lowest, as long as no more than the others are asked for."""
+    return jnp.where(protected, _highest(keys), keys)
+
+
+def open_count(keys: Keys) -> jax.Array:
+    """u32[leaves], how many keys of each array are not protected."""
+    return _counts([key != _highest(key) for key in keys])
+
+
+def _highest(keys: jax.Array) -> Any:
+    return keys.dtype.type(np.iinfo(keys.dtype).max)
+
+
+def keep(keys: Keys, k: jax.Array, *, pooled: bool) -> Keys:
+    """Masks that are False at the `k` lowest keys; of equal keys the earlier ones are kept.
+
+    Args:
+      keys: unsigned arrays of one dtype, from `order`.
+      k: u32[leaves], how many to remove: from all together (`pooled`, every entry the same) or from each.
+      pooled: compare all arrays together, or each alone.
+    """
+    cut, surplus = _threshold(keys, k, pooled)
+    ties = [key == c for key, c in zip(keys, cut, strict=True)]
+    ends = _tie_ends(ties, surplus, pooled)
+    return [
+        (key > c) | (tie & (_index(key.shape) < end)) for key, c, tie, end in zip(keys, cut, ties, ends, strict=True)
+    ]
+
+
+def _counts(masks: Keys) -> jax.Array:
+    return jnp.stack([jnp.sum(mask, dtype=jnp.uint32) for mask in masks])
+
+
+def _threshold(keys: Keys, k: jax.Array, pooled: bool) -> tuple[jax.Array, jax.Array]:
+    """The k-th smallest key of each pool, and how many of its equals are among the k lowest."""
+    kind = keys[0].dtype
+    one = kind.type(1)
+
+    def below(cut: jax.Array) -> jax.Array:
+        counts = _counts([key < c for key, c in zip(keys, cut, strict=True)])
+        return jnp.full_like(counts, counts.sum(dtype=counts.dtype)) if pooled else counts
+
+    def unsettled(carry: Any) -> jax.Array:
+        bit, _, _, settled = carry
+        return (bit > 0) & ~settled.all()
+
+    def halve(carry: Any) -> Any:
+        # invariant: #(key < cut) = low < k, and #(key < cut + 2 bit) >= k, unless settled
+        bit, cut, low, settled = carry
+        trial = cut | bit
+        count = below(jnp.where(settled, cut, trial))
+        exact = settled | (count == k)
+        moved = ~settled & (count <= k)
+        return bit >> one, jnp.where(moved, trial, cut), jnp.where(moved, count, low), exact
+
+    top = kind.type(1 << (kind.itemsize * 8 - 1))
+    start = (top, jnp.zeros(len(keys), kind), jnp.zeros(len(keys), jnp.uint32), k == 0)
+    _, cut, low, _ = jax.lax.while_loop(unsettled, halve, start)
+    return cut, k - low
+
+
+def _tie_ends(ties: Keys, surplus: jax.Array, pooled: bool) -> jax.Array:
+    """The linear index in each array before which its ties are kept, the latest `surplus` ones being removed."""
+    counts = _counts(ties)
+    before = jnp.cumsum(counts[::-1], dtype=jnp.uint32)[::-1] - counts  # ties in the later arrays
+    removed = jnp.minimum(surplus - jnp.minimum(surplus, before), counts) if pooled else surplus
+    quota = counts - removed
+    last = np.uint32(2**32 - 1)
+
+    def search(bit_and_end: Any) -> Any:
+        bit, end = bit_and_end
+        trial = end | bit
+        seen = [tie & (_index(tie.shape) < t) for tie, t in zip(ties, trial, strict=True)]
+        return bit >> 1, jnp.where(_counts(seen) <= quota, trial, end)
+
+    split = jnp.any((removed > 0) & (quota > 0))
+    start = (jnp.where(split, jnp.uint32(1 << 31), 0).astype(jnp.uint32), jnp.zeros_like(quota))
+    _, end = jax.lax.while_loop(lambda carry: carry[0] > 0, search, start)
+    return jnp.where(removed == 0, last, jnp.where(quota == 0, 0, end))
+
+
+def _index(shape: tuple[int, ...]) -> jax.Array:
+    """Row-major linear index of every entry, as an elementwise expression that a sharded array can compute."""
+    strides = np.cumprod((1, *shape[:0:-1]))[::-1]
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis, stride in enumerate(strides[: len(shape)]):
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+    return index
+
+
+def share(fraction: Any, n: Any) -> jax.Array:
+    """round(fraction * n), ties to even, exact: Python's for static values, in integers for traced ones.
+
+    Args:
+      fraction: in [0, 1); traced values are read as f32, NaN as 0.
+      n: a Python int or u32.
+    """
+    if isinstance(fraction, int | float | np.number) and isinstance(n, int):
+        return jnp.uint32(round(float(fraction) * n))
+    fraction = jnp.asarray(fraction, jnp.float32)
+    fraction = jnp.clip(jnp.where(jnp.isnan(fraction), 0.0, fraction), 0.0, 1 - 2.0**-24)
+    bits = jax.lax.bitcast_convert_type(fraction, jnp.uint32)
+    mantissa = (bits & np.uint32(0x7FFFFF)) | np.uint32(0x800000)
+    shift = np.uint32(150) - (bits >> 23)  # fraction = mantissa / 2^shift, shift >= 24
+    high, low = _product(mantissa, jnp.asarray(n, jnp.uint32))
+    return jnp.where(shift > 60, np.uint32(0), _shift_right_even(high, low, shift))
+
+
+def _product(mantissa: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Split mantissa * n into high * 2^28 + low, for a 24-bit mantissa and a 32-bit n."""
+    m1, m0, n1, n0 = mantissa >> 12, mantissa & 0xFFF, n >> 16, n & 0xFFFF
+    a, b, c = m1 * n1, m1 * n0, m0 * n1  # weights 2^28, 2^12, 2^16
+    low = m0 * n0 + ((b & 0xFFFF) << 12) + ((c & 0xFFF) << 16)
+    return a + (b >> 16) + (c >> 12) + (low >> 28), low & 0xFFFFFFF
+
+
+def _shift_right_even(high: jax.Array, low: jax.Array, shift: jax.Array) -> jax.Array:
+    """(high * 2^28 + low) / 2^shift rounded half to even, for shift >= 24."""
+    one = jnp.uint32(1)
+    small = jnp.clip(shift, 24, 27)
+    near = (high << (28 - small)) + (low >> small)
+    near_rest, near_half = low & ((one << small) - 1), one << (small - 1)
+    far_shift = jnp.clip(shift, 28, 59) - 28
+    far = high >> far_shift
+    # what is cut off, in units that make one half exact: twice the rest against the divisor
+    far_rest, divisor = high & ((one << far_shift) - 1), one << far_shift
+    twice = 2 * far_rest + (low >> 27)
+    rest_low = low & 0x7FFFFFF
+    far_up = (twice > divisor) | ((twice == divisor) & ((rest_low > 0) | (far & 1 == 1)))
+    near_up = (near_rest > near_half) | ((near_rest == near_half) & (near & 1 == 1))
+    return jnp.where(shift < 28, near + near_up.astype(jnp.uint32), far + far_up.astype(jnp.uint32))

@@ -1,0 +1,146 @@
+"""Selections: which entries a clip, a clamp or a prune may touch (D3's strategies)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipjax import _arguments as arguments
+from clipjax import _selecting as selecting
+from clipjax import _trees as trees
+from clipjax._typing import Tree
+
+
+class Selection(NamedTuple):
+    """Which entries may be touched.
+
+    Attributes:
+      choose: `choose(tree, key) -> tree` of bool masks that broadcast to the arrays of `tree`.
+      key: a PRNG key of its own, or None to use the member's. Folded with the count at every use.
+    """
+
+    choose: Callable[[Tree, jax.Array], Tree]
+    key: Any = None
+
+
+def everything() -> Selection:
+    """Every entry: D3's "all".
+
+    Returns:
+      A `Selection`.
+    """
+    return Selection(lambda tree, key: jax.tree.map(lambda x: jnp.ones((), bool), tree))
+
+
+def bernoulli(p: Any, *, key: Any = None) -> Selection:
+    """Each entry on its own with probability `p`, drawn anew at every use: D3's "random".
+
+    Args:
+      p: probability in [0, 1]; may be traced.
+      key: PRNG key; the member's by default.
+
+    Returns:
+      A `Selection`.
+
+    Raises:
+      ValueError: for a probability outside [0, 1].
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> mask = bernoulli(0.25).choose(jnp.zeros(10_000), jax.random.key(0))
+      >>> abs(float(mask.mean()) - 0.25) < 0.02
+      True
+
+    References:
+      D3, section 2, item 3.
+    """
+    _probability(p)
+    return Selection(_random(lambda key, x: jax.random.bernoulli(key, p, x.shape)), key)
+
+
+def leaves(p: Any, *, key: Any = None) -> Selection:
+    """Each array as a whole with probability `p`, drawn anew at every use: D3's "random selection".
+
+    Args:
+      p: probability in [0, 1]; may be traced.
+      key: PRNG key; the member's by default.
+
+    Returns:
+      A `Selection`.
+
+    Raises:
+      ValueError: for a probability outside [0, 1].
+
+    References:
+      D3, section 2, item 3.
+    """
+    _probability(p)
+    return Selection(_random(lambda key, x: jax.random.bernoulli(key, p)), key)
+
+
+def largest(fraction: Any) -> Selection:
+    """The given fraction of entries with the largest magnitudes, all arrays compared together.
+
+    Args:
+      fraction: in (0, 1]; may be traced.
+
+    Returns:
+      A `Selection`.
+
+    Raises:
+      ValueError: for a fraction outside (0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> largest(0.5).choose(jnp.array([1.0, -4.0, 3.0, 0.0]), None).tolist()
+      [False, True, True, False]
+
+    References:
+      D1, section 6: keep the parameters of largest absolute value.
+    """
+    if arguments.known(fraction):
+        ok = 0 < float(fraction) <= 1
+        arguments.require(ok, "fraction", "lie in (0, 1]", fraction, "1 selects every entry.")
+
+    def choose(tree: Tree, key: jax.Array) -> Tree:
+        arrays, treedef = trees.arrays(tree)
+        if not arrays:
+            return tree
+        keys = [selecting.order(jnp.abs(x.astype(jnp.float32))) for x in arrays]
+        cut = selecting.share(1 - fraction, sum(x.size for x in arrays))
+        return treedef.unflatten(selecting.keep(keys, jnp.full(len(keys), cut), pooled=True))
+
+    return Selection(choose)
+
+
+def _probability(p: Any) -> None:
+    if arguments.known(p):
+        arguments.require(0 <= float(p) <= 1, "p", "lie in [0, 1]", p, "It is a probability.")
+
+
+def _random(draw: Callable[[jax.Array, Any], jax.Array]) -> Callable[[Tree, jax.Array], Tree]:
+    """One draw per array, each with its own key."""
+
+    def choose(tree: Tree, key: jax.Array) -> Tree:
+        arrays, treedef = trees.arrays(tree)
+        return treedef.unflatten([draw(jax.random.fold_in(key, i), x) for i, x in enumerate(arrays)])
+
+    return choose
+
+
+def key_at(key: Any, count: jax.Array) -> jax.Array:
+    """The key of one update: the given one (0 by default) folded with the count, never global."""
+    return jax.random.fold_in(jax.random.key(0) if key is None else key, count)
+
+
+def choose(select: Selection, tree: Tree, key: Any, count: jax.Array) -> Tree:
+    """The masks of one update."""
+    return select.choose(tree, key_at(key if select.key is None else select.key, count))
+
+
+def check(select: Any) -> None:
+    """Check a `select=` argument."""
+    arguments.instance(select, Selection, "select", "Call a factory: `selections.bernoulli(0.5)`.")

@@ -1,0 +1,309 @@
+"""The members of the contract: every public transformation in each of its forms, one row each.
+
+A row says how to build it, which numbers may be traced (the value used everywhere, and a second one for sweeps) and
+what holds of the params after every step. `tests/test_contract*.py` run each row through each rule.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import clipjax
+from clipjax import projections, scores, selections, steps, structures
+
+
+class Member(NamedTuple):
+    name: str
+    side: str  # "gradient": before the optimizer; "weight": after it; "inner": around it
+    build: Callable[..., Any]  # build(optimizer, **numbers)
+    numbers: dict[str, tuple[Any, Any]] = {}
+    holds: Callable[[Any, Any], None] | None = None  # holds(params, state) asserts
+    gradient: bool = False  # stands inside `with_gradient`
+
+    def tx(self, optimizer=None, wrap=None, **numbers):
+        """The member beside or around its optimizer, `wrap` around the member alone."""
+        numbers = {name: values[0] for name, values in self.numbers.items()} | numbers
+        wrap = wrap or (lambda tx: tx)
+        if self.side == "inner":
+            tx = wrap(self.build(optimizer or optax.adam(0.05), **numbers))
+        else:
+            pair = [optimizer or optax.sgd(0.25), wrap(self.build(None, **numbers))]
+            tx = optax.chain(*(pair if self.side == "weight" else reversed(pair)))
+        return clipjax.with_gradient(tx) if self.gradient else tx
+
+
+def named(tree):
+    """The float arrays of a tree with the last key of each, boxes removed, as exact NumPy f64."""
+    keyed, _ = jax.tree_util.tree_flatten_with_path(tree)
+    out = []
+    for path, leaf in keyed:
+        keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+        keys = [k for k in keys if k not in ("value", "raw_value")] or [""]
+        if jnp.issubdtype(getattr(leaf, "dtype", jnp.int32), jnp.floating):
+            out.append((keys[-1], np.asarray(leaf, np.float64)))
+    return out
+
+
+def kernels(tree):
+    """What is pruned and quantized by default."""
+    return [x for name, x in named(tree) if x.ndim >= 2 and name not in ("bias", "b", "scale", "offset")]
+
+
+def bounded(low, high):
+    def holds(params, state):
+        for _, x in named(params):
+            assert x.min() >= np.float64(np.float32(low)) and x.max() <= np.float64(np.float32(high))
+
+    return holds
+
+
+def sparse(sparsity, *, each=False, unit=False):
+    """At least round(sparsity * n) exact zeros, in all kernels together or in each; n counts units for `unit`."""
+
+    def holds(params, state):
+        dead = [(x == 0).all(axis=tuple(range(x.ndim - 1))) if unit else x == 0 for x in kernels(params)]
+        pools = dead if each else [np.concatenate([d.ravel() for d in dead])]
+        for pool in pools:
+            assert pool.sum() >= round(sparsity * pool.size)
+
+    return holds
+
+
+def on_grid(bits):
+    """Every kernel is bit for bit what its integers stand for, of few values in every step group.
+
+    From the second update on: a weight that had to move by more than itself is on the grid one step late.
+    """
+
+    def leaf(q, p):
+        if not isinstance(q, clipjax.Quantized):
+            return
+        values = np.asarray(clipjax.dequantize(q.codes, q.step, p.dtype), np.float64)
+        np.testing.assert_array_equal(values, np.asarray(p, np.float64))
+        groups = values.reshape(-1, values.shape[-1]).T if q.step.size > 1 else [values]
+        assert bits is None or max(len(np.unique(group)) for group in groups) <= max(2, 2**bits - 1)
+
+    def holds(params, state):
+        if int(optax.tree.get_all_with_path(state, "count")[0][1]) < 2:
+            return
+        found = clipjax.quantized(params, state)
+        is_grid = lambda x: isinstance(x, clipjax.Quantized)
+        assert sum(map(is_grid, jax.tree.leaves(found, is_leaf=is_grid))) == len(kernels(params))
+        jax.tree.map(leaf, found, params, is_leaf=is_grid)
+
+    return holds
+
+
+def short_rows(bound):
+    def holds(params, state):
+        for _, x in named(params):
+            assert np.sqrt(np.square(x).sum()) <= bound * (1 + 2.0**-8)  # bf16 rounds each entry
+
+    return holds
+
+
+def both(*checks):
+    return lambda params, state: [check(params, state) for check in checks] and None
+
+
+def within(params, state):
+    for x in kernels(params):
+        assert x.min() >= np.float32(-0.2) and x.max() <= np.float32(0.3)
+
+
+def positive(params):
+    return jax.tree.map(jnp.abs, params)
+
+
+def nowhere_negative(params, state):
+    assert all((x >= 0).all() for _, x in named(params))
+
+
+def row(name, side, build, holds=None, gradient=False, **numbers):
+    return Member(name, side, build, numbers, holds, gradient)
+
+
+KEY = (jax.random.key(1), jax.random.key(7))
+TIMES = {"start": (0, 1), "every": (2, 1), "stop": (3, 2)}
+HALF = {"sparsity": (0.5, 0.75)}
+ramp = optax.polynomial_schedule(0.0, 0.5, 3, 3)
+by_name = clipjax.per_leaf(lambda path, leaf: 0.2 if path.endswith("bias") else 0.25)
+
+MEMBERS = [
+    row("clip", "gradient", lambda _, threshold: clipjax.clip(threshold), threshold=(0.05, 0.5)),
+    row("clip_schedule", "gradient", lambda _: clipjax.clip(lambda count: 0.05 * (1 + count))),
+    row(
+        "clip_random",
+        "gradient",
+        lambda _, threshold, p, key: clipjax.clip(threshold, select=selections.bernoulli(p, key=key)),
+        threshold=(0.05, 0.5),
+        p=(0.5, 0.9),
+        key=KEY,
+    ),
+    row("clip_leaves", "gradient", lambda _, key: clipjax.clip(0.05, select=selections.leaves(0.5, key=key)), key=KEY),
+    row("clip_largest", "gradient", lambda _: clipjax.clip(0.05, select=selections.largest(0.25))),
+    row(
+        "clip_norm",
+        "gradient",
+        lambda _, threshold, eps: clipjax.clip_norm(threshold, eps=eps),
+        threshold=(0.1, 1.0),
+        eps=(0.0, 1e-3),
+    ),
+    row(
+        "clip_norm_leaf",
+        "gradient",
+        lambda _, threshold: clipjax.clip_norm(threshold, per="leaf"),
+        threshold=(0.1, 1.0),
+    ),
+    row("clip_norm_schedule", "gradient", lambda _: clipjax.clip_norm(lambda count: 0.1 * (1 + count), ord=1)),
+    row("clamp", "weight", lambda _, bound: clipjax.clamp_weights(bound), bounded(-0.2, 0.2), bound=(0.2, 0.1)),
+    row("clamp_before", "weight", lambda _, bound: clipjax.clamp_weights(bound, when="before"), bound=(0.2, 0.1)),
+    row(
+        "clamp_pair",
+        "weight",
+        lambda _, low, high: clipjax.clamp_weights((low, high)),
+        bounded(-0.1, 0.3),
+        low=(-0.1, -0.2),
+        high=(0.3, 0.1),
+    ),
+    row("clamp_schedule", "weight", lambda _: clipjax.clamp_weights(lambda count: 0.3 / (1 + count)), bounded(-0.3, 0.3)),
+    row("clamp_per_leaf", "weight", lambda _: clipjax.clamp_weights(by_name), bounded(-0.25, 0.25)),
+    row(
+        "clamp_random",
+        "weight",
+        lambda _, key: clipjax.clamp_weights(0.2, select=selections.bernoulli(0.5, key=key)),
+        key=KEY,
+    ),
+    row(
+        "prune_once",
+        "weight",
+        lambda _, sparsity, start: clipjax.prune_mask(sparsity, start=start),
+        sparse(0.5),
+        **HALF,
+        start=(0, 1),
+    ),
+    row("prune", "weight", lambda _, **numbers: clipjax.prune_mask(**numbers), sparse(0.5), **HALF, **TIMES),
+    row(
+        "prune_schedule",
+        "weight",
+        lambda _, **numbers: clipjax.prune_mask(ramp, **numbers),
+        sparse(0.0),
+        **TIMES,
+    ),
+    row(
+        "prune_leaf",
+        "weight",
+        lambda _, sparsity: clipjax.prune_mask(sparsity, scope="leaf"),
+        sparse(0.5, each=True),
+        **HALF,
+    ),
+    row(
+        "prune_units",
+        "weight",
+        lambda _, sparsity: clipjax.prune_mask(sparsity, structure=structures.unit()),
+        sparse(0.5, unit=True),
+        **HALF,
+    ),
+    row(
+        "prune_gradient",
+        "weight",
+        lambda _, sparsity: clipjax.prune_mask(sparsity, score=scores.gradient(), every=2),
+        sparse(0.5),
+        gradient=True,
+        **HALF,
+    ),
+    row(
+        "prune_taylor",
+        "weight",
+        lambda _, sparsity: clipjax.prune_mask(sparsity, score=scores.taylor(decay=0), every=2),
+        sparse(0.5),
+        gradient=True,
+        **HALF,
+    ),
+    row("prune_random", "weight", lambda _, key: clipjax.prune_mask(0.5, score=scores.random(), key=key), sparse(0.5), key=KEY),
+    row(
+        "prune_select",
+        "weight",
+        lambda _, sparsity, key: clipjax.prune_mask(
+            sparsity, select=selections.bernoulli(0.5), structure=structures.unit(), key=key
+        ),
+        **HALF,
+        key=KEY,
+    ),
+    row("prune_carry", "weight", lambda _, sparsity: clipjax.prune_mask(sparsity, every=2, carry=True), sparse(0.5), **HALF),
+    row("prune_inner", "inner", lambda opt, sparsity: clipjax.prune_mask(sparsity, inner=opt), sparse(0.5), **HALF),
+    row("quantize", "weight", lambda _, **numbers: clipjax.fake_quantize(4, **numbers), on_grid(4), **TIMES),
+    row("quantize_binary", "weight", lambda _: clipjax.fake_quantize(1, every=2), on_grid(1)),
+    row("quantize_axis", "weight", lambda _: clipjax.fake_quantize(3, axis=-1, step=steps.absmax()), on_grid(3)),
+    row("quantize_interval", "weight", lambda _: clipjax.fake_quantize(4, step=steps.interval(-0.2, 0.3)), both(on_grid(4), within)),
+    row(
+        "quantize_d4",
+        "weight",
+        lambda _, step: clipjax.fake_quantize(step=step, rounding="half_away"),
+        on_grid(None),
+        step=(0.125, 0.25),
+    ),
+    row(
+        "quantize_stochastic",
+        "weight",
+        lambda _, key: clipjax.fake_quantize(4, step=0.0625, rounding="stochastic", key=key),
+        on_grid(4),
+        key=KEY,
+    ),
+    row("quantize_no_carry", "weight", lambda _: clipjax.fake_quantize(4, carry=False), on_grid(4)),
+    row("quantize_inner", "inner", lambda opt: clipjax.fake_quantize(4, inner=opt), on_grid(4)),
+    row("project", "weight", lambda _, start: clipjax.project(projections.identity(), start=start), start=(0, 2)),
+    row("project_master", "inner", lambda opt: clipjax.project(projections.identity(), carry=True, inner=opt)),
+    row("project_norm", "weight", lambda _: clipjax.project(projections.max_norm(0.9)), short_rows(0.9)),
+    row("project_function", "weight", lambda _: clipjax.project(positive, carry=True), nowhere_negative),
+]
+
+MASK = {"dense": {"kernel": jnp.arange(128).reshape(8, 16) % 3 > 0, "bias": None}, "out": {"kernel": None}}
+
+
+def held_zeros(params, state):
+    dropped = np.arange(128).reshape(8, 16) % 3 == 0
+    assert np.all(np.asarray(params["dense"]["kernel"], np.float32)[dropped] == 0)
+
+
+# A given mask has the shape of one tree: it runs wherever that tree does.
+GIVEN = row("prune_mask", "weight", lambda _, start: clipjax.prune_mask(mask=MASK, start=start), held_zeros, start=(0, 1))
+ALL = [*MEMBERS, GIVEN]
+WEIGHT = [m for m in ALL if m.side != "gradient"]
+GRADIENT = [m for m in ALL if m.side == "gradient"]
+
+name_of = operator.attrgetter("name")
+STEPS = 4
+
+
+def tree(fill):
+    """The tree of every rule: two kernels and a bias that divide by eight devices, one of them in bf16."""
+    return {
+        "dense": {"kernel": fill(jnp.float32, 8, 16), "bias": fill(jnp.float32, 16)},
+        "out": {"kernel": fill(jnp.bfloat16, 16, 8)},
+    }
+
+
+def params():
+    rng = np.random.default_rng(0)
+    return tree(lambda dtype, *shape: jnp.asarray(rng.normal(size=shape) * 0.3, dtype))
+
+
+def gradients():
+    """One gradient per step, stacked along axis 0."""
+    rng = np.random.default_rng(1)
+    return tree(lambda dtype, *shape: jnp.asarray(rng.normal(size=(STEPS, *shape)) * 0.2, dtype))
+
+
+def at(stacked, i):
+    return jax.tree.map(lambda x: x[i], stacked)
+
+
+def step(tx, params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state

@@ -1,0 +1,162 @@
+"""Contract rules 1 and 6: every member is pure, of static shape, sweepable, and lands exactly (table: contract_members)."""
+
+import functools
+
+import chex
+import contract_members as members
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import clipjax
+
+QUICK = {"xla_backend_optimization_level": "0"}  # compile time dominates; exactness runs at the default level
+every_member = pytest.mark.parametrize("member", members.ALL, ids=members.name_of)
+
+
+def same(a, b, rtol=0.0):
+    """Equal trees: bit for bit, or within a tolerance where another program computed them."""
+    chex.assert_trees_all_equal_structs(a, b)
+    plain = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        x, y = (np.asarray(plain(z)).astype(np.float64) for z in (x, y))
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol)
+
+
+@functools.cache
+def reference(name):
+    """The trajectory [(params, state)] of one member in one step, donated and traced once.
+
+    Updates are applied inside the compiled step and outside it: the constraint holds of both.
+    """
+    member = next(m for m in members.ALL if m.name == name)
+    tx, grads = member.tx(), members.gradients()
+    params = members.params()
+    state = tx.init(params)
+
+    def one(grads, params, state):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), updates, state
+
+    chex.clear_trace_counter()  # chex counts by source line, so that the members before would count too
+    compiled = jax.jit(chex.assert_max_traces(one, 1), donate_argnums=(1, 2))
+    path = []
+    for i in range(members.STEPS):
+        before = jax.tree.map(jnp.copy, params)
+        params, updates, state = compiled(members.at(grads, i), params, state)
+        if member.holds:
+            member.holds(params, state)
+            member.holds(optax.apply_updates(before, updates), state)
+        path.append(jax.tree.map(np.asarray, (params, state)))
+    return path
+
+
+@every_member
+def test_state_of_eager_init_shares_no_buffer(member):
+    """Donation: XLA refuses a buffer that is given twice."""
+    params = members.params()
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, member.tx().init(params)))]
+    assert len(pointers) == len(set(pointers))
+
+
+@every_member
+def test_jit_donation_one_trace_and_landing(member):
+    """Rule 6 inside `reference`; a second trace or a refused donation raises there; and every leaf learns."""
+    params, state = reference(member.name)[-1]
+    start = members.params()
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, start)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), start, params)))
+
+
+@every_member
+def test_scan_with_cond_equals_the_loop(member):
+    """`lax.scan` keeps state structure and dtype; `lax.cond` around the update skips the last step."""
+    tx = member.tx()
+
+    def body(carry, inputs):
+        i, grads = inputs
+        done = lambda: members.step(tx, *carry, grads)
+        return jax.lax.cond(i < members.STEPS - 1, done, lambda: carry), None
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(params, state):
+        return jax.lax.scan(body, (params, state), (jnp.arange(members.STEPS), members.gradients()))[0]
+
+    params = members.params()
+    same(run(params, tx.init(params)), reference(member.name)[-2], rtol=1e-6)
+
+
+@every_member
+def test_eval_shape_of_init(member):
+    """`jax.eval_shape(init)` on ShapeDtypeStructs is what eager init gives, with no zero-size array of ours."""
+    tx, params = member.tx(), members.params()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    abstract, state = jax.eval_shape(tx.init, shapes), tx.init(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, state)
+    assert all(leaf.size > 0 for leaf in jax.tree.leaves(state))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, reference(member.name)[-1][1])
+
+
+@pytest.mark.parametrize("member", [m for m in members.ALL if m.numbers], ids=members.name_of)
+def test_one_vmap_is_one_sweep(member):
+    """Every traceable argument at once: lane 0 is the reference run, lane 1 the member built with the other values."""
+    lanes = {k: jnp.stack([jnp.asarray(v) for v in values]) for k, values in member.numbers.items()}
+    grads = members.gradients()
+
+    def run(numbers):
+        tx, params = member.tx(**numbers), members.params()
+        carry = params, tx.init(params)
+        return jax.lax.scan(lambda c, g: (members.step(tx, *c, g), None), carry, grads)[0]
+
+    swept = jax.jit(jax.vmap(run), compiler_options=QUICK)(lanes)
+    same(members.at(swept, 0), reference(member.name)[-1], rtol=1e-6)
+    other = {k: values[1] for k, values in member.numbers.items()}
+    with jax.disable_jit():
+        tx, params = member.tx(**other), members.params()
+        state = tx.init(params)
+        for i in range(members.STEPS):
+            params, state = members.step(tx, params, state, members.at(grads, i))
+    same(members.at(swept, 1), (params, state), rtol=1e-6)
+
+
+STATIC = {
+    "ord": (clipjax.clip_norm, {"threshold": 1.0, "ord": 2}),
+    "bits": (clipjax.fake_quantize, {"bits": 4}),
+    "axis": (clipjax.fake_quantize, {"bits": 4, "axis": -1}),
+    "quantize_carry": (clipjax.fake_quantize, {"bits": 4, "carry": True}),
+    "prune_carry": (clipjax.prune_mask, {"sparsity": 0.5, "carry": True}),
+    "project_carry": (clipjax.project, {"projection": clipjax.projections.identity(), "carry": True}),
+    "unit_axis": (clipjax.structures.unit, {"axis": -1}),
+    "unit_min_keep": (clipjax.structures.unit, {"min_keep": 1}),
+}
+
+
+@pytest.mark.parametrize("case", STATIC)
+def test_traced_static_argument_says_how_to_keep_it_out(case):
+    """What decides shapes or programs raises TypeError naming `inject_hyperparams(..., static_args=...)`."""
+    factory, arguments = STATIC[case]
+    name = case.split("_", 1)[-1]
+
+    def trace(value):
+        factory(**{**arguments, name: value})
+        return value
+
+    with pytest.raises(TypeError, match=rf"`{name}` must be .*inject_hyperparams\(.*static_args=\('{name}',\)"):
+        jax.eval_shape(trace, jnp.asarray(arguments[name]))
+
+
+@pytest.mark.parametrize("member", [m for m in members.ALL if m.numbers], ids=members.name_of)
+def test_traced_values_never_raise(member):
+    """Rule 9: what would be refused as a Python number is computed with when traced; state keeps its shape."""
+    params, grads = members.params(), members.at(members.gradients(), 0)
+    lanes = {k: v[0] if k == "key" else jnp.float32(-2.5) for k, v in member.numbers.items()}
+
+    def run(numbers):
+        tx = member.tx(**numbers)
+        state = tx.init(params)
+        return state, members.step(tx, params, state, grads)[1]
+
+    chex.assert_trees_all_equal_shapes_and_dtypes(*jax.eval_shape(run, lanes))

@@ -1,0 +1,193 @@
+"""Contract rules 3, 4, 5 and 9: odd leaves, dtypes, non-finite numbers, early errors, for every member."""
+
+import contract_members as members
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import clipjax
+
+every_member = pytest.mark.parametrize("member", members.ALL, ids=members.name_of)
+weight_member = pytest.mark.parametrize("member", members.WEIGHT, ids=members.name_of)
+KERNEL = members.params()["dense"]["kernel"]
+
+
+def alone(member, **numbers):
+    """The member without an optimizer before it, so that updates reach it as they are."""
+    return member.tx(optimizer=optax.identity(), **numbers)
+
+
+@every_member
+def test_leaves_none_masked_empty_scalar_pass(member):
+    """Rule 3: None, MaskedNode, empty and scalar leaves pass; integer leaves pass untouched on the weight side."""
+    odd = {"none": None, "hole": optax.MaskedNode(), "empty": jnp.zeros((0, 3)), "scalar": jnp.float32(0.05)}
+    if member.side != "gradient":
+        odd["steps"] = jnp.arange(3)
+    params = odd | {"dense": {"kernel": KERNEL}, "out": {"kernel": None}}
+    tx = alone(member)
+    with jax.disable_jit():
+        state = tx.init(params)
+        updates, _ = tx.update(params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert updates["empty"].shape == (0, 3) and updates["scalar"].shape == ()
+    if member.side != "gradient":
+        assert updates["steps"] is params["steps"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@every_member
+def test_dtype_of_updates(member, dtype):
+    """Rule 4: the gradient's dtype is kept before the optimizer; f32 comes out after it, never the narrow dtype."""
+    params = {"dense": {"kernel": jax.ShapeDtypeStruct((8, 16), dtype)}}
+    tx = alone(member)
+    updates, state = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
+    expected = dtype if member.side == "gradient" else "float32"
+    assert updates["dense"]["kernel"].dtype == expected
+    assert all(x.dtype != dtype for x in jax.tree.leaves(state)) or dtype == "float32"
+
+
+@every_member
+def test_zero_updates_stay_finite(member):
+    """Rule 5: an all-zero gradient and all-zero weights give finite updates and state."""
+    zeros = jax.tree.map(jnp.zeros_like, members.params())
+    tx = alone(member)
+    with jax.disable_jit():
+        updates, state = tx.update(zeros, tx.init(zeros), zeros)
+    assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
+    assert not any(bool(jnp.isnan(x).any()) for x in numbers_of(state, member))
+
+
+def numbers_of(state, member):
+    """The float arrays of a state; a bound that differs by leaf is recorded as NaN on purpose."""
+    recorded = member.name in ("clamp_per_leaf",)
+    return [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating) and not (recorded and x.shape == (2,))]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@weight_member
+def test_nonfinite_target_is_emitted_and_left_out(member, bad):
+    """Rule 5: one bad entry comes out as it is, everything else lands, and no state but its own entry hears of it."""
+    params = members.params()
+    updates = jax.tree.map(lambda p: p * 0.1, params)
+    updates["dense"]["kernel"] = updates["dense"]["kernel"].at[2, 4].set(bad)
+    tx = alone(member)
+    with jax.disable_jit():
+        state = tx.init(params)
+        out, state = tx.update(updates, state, params)
+        new = optax.apply_updates(params, out)
+        spoiled = np.asarray(new["dense"]["kernel"])
+        if member.name in BAD_PASSES_ONLY_NAN and np.isinf(bad):
+            assert np.isfinite(spoiled).all()
+        else:
+            np.testing.assert_array_equal(spoiled[2, 4], bad)
+        others = [np.isfinite(np.asarray(x, np.float32)) for x in jax.tree.leaves(new)]
+        assert sum(int((~ok).sum()) for ok in others) <= 1
+        for x in numbers_of(state, member):
+            assert int((~jnp.isfinite(x)).sum()) <= (x.shape == KERNEL.shape), x.shape
+        # whoever repairs the weight by hand gets a finite one: nothing bad was carried
+        new["dense"]["kernel"] = new["dense"]["kernel"].at[2, 4].set(0.0)
+        calm = jax.tree.map(jnp.zeros_like, params)
+        again, state = tx.update(calm, state, new)
+        assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(again))
+        if member.holds:
+            member.holds(optax.apply_updates(new, again), state)
+
+
+# An exemption of rule 5's "emitted as it is": none is known.
+BAD_PASSES_ONLY_NAN = ()
+
+
+@pytest.mark.parametrize("member", members.GRADIENT, ids=members.name_of)
+def test_nonfinite_gradient(member):
+    """Rule 5: elementwise, NaN stays and ±inf becomes ±C; a norm yields NaN in all that it governs, and is counted."""
+    bad = members.at(members.gradients(), 0)
+    bad["dense"]["kernel"] = bad["dense"]["kernel"].at[0, :3].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf]))
+    tx = alone(member)
+    with jax.disable_jit():
+        out, state = tx.update(bad, tx.init(bad))
+    first = np.asarray(out["dense"]["kernel"])
+    if member.name.startswith("clip_norm"):
+        assert np.isnan(first).all()
+        assert np.isnan(np.asarray(out["out"]["kernel"], np.float32)).all() == (member.name != "clip_norm_leaf")
+        assert int(optax.tree.get(state, "nonfinite")) == 1
+        return
+    assert np.isnan(first[0, 0]) and np.isfinite(first[1:]).all()
+    if member.name in ("clip", "clip_schedule"):
+        np.testing.assert_array_equal(first[0, 1:3], np.float32([0.05, -0.05]))
+
+
+@pytest.mark.parametrize("factory", [clipjax.clip, clipjax.clip_norm])
+def test_threshold_zero_gives_zero(factory):
+    """Rule 4: C = 0 gives 0."""
+    grads = members.params()
+    tx = factory(0.0)
+    out, _ = tx.update(grads, tx.init(grads))
+    assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(out))
+
+
+@weight_member
+def test_missing_params_raise_the_optax_message(member):
+    tx, params = alone(member), members.params()
+    with pytest.raises(ValueError, match="requires the current value of parameters, but you are not passing `params`"):
+        tx.update(params, tx.init(params))
+
+
+@pytest.mark.parametrize("member", [m for m in members.WEIGHT if m.gradient], ids=members.name_of)
+def test_missing_gradient_says_how_to_pass_it(member):
+    tx, params = member._replace(gradient=False).tx(), members.params()
+    with pytest.raises(ValueError, match=r"`grad`.*with_gradient.*grad=grads"):
+        tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("factory", [clipjax.prune_mask, clipjax.fake_quantize, clipjax.clamp_weights, clipjax.project])
+def test_where_that_picks_nothing_warns_once(factory):
+    """Rule 9: one warning at init; none where the tree holds no arrays."""
+    first = {clipjax.fake_quantize: 4, clipjax.project: clipjax.projections.identity()}.get(factory, 0.5)
+    tx, params = factory(first, where=lambda path, leaf: False), members.params()
+    with pytest.warns(UserWarning, match="`where` picks no float array") as caught:
+        state = tx.init(params)
+        out, _ = tx.update(params, state, params)
+    assert len(caught) == 1
+    assert all(a is b for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(params), strict=True))
+    tx.update({"none": None}, tx.init({"none": None}), {"none": None})
+
+
+BAD = [
+    ("bound", lambda: clipjax.clamp_weights(-1.0)),
+    ("bound", lambda: clipjax.clamp_weights(float("nan"))),
+    ("bound", lambda: clipjax.clamp_weights((1.0, -1.0))),
+    ("when", lambda: clipjax.clamp_weights(1.0, when="between")),
+    ("threshold", lambda: clipjax.clip(-1.0)),
+    ("threshold", lambda: clipjax.clip_norm(float("nan"))),
+    ("eps", lambda: clipjax.clip_norm(1.0, eps=-1.0)),
+    ("ord", lambda: clipjax.clip_norm(1.0, ord=0)),
+    ("per", lambda: clipjax.clip_norm(1.0, per="layer")),
+    ("sparsity", lambda: clipjax.prune_mask(1.0)),
+    ("sparsity", lambda: clipjax.prune_mask(-0.1)),
+    ("sparsity", lambda: clipjax.prune_mask()),
+    ("scope", lambda: clipjax.prune_mask(0.5, scope="layer")),
+    ("stop", lambda: clipjax.prune_mask(lambda count: 0.5)),
+    ("stop", lambda: clipjax.prune_mask(0.5, start=5, every=1, stop=3)),
+    ("every", lambda: clipjax.prune_mask(0.5, every=0)),
+    ("inner", lambda: clipjax.prune_mask(0.5, regrow=0.1)),
+    ("bits", lambda: clipjax.fake_quantize(0)),
+    ("bits", lambda: clipjax.fake_quantize(17)),
+    ("step", lambda: clipjax.fake_quantize()),
+    ("step", lambda: clipjax.fake_quantize(4, step=-0.5)),
+    ("rounding", lambda: clipjax.fake_quantize(4, rounding="up")),
+    ("every", lambda: clipjax.fake_quantize(4, every=0)),
+    ("start", lambda: clipjax.project(clipjax.projections.identity(), start=-1)),
+    ("axis", lambda: clipjax.fake_quantize(4, axis=2).init(members.params())),
+    ("bits", lambda: clipjax.fake_quantize(clipjax.per_leaf(lambda path, leaf: 0)).init(members.params())),
+    ("bound", lambda: clipjax.clamp_weights((0.1, 0.1)).init({"w": jnp.ones(2, jnp.bfloat16)})),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_arguments_name_argument_rule_value_and_remedy(case):
+    """Rule 9: "`bits` must be between 1 and 16, got 0. <what to do>"."""
+    name, call = BAD[case]
+    with pytest.raises(ValueError, match=rf"^`{name}` must .+, got .+\. .+\.$"):
+        call()

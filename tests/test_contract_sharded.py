@@ -1,0 +1,109 @@
+"""Contract rules 7 and 8: on eight devices every member keeps shardings, moves scalars only, and decides the same."""
+
+import functools
+
+import contract_members as members
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import clipjax
+
+every_member = pytest.mark.parametrize("member", members.ALL, ids=members.name_of)
+QUICK = {"xla_backend_optimization_level": "0"}
+SPECS = {"dense": {"kernel": P("data", "model"), "bias": P("model")}, "out": {"kernel": P("model", "data")}}
+MOVES = ("all-gather", "all-to-all", "collective-permute", " sort(", "custom-call")
+
+# What a partition may change: sums run in another order, so that steps and norms may differ in the last bits.
+ANOTHER_ORDER = {
+    "clip_norm": "the sum of squares",
+    "clip_norm_leaf": "the sum of squares",
+    "clip_norm_schedule": "the sum of absolute values",
+    "project_norm": "the sum of squares",
+    "prune_units": "the mean of a unit",
+    "prune_select": "the mean of a unit",
+    "quantize": "the squared errors of steps.mse",
+    "quantize_inner": "the squared errors of steps.mse",
+    "quantize_no_carry": "the squared errors of steps.mse",
+    "quantize_binary": "the mean of |w|",
+}
+
+
+@functools.cache
+def mesh(devices=8):
+    shape = {8: (4, 2), 2: (2, 1), 1: (1, 1)}[devices]
+    return jax.make_mesh(shape, ("data", "model"), devices=jax.devices()[:devices])
+
+
+def shardings(devices=8):
+    return jax.tree.map(lambda spec: NamedSharding(mesh(devices), spec), SPECS, is_leaf=lambda x: isinstance(x, P))
+
+
+@every_member
+def test_sharded_state_update_and_decisions(member):
+    """Eager init shards like the params, the update keeps it, nothing but reductions moves, values are the same."""
+    tx, local = member.tx(), members.params()
+    params = jax.device_put(local, shardings())
+    grads = jax.device_put(members.at(members.gradients(), 0), shardings())
+    state = tx.init(params)
+    by_shape = {p.shape: p.sharding for p in jax.tree.leaves(params) if p.ndim > 1}
+    for x in jax.tree.leaves(state):
+        if x.shape in by_shape:
+            assert x.sharding.is_equivalent_to(by_shape[x.shape], x.ndim)
+
+    compiled = jax.jit(tx.update, compiler_options=QUICK).lower(grads, state, params).compile()
+    text = compiled.as_text()
+    assert not [line for line in text.splitlines() if any(word in line for word in MOVES)]
+    updates, new_state = compiled(grads, state, params)
+    for u, p in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+        assert u.sharding.is_equivalent_to(p.sharding, p.ndim)
+    for x in jax.tree.leaves(new_state):
+        if x.shape in by_shape:
+            assert x.sharding.is_equivalent_to(by_shape[x.shape], x.ndim)
+
+    alone = jax.jit(tx.update, compiler_options=QUICK)
+    expected, _ = alone(jax.tree.map(np.asarray, grads), tx.init(local), local)
+    rtol = 1e-4 if member.name in ANOTHER_ORDER else 0
+    for u, v in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(u), np.asarray(v), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_same_mask_on_any_number_of_devices(devices, scope):
+    """Rule 7: ties, many of them on the boundary, break by position wherever the arrays live."""
+    rng = np.random.default_rng(3)
+    scores = members.tree(lambda dtype, *shape: jnp.asarray(rng.integers(0, 4, shape), jnp.float32))
+    mask = jax.jit(functools.partial(clipjax.make_mask, sparsity=0.4, scope=scope))
+    got = mask(jax.device_put(scores, shardings(devices)))
+    flat = [np.asarray(x).ravel() for x in jax.tree.leaves(scores)]
+    pools = [np.concatenate(flat)] if scope == "global" else flat
+    removed = [(n := len(p), round(0.4 * n)) for p in pools]
+    # lowest first, later positions first among equals
+    orders = [np.lexsort((-np.arange(len(p)), p))[: k] for p, (_, k) in zip(pools, removed, strict=True)]
+    keep = [np.isin(np.arange(len(p)), gone, invert=True) for p, gone in zip(pools, orders, strict=True)]
+    np.testing.assert_array_equal(np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(got)]), np.concatenate(keep))
+
+
+@every_member
+def test_same_key_same_result_other_count_other_draw(member):
+    """Rule 7: two runs agree bit for bit, whatever was drawn in between."""
+    tx, params = member.tx(), members.params()
+    grads = members.at(members.gradients(), 0)
+    with jax.disable_jit():
+        first = tx.update(grads, tx.init(params), params)
+        jax.random.normal(jax.random.key(9), (3,))
+        second = tx.update(grads, tx.init(params), params)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), first[0], second[0])
+
+
+def test_a_partitioned_optimizer_state_is_replicated_where_it_is_scalar():
+    """Rule 8: steps, norms and counts are plain arrays, everywhere the same."""
+    tx = optax.chain(clipjax.clip_norm(1.0), optax.sgd(0.1), clipjax.fake_quantize(4, axis=-1))
+    state = tx.init(jax.device_put(members.params(), shardings()))
+    for x in jax.tree.leaves((state[0], state[2].projection)):
+        assert x.sharding.is_fully_replicated
