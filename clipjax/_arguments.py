@@ -34,9 +34,9 @@ def require(ok: Any, name: str, rule: str, value: Any, remedy: str) -> None:
 
 def static(value: Any, name: str) -> Any:
     """Return `value`, or say how to keep an argument that decides shapes out of tracing."""
-    if traced(value):
+    if isinstance(value, jax.Array):
         raise TypeError(
-            f"`{name}` must be a static Python value, got a traced array. Keep it out of tracing:"
+            f"`{name}` must be a static Python value, got an array. Keep it out of tracing:"
             f" pass it as a Python value, or `optax.inject_hyperparams(..., static_args=('{name}',))`."
         )
     return value

@@ -104,18 +104,24 @@ def project(
         context = _context(state.count, narrow, extra.get("grad"), key, refresh)
 
         before = context._replace(count=state.count - 1, key=selections.key_at(key, state.count - 1))
-        floats = _explained(held, state, weights, narrow, before, start)
+
+        def floats() -> Tree:
+            return _explained(held, state, weights, narrow, before, start)
+
         seen = params
         if carry and inner:
-            seen = trees.merge(params, floats, picks)
+            seen = trees.merge(params, floats(), picks)
             widened = jax.tree.map(trees.widened, trees.restrict(updates, picks))
             updates = trees.merge(updates, widened, picks)
         updates, inner_state = inside.update(updates, state.inner, seen, **extra)
-
         steps = _aligned(updates, params, picks)
-        target = jax.tree.map(jnp.add, floats, steps)
-        landed = target if inner or not carry else jax.tree.map(jnp.add, weights, steps)
-        context = context._replace(landed=landed)
+
+        def again() -> tuple[Tree, Tree]:
+            target = jax.tree.map(jnp.add, floats(), steps)
+            return target, target if inner or not carry else jax.tree.map(jnp.add, weights, steps)
+
+        target, landed = again()
+        context = context._replace(landed=landed, again=again)
         new, projected = held.apply(target, state.projection, context)
         active = None if _always(start) else state.count >= start
         if carry:
@@ -166,18 +172,20 @@ def with_gradient(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
 
 def refreshed(context: Context, start: Any, every: Any, stop: Any, refresh: Any, old: Any) -> Any:
-    """`refresh()` where it is due, else `old`.
+    """`refresh(target, landed)` where it is due, else `old`.
 
     Refreshes are due at counts c >= start with (c - start) divisible by `every` up to `stop`, and at `stop` itself;
     without `every` once, at `start`. A static `context.refresh` decides at trace time instead.
     """
+    again = context.again
+    assert again is not None  # `project` always gives it
     if context.refresh is not None:
-        return refresh() if context.refresh else old
+        return refresh(*again()) if context.refresh else old
     since = context.count - start
     due = since == 0 if every is None else (since >= 0) & (since % every == 0)
     if stop is not None:
         due = (due & (context.count <= stop)) | (context.count == stop)
-    return jax.lax.cond(due, refresh, lambda: old)
+    return jax.lax.cond(due, lambda: refresh(*again()), lambda: old)
 
 
 def land(p: jax.Array, q: jax.Array) -> jax.Array:
@@ -190,9 +198,12 @@ def land(p: jax.Array, q: jax.Array) -> jax.Array:
     u = q - p
     u = u + (q - (p + u))
     v = p + u
-    unit = jnp.finfo(u.dtype).eps  # u (1 - eps/2) is the float before u, u (1 + eps) is one of the next two
+    unit = u.dtype.type(
+        jnp.finfo(u.dtype).eps
+    )  # u (1 - eps/2) is the float before u, u (1 + eps) is one of the next two
     scale = jnp.where((v > 0) == (u > 0), u.dtype.type(1 - unit / 2), u.dtype.type(1 + unit))
-    return jnp.where(jnp.abs(v) > jnp.abs(q), u * scale, u)
+    inward = jnp.where(jnp.abs(p) * (2 * unit) > jnp.abs(q), -p, u * scale)  # one unit of u may exceed q: then to 0
+    return jnp.where(jnp.abs(v) > jnp.abs(q), inward, u)
 
 
 def _land_all(p: jax.Array, q: jax.Array) -> jax.Array:
@@ -242,7 +253,7 @@ def _explained(held: Projection, state: ProjectState, weights: Tree, narrow: Tre
 
     def choose(z: jax.Array, n: jax.Array, w: jax.Array, p: jax.Array) -> jax.Array:
         same = _keep(active, n, z).astype(p.dtype) == p
-        return jnp.where(same | (p == 0), z, w)
+        return jnp.where((same | (p == 0)) & jnp.isfinite(z), z, w)
 
     return jax.tree.map(choose, carried, shown, weights, narrow)
 

@@ -129,7 +129,7 @@ def prune_mask(
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
         seen = score.observe(target, state.score, context)
 
-        def refresh() -> Any:
+        def refresh(target: Tree, landed: Tree) -> Any:
             values = score.score(target, seen, context)
             finite = jax.tree.map(jnp.isfinite, target)
             held = None if carry else trees.place(state.mask, target)

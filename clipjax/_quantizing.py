@@ -141,21 +141,24 @@ def fake_quantize(
         return {path: _Plan(widths[path], trees.resolve(axis, path, leaf), rule) for path, leaf in trees.governed(tree)}
 
     def init_fn(params: Tree) -> QuantizeState:
-        by_path = trees.by_path(params)
         every_plan = plans(params)
-        for path, plan in every_plan.items():
-            _check_leaf(path, plan, by_path[path])
-        ones = {path: _groups(plan, by_path[path], jnp.inf) for path, plan in every_plan.items()}
-        widths = {path: jnp.asarray(plan.bits or 0, jnp.int32) for path, plan in every_plan.items()}
-        return QuantizeState(jax.tree.map(jnp.ones_like, ones), ones, widths)
+        trees.map_with_path(lambda path, leaf: _check_leaf(path, every_plan[path], leaf), params)
+
+        def groups(value: float) -> Any:
+            return trees.by_path(trees.map_with_path(lambda path, p: _groups(every_plan[path], p, value), params))
+
+        widths = trees.map_with_path(lambda path, p: jnp.asarray(every_plan[path].bits or 0, jnp.int32), params)
+        return QuantizeState(groups(1.0), groups(jnp.inf), trees.by_path(widths))
 
     def apply_fn(target: Tree, state: QuantizeState, context: Context) -> tuple[Tree, QuantizeState]:
         every_plan = plans(target)
+        if not every_plan:
+            return target, state
 
-        def refresh() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-            landed = trees.by_path(context.landed)
+        def refresh(target: Tree, landed: Tree) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+            at = trees.by_path(landed)
             fitted = {
-                path: _fit(every_plan[path], x, landed[path], state.reach[path]) for path, x in trees.governed(target)
+                path: _fit(every_plan[path], x, at[path], state.reach[path]) for path, x in trees.governed(target)
             }
             return {p: f[0] for p, f in fitted.items()}, {p: f[1] for p, f in fitted.items()}
 
@@ -210,7 +213,7 @@ def quantized(params: Tree, opt_state: Any) -> Tree:
     References:
       D4, section 2.2: floats become integers.
     """
-    states = trees.find(opt_state, QuantizeState)
+    states = [state for state in trees.find(opt_state, QuantizeState) if isinstance(state.step, dict)]
     remedy = "Pass the state of an optimizer with `clipjax.fake_quantize` in it."
     arguments.require(states, "opt_state", "hold a quantizer", type(opt_state).__name__, remedy)
 

@@ -98,7 +98,7 @@ def _clamp(state: ClampState, per_leaf: bool) -> Entries:
 
 def _prune(state: PruneState, per_leaf: bool) -> Entries:
     """Of weights, or of units where they are what is removed."""
-    masks = trees.governed(state.mask)
+    masks = [(path, m) for path, m in trees.governed(state.mask) if m.dtype == bool]
     removed = [jnp.sum(~m, dtype=jnp.float32) for _, m in masks]
     total = sum(m.size for _, m in masks)
     gone = sum(removed, jnp.zeros(()))
@@ -109,8 +109,8 @@ def _prune(state: PruneState, per_leaf: bool) -> Entries:
 
 
 def _quantize(state: QuantizeState, per_leaf: bool) -> Entries:
-    bits = {path: b.astype(jnp.float32) for path, b in state.bits.items()}
-    steps = {path: s.mean() for path, s in state.step.items()}
+    bits = {path: b.astype(jnp.float32) for path, b in trees.governed(_leaves(state.bits))}
+    steps = {path: s.mean() for path, s in trees.governed(_leaves(state.step))}
     count = max(len(bits), 1)
     entries = {
         "bits": sum(bits.values(), jnp.zeros(())) / count,
@@ -120,6 +120,11 @@ def _quantize(state: QuantizeState, per_leaf: bool) -> Entries:
         entries |= {f"bits/{path}": b for path, b in bits.items()}
         entries |= {f"step/{path}": s for path, s in steps.items()}
     return entries
+
+
+def _leaves(by_path: Any) -> Any:
+    """The entries of a dict of paths; nothing where a member governs nothing."""
+    return by_path if isinstance(by_path, dict) else {}
 
 
 def _project(state: ProjectState, per_leaf: bool) -> Entries:
@@ -184,7 +189,7 @@ def summarize(params: Tree, opt_state: Any = None) -> Summary:
       >>> summarize({"kernel": jnp.array([[0.0, 2.0]])}).to_dict()["kernel"]["sparsity"]
       0.5
     """
-    grids = trees.find(opt_state, QuantizeState)
+    grids = [g for g in trees.find(opt_state, QuantizeState) if isinstance(g.step, dict)]
     projects = _projects(opt_state)
     carried = [(s.projection, dict(trees.governed(s.carry))) for s in projects if s.carry != ()]
     masks = [dict(trees.governed(s.projection.mask)) for s in projects if isinstance(s.projection, PruneState)]

@@ -1,7 +1,7 @@
 """Exact selection of the k lowest scores without a sort, a gather or a flattened copy.
 
-A float's bits, reordered, compare like the float. The k-th smallest of any number of arrays is then found by
-bisection on those bits: one counting pass a bit, one scalar a pass across devices. Ties are settled by position
+A float's bits, reordered, compare like the float. The k-th smallest of any number of arrays is then found digit by
+digit: one counting pass settles three bits, and seven scalars a pass cross devices. Ties are settled by position
 with a second bisection, on the linear index, only when the boundary falls inside a run of equal scores.
 """
 
@@ -16,6 +16,8 @@ import numpy as np
 from clipjax import _trees as trees
 
 Keys = list[jax.Array]
+
+_DIGIT = 3  # bits of the threshold that one pass settles
 
 
 def order(scores: jax.Array, *, gone: jax.Array | None = None) -> jax.Array:
@@ -39,7 +41,8 @@ def protect(keys: jax.Array, protected: jax.Array) -> jax.Array:
 
 def open_count(keys: Keys) -> jax.Array:
     """u32[leaves], how many keys of each array are not protected."""
-    return _counts([key != _highest(key) for key in keys])
+    top = jnp.full((2, len(keys)), _highest(keys[0]))
+    return _below(keys, top)[0]
 
 
 def _highest(keys: jax.Array) -> Any:
@@ -56,7 +59,8 @@ def keep(keys: Keys, k: jax.Array, *, pooled: bool) -> Keys:
     """
     cut, surplus = _threshold(keys, k, pooled)
     ties = [key == c for key, c in zip(keys, cut, strict=True)]
-    ends = _tie_ends(ties, surplus, pooled)
+    below = _below(keys, jnp.stack([cut, cut + cut.dtype.type(1)]))
+    ends = _tie_ends(ties, below[1] - below[0], surplus, pooled)
     return [
         (key > c) | (tie & (_index(key.shape) < end)) for key, c, tie, end in zip(keys, cut, ties, ends, strict=True)
     ]
@@ -69,34 +73,58 @@ def _counts(masks: Keys) -> jax.Array:
 def _threshold(keys: Keys, k: jax.Array, pooled: bool) -> tuple[jax.Array, jax.Array]:
     """The k-th smallest key of each pool, and how many of its equals are among the k lowest."""
     kind = keys[0].dtype
-    one = kind.type(1)
-
-    def below(cut: jax.Array) -> jax.Array:
-        counts = _counts([key < c for key, c in zip(keys, cut, strict=True)])
-        return jnp.full_like(counts, counts.sum(dtype=counts.dtype)) if pooled else counts
+    width = kind.itemsize * 8
+    digits = np.arange(1, 2**_DIGIT, dtype=kind)[:, None]
 
     def unsettled(carry: Any) -> jax.Array:
-        bit, _, _, settled = carry
-        return (bit > 0) & ~settled.all()
+        place, _, low = carry
+        return (place >= 0) & jnp.any(low != k)
 
-    def halve(carry: Any) -> Any:
-        # invariant: #(key < cut) = low < k, and #(key < cut + 2 bit) >= k, unless settled
-        bit, cut, low, settled = carry
-        trial = cut | bit
-        count = below(jnp.where(settled, cut, trial))
-        exact = settled | (count == k)
-        moved = ~settled & (count <= k)
-        return bit >> one, jnp.where(moved, trial, cut), jnp.where(moved, count, low), exact
+    def narrow(carry: Any) -> Any:
+        # invariant: low = #(key < cut) <= k, and #(key < cut + 2^(place + _DIGIT)) > k; settled where low = k
+        place, cut, low = carry
+        shift = place.astype(kind)
+        above = (digits << shift) >> shift != digits  # beyond the last key, in the first pass
+        trials = cut[None] + (digits << shift)
+        counts = _below(keys, trials)
+        if pooled:
+            counts = jnp.broadcast_to(counts.sum(axis=1, keepdims=True, dtype=jnp.uint32), counts.shape)
+        fits = (counts <= k[None]) & ~above
+        digit = jnp.sum(fits, axis=0, dtype=kind)  # counts grow with the digit
+        reached = jnp.max(jnp.where(fits, counts, np.uint32(0)), axis=0)
+        settled = low == k
+        cut = jnp.where(settled, cut, cut + (digit << shift))
+        return place - _DIGIT, cut, jnp.where(settled | (digit == 0), low, reached)
 
-    top = kind.type(1 << (kind.itemsize * 8 - 1))
-    start = (top, jnp.zeros(len(keys), kind), jnp.zeros(len(keys), jnp.uint32), k == 0)
-    _, cut, low, _ = jax.lax.while_loop(unsettled, halve, start)
+    first = np.int32((width - 1) // _DIGIT * _DIGIT)
+    start = (jnp.asarray(first), jnp.zeros(len(keys), kind), jnp.zeros(len(keys), jnp.uint32))
+    _, cut, low = jax.lax.while_loop(unsettled, narrow, start)
     return cut, k - low
 
 
-def _tie_ends(ties: Keys, surplus: jax.Array, pooled: bool) -> jax.Array:
+def _below(keys: Keys, trials: jax.Array) -> jax.Array:
+    """u32[trials, leaves], how many keys of each array are below each of its trials, in one pass over the arrays.
+
+    A reduction with several results is one pass on every backend, and on CPU the only integer reduction that XLA
+    vectorizes; across devices it would gather the partial counts instead of adding them up.
+    """
+    columns = []
+    for key, cuts in zip(keys, trials.T, strict=True):
+        masks = [(key < cut).astype(jnp.uint32) for cut in cuts]
+        if jax.device_count() == 1 and key.ndim:
+            zeros, axes = (np.uint32(0),) * len(masks), tuple(range(key.ndim))
+            columns.append(jnp.stack(jax.lax.reduce(tuple(masks), zeros, _add, axes)))
+        else:
+            columns.append(jnp.stack([jnp.sum(mask, dtype=jnp.uint32) for mask in masks]))
+    return jnp.stack(columns, axis=1)
+
+
+def _add(a: Any, b: Any) -> Any:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _tie_ends(ties: Keys, counts: jax.Array, surplus: jax.Array, pooled: bool) -> jax.Array:
     """The linear index in each array before which its ties are kept, the latest `surplus` ones being removed."""
-    counts = _counts(ties)
     before = jnp.cumsum(counts[::-1], dtype=jnp.uint32)[::-1] - counts  # ties in the later arrays
     removed = jnp.minimum(surplus - jnp.minimum(surplus, before), counts) if pooled else surplus
     quota = counts - removed

@@ -142,9 +142,11 @@ def governed(tree: Tree) -> list[tuple[str, Any]]:
     return [(p, x) for p, x in zip(paths(tree), flatten(tree)[0], strict=True) if x is not None]
 
 
-def by_path(tree: Tree) -> dict[str, Any]:
+def by_path(tree: Tree) -> Any:
     """The governed leaves keyed by path: plain arrays of any shape, outside of the params' boxes."""
     named = governed(tree)
+    if not named:  # one leaf all the same: `optax.tree.map_params` inits with a tree that has none
+        return jnp.zeros(())
     found = dict(named)
     if len(found) != len(named):
         raise ValueError(

@@ -28,6 +28,8 @@ class Context(NamedTuple):
       grad: the incoming gradient where `with_gradient` or a caller's `grad=` provides it, else None.
       key: a PRNG key of this update.
       refresh: None to follow the life cycle by count; a static bool to force or forbid a refresh.
+      again: `again() -> (target, landed)`, computed anew. Inside a `lax.cond` this keeps the branch from holding on to
+        arrays that the program would otherwise never store.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -36,6 +38,7 @@ class Context(NamedTuple):
     grad: Tree | None
     key: jax.Array
     refresh: bool | None = None
+    again: Callable[[], tuple[Tree, Tree]] | None = None
 
 
 class Projection(NamedTuple):

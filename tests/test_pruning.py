@@ -73,8 +73,7 @@ def test_make_mask_removes_exactly_pythons_round(n, sparsity):
 
 
 @pytest.mark.parametrize("values", ["random", "equal", "ties", "nan", "infinite"])
-@pytest.mark.parametrize("sparsity", [0.3, 0.5])
-def test_make_mask_matches_a_sort(values, sparsity):
+def test_make_mask_matches_a_sort(values):
     """Tree order, then row-major; NaN goes first."""
     base = {"b": RNG.normal(size=(4, 3)), "a": RNG.normal(size=(2, 2, 2)), "c": RNG.normal(size=())}
     edit = {
@@ -85,7 +84,7 @@ def test_make_mask_matches_a_sort(values, sparsity):
         "infinite": lambda x: np.where(x > 0.5, np.inf, np.where(x < -0.5, -np.inf, x)),
     }[values]
     tree = jax.tree.map(lambda x: edit(x).astype(np.float32), base)
-    chex.assert_trees_all_equal(clipjax.make_mask(tree, sparsity), reference_mask(tree, sparsity))
+    chex.assert_trees_all_equal(clipjax.make_mask(tree, 0.4), reference_mask(tree, 0.4))
 
 
 def test_make_mask_scope_leaf_prunes_each_alone():
@@ -179,13 +178,15 @@ def test_carry_lets_a_weight_come_back():
 
 @pytest.mark.parametrize("optimizer", [optax.adamw(0.1, weight_decay=0.5), optax.sgd(0.1, momentum=0.9)])
 def test_weight_decay_and_momentum_keep_zeros(optimizer):
-    for params in run(optax.chain(optimizer, clipjax.prune_mask(0.6)), 4, noise):
-        assert count_zeros(params) == 30
+    with jax.numpy_dtype_promotion("standard"):  # for optax's bias correction
+        for params in run(optax.chain(optimizer, clipjax.prune_mask(0.6)), 4, noise):
+            assert count_zeros(params) == 30
 
 
 def test_inner_sees_the_float_weights_and_the_mask_holds_outside():
     tx = clipjax.prune_mask(0.5, every=2, carry=True, inner=optax.adamw(0.1, weight_decay=0.5))
-    assert [count_zeros(p) for p in run(tx, 3, noise)] == [25, 25, 25]
+    with jax.numpy_dtype_promotion("standard"):
+        assert [count_zeros(p) for p in run(tx, 3, noise)] == [25, 25, 25]
 
 
 def test_refresh_argument_forces_or_forbids():

@@ -1,0 +1,173 @@
+"""Contract rule 2: every member is an Optax citizen, in every wrapper that Optax has for transformations.
+
+Wrappers are run op by op (`jax.disable_jit`), which compiles nothing, and traced once, which shows that they compile.
+"""
+
+import functools
+import inspect
+
+import contract_members as members
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import clipjax
+
+every_member = pytest.mark.parametrize("member", members.ALL, ids=members.name_of)
+SGD = optax.sgd(0.25)  # a power of two: the same result fused or not
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def run(tx, grads, params=None, state=None, *, trace=False):
+    """Params and state after each gradient of a list, op by op; `trace` traces the update as well."""
+    params = members.params() if params is None else params
+    with jax.disable_jit():
+        state = tx.init(params) if state is None else state
+        first = state
+        for g in grads:
+            params, state = members.step(tx, params, state, g)
+    if trace:
+        jax.eval_shape(functools.partial(members.step, tx), params, first, grads[0])
+    return params, state
+
+
+def each(n=3):
+    return [members.at(members.gradients(), i) for i in range(n)]
+
+
+@functools.cache
+def plain(name, n=3):
+    """The member in a bare chain with SGD, op by op."""
+    return run(find(name).tx(SGD), each(n))
+
+
+def find(name):
+    return next(m for m in members.ALL if m.name == name)
+
+
+@every_member
+def test_is_a_transformation_with_extra_args(member):
+    """`update(updates, state, params=None, **extra)`; extra arguments of other members pass by."""
+    tx = member.build(SGD, **{k: v[0] for k, v in member.numbers.items()})
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    assert inspect.signature(tx.update).parameters["params"].default is None
+    params = members.params()
+    jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, grad=p, value=jnp.float32(1), note=2), params)
+
+
+@every_member
+def test_masked_and_partition_equal_the_member_on_the_subtree(member):
+    """Both hand over MaskedNodes; the gradient that `with_gradient` gives is the unmasked tree."""
+    half = [{"dense": g["dense"]} for g in each(2)]
+    expected, _ = run(member.tx(SGD), half, {"dense": members.params()["dense"]})
+    masked = member.tx(SGD, wrap=lambda tx: optax.masked(tx, {"dense": True, "out": False}))
+    inside = member._replace(gradient=False).tx(SGD)
+    parts = optax.partition({"held": inside, "free": SGD}, {"dense": "held", "out": "free"})
+    for wrapped in (masked, clipjax.with_gradient(parts) if member.gradient else parts):
+        params, _ = run(wrapped, each(2), trace=True)
+        equal(params["dense"], expected["dense"])
+
+
+@every_member
+def test_multi_steps_from_the_first_emitted_update(member):
+    """Every second update is emitted; it is the member's on the mean of two gradients."""
+    wrapped = optax.MultiSteps(member.tx(SGD), every_k_schedule=2).gradient_transformation()
+    twice = [g for g in each(2) for _ in range(2)]  # the mean of two equal gradients is exact
+    params, _ = run(wrapped, twice, trace=True)
+    equal(params, plain(member.name, 2)[0])
+
+
+INJECTED = {
+    "clip": (clipjax.clip, {"threshold": 0.05}, ()),
+    "clip_norm": (clipjax.clip_norm, {"threshold": 0.1}, ("ord",)),
+    "clamp": (clipjax.clamp_weights, {"bound": 0.2}, ()),
+    "prune": (clipjax.prune_mask, {"sparsity": 0.5, "start": 0, "every": 2, "stop": 3}, ("carry",)),
+    "quantize": (clipjax.fake_quantize, {"bits": 4, "start": 0, "every": 2, "stop": 3}, ("bits", "carry")),
+    "quantize_d4": (clipjax.fake_quantize, {"step": 0.125, "rounding": "half_away"}, ("carry",)),
+    "project": (clipjax.project, {"projection": clipjax.projections.identity()}, ("projection", "carry")),
+}
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_inject_hyperparams(name):
+    """Traced hyperparameters in the state give the same run; they can be changed there."""
+    factory, arguments, static = INJECTED[name]
+    member = find(name)._replace(
+        build=lambda optimizer, **numbers: optax.inject_hyperparams(factory, static_args=static)(**arguments)
+    )
+    params, state = run(member.tx(SGD), each(), trace=True)
+    equal(params, plain(name)[0])
+    for hyperparameter in set(arguments) - set(static) - {"rounding"}:
+        assert optax.tree.get(state, hyperparameter, filtering=_in_hyperparams) is not None
+
+
+def _in_hyperparams(path, value):
+    return any(getattr(key, "name", None) == "hyperparams" for key in path)
+
+
+@pytest.mark.parametrize("factory", [clipjax.fake_quantize, clipjax.prune_mask])
+def test_inject_hyperparams_without_static_args_says_what_to_do(factory):
+    first = 4 if factory is clipjax.fake_quantize else 0.5
+    tx, params = optax.inject_hyperparams(factory)(first), members.params()
+    with pytest.raises(TypeError, match=r"inject_hyperparams\(..., static_args="):
+        jax.eval_shape(functools.partial(members.step, tx), params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("member", members.WEIGHT, ids=members.name_of)
+def test_apply_if_finite_around_the_optimizer_constraints_hold_on_skipped_steps(member):
+    """Weight members stand outside of `apply_if_finite`: the bad step is skipped, the params stay in the set."""
+    good, bad, last = each(3)
+    bad["dense"]["kernel"] = bad["dense"]["kernel"].at[0, 0].set(jnp.nan)
+    tx = member._replace(gradient=False).tx(optax.apply_if_finite(SGD, 5))
+    params = members.params()
+    with jax.disable_jit():
+        state = tx.init(params)
+        for g in (good, bad, last):
+            calm = jax.tree.map(jnp.nan_to_num, g)  # a score hears of the gradient from its caller
+            updates, state = tx.update(g, state, params, grad=calm)
+            params = optax.apply_updates(params, updates)
+            if member.holds:
+                member.holds(params, state)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
+    assert int(optax.tree.get(state, "total_notfinite")) == 1
+
+
+@every_member
+def test_tree_map_params_visits_what_has_the_shape_of_the_params(member):
+    """Arrays of a param's shape are mapped, every other array is left as it is; the structure survives."""
+    tx, params = member.tx(SGD), members.params()
+    state = tx.init(params)
+    mapped = optax.tree_utils.tree_map_params(tx, lambda x: jnp.full_like(x, 1), state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    shapes = {p.shape for p in jax.tree.leaves(params)}
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(mapped), strict=True):
+        if old.shape in shapes:
+            assert bool((new == 1).all())
+        else:
+            equal(old, new)
+
+
+def test_orbax_resumes_bit_for_bit(tmp_path):
+    """The states of all members in one checkpoint: restored into a fresh template they continue as if never stopped."""
+    halfway = {m.name: plain(m.name, 2) for m in members.ALL}
+    template = {m.name: (members.params(), m.tx(SGD).init(members.params())) for m in members.ALL}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "all", _storable(halfway))
+        checkpointer.wait_until_finished()
+        resumed = checkpointer.restore(tmp_path / "all", _storable(template))
+    for member in members.ALL:
+        equal(resumed[member.name], halfway[member.name])
+        last = [each(3)[2]]
+        equal(run(member.tx(SGD), last, *resumed[member.name]), run(member.tx(SGD), last, *halfway[member.name]))
+
+
+def _storable(tree):
+    return jax.tree.map(jnp.asarray, tree)

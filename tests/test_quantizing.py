@@ -1,0 +1,237 @@
+"""fake_quantize and quantized: weights on a grid, the float weights behind them, the integers that come out."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import clipjax
+from clipjax import steps
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "a": {"bias": jnp.ones(5), "kernel": jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32)},
+    "b": {"kernel": jnp.asarray(RNG.normal(size=(5, 4)) * 0.1, jnp.float32)},
+}
+ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
+
+
+def levels(w, s, bits, reach=np.inf):
+    """clip(round(w/s))·s, halves to even, no level beyond the reach; over {−s, s} for one bit."""
+    w, s = np.asarray(w, np.float32), np.float32(s)
+    top = max(1, 2 ** (bits - 1) - 1)
+    most = np.minimum(top, np.floor(np.float64(reach) / np.float64(s)))
+    code = np.where(w < 0, -1, 1) * (w != 0) if bits == 1 else np.round(w / s)
+    return (np.clip(code, -most, most) * s).astype(np.float32)
+
+
+def run(tx, count, gradient=None, params=PARAMS):
+    """Yields (params, state) after each of `count` jitted updates; `gradient(i)` gives the incoming updates."""
+    update = jax.jit(tx.update)
+    state = tx.init(params)
+    for i in range(count):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, state = update(zeros if gradient is None else gradient(i), state, params)
+        params = optax.apply_updates(params, updates)
+        yield params, state
+
+
+def noise(i):
+    generator = np.random.default_rng(i)
+    return jax.tree.map(lambda p: jnp.asarray(generator.normal(size=p.shape) * 0.05, jnp.float32), PARAMS)
+
+
+def grids(params, state):
+    """The `Quantized` of every leaf on a grid, with the leaf."""
+    leaves = jax.tree.leaves(clipjax.quantized(params, state), is_leaf=lambda q: isinstance(q, clipjax.Quantized))
+    pairs = zip(leaves, jax.tree.leaves(params), strict=True)
+    return [(q, p) for q, p in pairs if isinstance(q, clipjax.Quantized)]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 12, 16])
+def test_levels_follow_the_float_weights(bits):
+    """The grid of a width, from the weights that were carried, not from those on the grid."""
+    floats = {"kernel": PARAMS["a"]["kernel"]}
+    tx = clipjax.fake_quantize(bits, step=steps.absmax())
+    z, reach = np.asarray(floats["kernel"]), 0
+    seen = z
+    for i, (params, state) in enumerate(run(tx, 3, lambda i: {"kernel": noise(i)["a"]["kernel"]}, floats)):
+        u = np.asarray(noise(i)["a"]["kernel"])
+        reach = max(reach, np.abs(seen + u).max()) if i == 0 else reach  # a refresh every 100 updates
+        z = z + u
+        ((q, p),) = grids(params, state)
+        np.testing.assert_array_equal(p, levels(z, q.step, bits, reach))
+        assert len(np.unique(p)) <= max(2, 2**bits - 1)
+        assert q.codes.dtype == (jnp.int8 if bits <= 8 else jnp.int16)
+        seen = np.asarray(p)
+
+
+def test_biases_pass_untouched():
+    for i, (params, state) in enumerate(run(clipjax.fake_quantize(4), 2, noise)):
+        bias = sum((noise(j)["a"]["bias"] for j in range(i + 1)), PARAMS["a"]["bias"])
+        np.testing.assert_allclose(params["a"]["bias"], bias, rtol=1e-6)
+        chex.assert_trees_all_equal(clipjax.quantized(params, state)["a"]["bias"], params["a"]["bias"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_integers_give_the_weights_back_bit_for_bit(bits, dtype):
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    with jax.numpy_dtype_promotion("standard"):
+        *_, (params, state) = run(clipjax.fake_quantize(bits, axis=-1), 2, params=params)
+    found = grids(params, state)
+    assert len(found) == 2
+    for q, p in found:
+        back = clipjax.dequantize(q.codes, q.step, dtype)
+        assert back.dtype == p.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(back, np.float32), np.asarray(p, np.float32))
+        assert np.abs(q.codes).max() <= max(1, 2 ** (bits - 1) - 1) and q.bits == bits and int(q.zero_point) == 0
+
+
+def test_bits_tree_of_choose_bits():
+    """Leaves where it has None pass, whatever their rank."""
+    bits = clipjax.choose_bits(PARAMS, target_db=15.0, allowed=(3, 6), where=lambda path, leaf: path == "b/kernel")
+    assert bits["a"] == {"bias": None, "kernel": None}
+    *_, (params, state) = run(clipjax.fake_quantize(bits), 1)
+    chex.assert_trees_all_equal(params["a"], PARAMS["a"])
+    ((q, _),) = grids(params, state)
+    assert q.bits == bits["b"]["kernel"] in (3, 6)
+
+
+def test_per_leaf_bits_and_axis():
+    bits = clipjax.per_leaf(lambda path, leaf: 2 if path.startswith("a") else 5)
+    axis = clipjax.per_leaf(lambda path, leaf: -1 if path.startswith("a") else None)
+    *_, (params, state) = run(clipjax.fake_quantize(bits, axis=axis), 1)
+    (a, _), (b, _) = grids(params, state)
+    assert (a.bits, a.step.shape, a.axis) == (2, (1, 5), 1)
+    assert (b.bits, b.step.shape, b.axis) == (5, (), None)
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(None, ()), (-1, (1, 1, 4)), (0, (3, 1, 1)), ((0, -1), (3, 1, 4))])
+def test_axis_keeps_a_step_of_its_own(axis, shape):
+    """One step per output unit, or per layer and unit where layers are stacked; each is its group's absmax."""
+    w = RNG.normal(size=(3, 2, 4)).astype(np.float32)
+    ((params, state),) = run(clipjax.fake_quantize(3, step=steps.absmax(), axis=axis), 1, params={"kernel": w})
+    ((q, p),) = grids(params, state)
+    kept = () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    shared = tuple(i for i in range(3) if i not in {k % 3 for k in kept})
+    largest = np.abs(w).max(axis=shared, keepdims=axis is not None)
+    assert q.step.shape == shape
+    np.testing.assert_allclose(q.step, largest / 3, rtol=1e-5)
+    np.testing.assert_array_equal(p, levels(w, q.step, 3))
+
+
+def test_one_bit_keeps_pruned_zeros():
+    """{−s, s}, sign(0) = + in codes, and 0 where a weight is pruned."""
+    tx = optax.chain(clipjax.prune_mask(0.5), clipjax.fake_quantize(1))
+    for params, state in run(tx, 3, noise):
+        for q, p in grids(params, state):
+            values = np.unique(p)
+            assert set(values) <= {-np.float32(q.step), np.float32(0), np.float32(q.step)}
+            np.testing.assert_array_equal(clipjax.dequantize(q.codes, q.step), p)
+        assert sum(int((p == 0).sum()) for _, p in grids(params, state)) == 25
+    *_, (params, state) = run(clipjax.fake_quantize(1), 2, noise)  # one that moves by more than itself is a step late
+    assert all((np.abs(p) == np.float32(q.step)).all() for q, p in grids(params, state))
+
+
+def test_step_refreshes_every_and_always_at_stop_then_freezes():
+    """Refreshes at 1, 3, 4; the step is 1 before the first."""
+    tx = clipjax.fake_quantize(4, step=steps.absmax(), start=1, every=2, stop=4, inner=optax.identity())
+    grow = {"kernel": jnp.ones((2, 3))}
+    found = [float(s.projection.step["kernel"]) for _, s in run(tx, 7, lambda i: grow, {"kernel": jnp.ones((2, 3))})]
+    np.testing.assert_allclose(found, [1, 3 / 7, 3 / 7, 5 / 7, 6 / 7, 6 / 7, 6 / 7], rtol=1e-4)
+
+
+def test_start_leaves_earlier_updates_alone():
+    (first, _), (second, state) = run(clipjax.fake_quantize(2, start=1), 2)
+    chex.assert_trees_all_equal(first, PARAMS)
+    assert all(len(np.unique(p)) <= 3 for _, p in grids(second, state))
+
+
+def test_refresh_argument_forces_or_forbids():
+    tx = clipjax.fake_quantize(4, step=steps.absmax())
+    state, large = tx.init(PARAMS), jax.tree.map(lambda p: 2 * p, PARAMS)
+    found = {}
+    for refresh in (None, True, False):
+        found[refresh] = tx.update(large, state._replace(count=state.count + 1), PARAMS, refresh=refresh)[1]
+    assert float(found[False].projection.step["a/kernel"]) == float(found[None].projection.step["a/kernel"]) == 1
+    largest = 3 * np.abs(PARAMS["a"]["kernel"]).max()
+    np.testing.assert_allclose(found[True].projection.step["a/kernel"], largest / 7, rtol=1e-4)
+
+
+def test_chain_member_never_passes_what_members_before_landed_on():
+    """A constant bound survives: no level exceeds the largest |weight| that was landed on."""
+    tx = optax.chain(clipjax.clamp_weights(0.5), clipjax.fake_quantize(3, every=1))
+    for params, _ in run(tx, 6, lambda i: jax.tree.map(lambda x: 20 * x, noise(i))):
+        assert all(np.abs(p).max() <= 0.5 for p in (params["a"]["kernel"], params["b"]["kernel"]))
+
+
+def test_interval_step_keeps_every_unit_inside_on_its_grid():
+    """D0: every node's values lie in a given interval, also an asymmetric one."""
+    tx = clipjax.fake_quantize(4, step=steps.interval(-0.25, 0.75), inner=optax.identity())
+    *_, (params, _) = run(tx, 2, noise)
+    s = np.float32(1.0 / 14)
+    for p in (params["a"]["kernel"], params["b"]["kernel"]):
+        assert p.min() >= -0.25 and p.max() <= 0.75
+        np.testing.assert_allclose(p / s, np.round(p / s), atol=1e-4)
+    assert params["a"]["kernel"].max() > 0.7 and len(np.unique(params["a"]["kernel"])) <= 15
+
+
+def test_all_zero_and_nan_leaves():
+    """All zero: s = 1 and zeros. A NaN weight is emitted and left out of the step."""
+    params = {"w": jnp.zeros((2, 2)), "x": jnp.array([[jnp.nan, 0.7], [-0.3, 0.1]])}
+    ((new, state),) = run(clipjax.fake_quantize(4, step=steps.absmax()), 1, params=params)
+    assert float(state.projection.step["w"]) == 1 and not new["w"].any()
+    s = float(state.projection.step["x"])
+    np.testing.assert_allclose(s, 0.1, rtol=1e-5)
+    np.testing.assert_allclose(new["x"], [[np.nan, 7 * s], [-3 * s, s]], rtol=1e-6)
+
+
+def test_stochastic_rounding_is_keyed_by_count():
+    """Another draw at every update, the same ones for the same key; the mean is the weight."""
+    w = {"kernel": jnp.full((50, 80), 0.3).at[0, 0].set(2.0)}  # a level lies within the reach
+    runs = []
+    for seed in (1, 1, 2):
+        tx = clipjax.fake_quantize(4, step=1.0, rounding="stochastic", inner=optax.identity(), key=jax.random.key(seed))
+        runs.append([np.asarray(p["kernel"]) for p, _ in run(tx, 2, params=w)])
+    np.testing.assert_array_equal(runs[0], runs[1])
+    assert (runs[0][0] != runs[2][0]).any() and (runs[0][0] != runs[0][1]).any()
+    assert set(np.unique(runs[0])) == {0, 1, 2}
+    assert abs(np.mean(runs[0][1][1:]) - 0.3) < 4 * np.sqrt(0.21 / 3920)
+
+
+def test_unbounded_codes_with_a_traced_step():
+    """bits=None is D4's formula; the step may be traced, so one vmap is one sweep."""
+
+    def once(s):
+        tx = clipjax.fake_quantize(step=s)
+        updates, _ = tx.update(ZEROS, tx.init(PARAMS), PARAMS)
+        return optax.apply_updates(PARAMS, updates)["a"]["kernel"]
+
+    swept = jax.vmap(once)(jnp.array([0.25, 0.001]))
+    for s, got in zip((0.25, 0.001), swept, strict=True):
+        np.testing.assert_array_equal(got, np.round(PARAMS["a"]["kernel"] / np.float32(s)) * np.float32(s))
+
+
+def test_quantized_without_a_quantizer_names_the_remedy():
+    with pytest.raises(ValueError, match=r"`opt_state` must hold a quantizer.*fake_quantize"):
+        clipjax.quantized(PARAMS, optax.sgd(0.1).init(PARAMS))
+
+
+def test_where_picks_leaves():
+    ((params, _),) = run(clipjax.fake_quantize(2, where=lambda path, leaf: path == "a/bias"), 1, noise)
+    assert len(np.unique(params["a"]["bias"])) <= 3
+    chex.assert_trees_all_equal(params["b"], jax.tree.map(jnp.add, PARAMS["b"], noise(0)["b"]))
+
+
+def test_update_traces_once():
+    tx = clipjax.fake_quantize(4, every=1)
+    update = jax.jit(chex.assert_max_traces(tx.update, 1))
+    state, params = tx.init(PARAMS), PARAMS
+    for i in range(3):
+        updates, state = update(noise(i), state, params)
+        params = optax.apply_updates(params, updates)

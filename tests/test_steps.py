@@ -1,0 +1,136 @@
+"""Steps: least squares against a scan and the Gaussian table, and every rule's edge cases."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clipjax
+from clipjax import steps
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+RNG = np.random.default_rng(0)
+GAUSSIAN = {2: 1.224, 3: 0.6508, 4: 0.3534, 5: 0.1933, 6: 0.1055, 7: 0.0573, 8: 0.0309}
+N = 40_000
+
+
+def squared_error(w, s, bits):
+    """‖Q(w) − w‖² over the nonzero weights."""
+    w, top = w[w != 0].astype(np.float64), 2 ** (bits - 1) - 1
+    return np.sum((np.clip(np.round(w / s), -top, top) * s - w) ** 2)
+
+
+def best_step(w, bits):
+    """The least error on a fine scan of steps."""
+    top = np.abs(w).max() / (2 ** (bits - 1) - 1)
+    scan = np.geomspace(top / 40, top * 1.05, 600)
+    return min(squared_error(w, s, bits) for s in scan)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "axis", "step"))
+def choose(x, bits, step=steps.mse(), axis=None):  # noqa: B008 - one rule, so that compiled functions are shared
+    return clipjax.choose_step(x, bits, step=step, axis=axis)
+
+
+@pytest.mark.parametrize("bits", GAUSSIAN)
+def test_mse_matches_the_gaussian_table(bits):
+    """Within 1 % of the optimal error, for any scale of the weights."""
+    w = RNG.normal(size=N).astype(np.float32)
+    table = squared_error(w, GAUSSIAN[bits], bits)
+    for scale in (1.0, 2.0**-60, 2.0**60):
+        s = float(choose(jnp.asarray(w * np.float32(scale)), bits)) / scale
+        assert squared_error(w, s, bits) <= 1.01 * table
+    np.testing.assert_allclose(s, GAUSSIAN[bits], rtol=0.06)
+
+
+HARD = {
+    "uniform": RNG.uniform(-1, 1, N),
+    "laplace": RNG.laplace(size=N),
+    "sparse": RNG.normal(size=N) * (RNG.random(N) < 0.1),
+    "bimodal": np.sign(RNG.normal(size=N)) * (1 + 0.05 * RNG.normal(size=N)),
+    "outlier": np.concatenate([RNG.normal(size=N - 1), [40.0]]),
+}
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_mse_is_within_two_percent_of_the_best_scan(kind, bits):
+    w = HARD[kind].astype(np.float32)
+    s = float(choose(jnp.asarray(w), bits))
+    assert squared_error(w, s, bits) <= 1.02 * best_step(w, bits)
+
+
+def test_mse_one_bit_is_the_mean_magnitude():
+    w = np.where(RNG.random(1000) < 0.5, 0, RNG.normal(size=1000)).astype(np.float32)
+    np.testing.assert_allclose(choose(jnp.asarray(w), 1), np.abs(w[w != 0]).mean(), rtol=1e-5)
+
+
+def test_mse_ignores_zeros():
+    w = RNG.normal(size=1000).astype(np.float32)
+    padded = jnp.asarray(np.concatenate([w, np.zeros(4000, np.float32)]))
+    np.testing.assert_allclose(choose(padded, 4), choose(jnp.asarray(w), 4), rtol=1e-3)
+
+
+def test_mse_few_values_are_found_exactly():
+    """A ternary leaf loses nothing."""
+    w = jnp.asarray(RNG.choice([-0.3, 0.0, 0.3], 300), jnp.float32)
+    np.testing.assert_allclose(choose(w, 2), 0.3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_absmax_reaches_every_weight(bits):
+    w = RNG.normal(size=100).astype(np.float32)
+    s = float(choose(jnp.asarray(w), bits, steps.absmax()))
+    np.testing.assert_allclose(s, np.abs(w).max() / max(1, 2 ** (bits - 1) - 1), rtol=2.0 ** -(21 - bits))
+    assert s * max(1, 2 ** (bits - 1) - 1) <= np.abs(w).max()
+
+
+@pytest.mark.parametrize(("lo", "hi"), [(-0.7, 0.7), (-0.25, 0.75), (0.0, 1.0), (-2.0, 0.0)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_interval_does_not_follow_the_distribution(lo, hi, bits):
+    """s = (hi − lo)/(2^b − 2), up to the bits that exact multiples cost."""
+    for scale in (1.0, 100.0):
+        s = clipjax.choose_step(jnp.full(3, scale), bits, step=steps.interval(lo, hi))
+        np.testing.assert_allclose(s, (hi - lo) / (2**bits - 2), rtol=2.0 ** -(21 - bits))
+
+
+def test_fixed_and_float_mean_the_same():
+    x = jnp.ones((2, 3))
+    assert float(clipjax.choose_step(x, 4, step=0.25)) == float(clipjax.choose_step(x, 4, step=steps.fixed(0.25))) == 0.25
+
+
+@pytest.mark.parametrize("rule", [steps.mse(), steps.absmax()], ids=["mse", "absmax"])
+@pytest.mark.parametrize("bits", [1, 4])
+def test_all_zero_and_non_finite(rule, bits):
+    """All zero gives 1; NaN and infinite weights are left out."""
+    assert float(choose(jnp.zeros(5), bits, rule)) == 1
+    clean = choose(jnp.array([0.5, -1.0, 0.0, 0.0]), bits, rule)
+    np.testing.assert_array_equal(choose(jnp.array([0.5, -1.0, jnp.nan, -jnp.inf]), bits, rule), clean)
+
+
+@pytest.mark.parametrize("rule", [steps.mse(), steps.absmax()], ids=["mse", "absmax"])
+def test_axis_gives_each_unit_its_own_step(rule):
+    """Also a unit that is all zero, beside others."""
+    w = RNG.normal(size=(64, 3)).astype(np.float32) * [1.0, 10.0, 0.0]
+    got = choose(jnp.asarray(w, jnp.float32), 4, rule, axis=-1)
+    assert got.shape == (1, 3)
+    for column, s in zip(w.T, np.asarray(got)[0], strict=True):
+        np.testing.assert_allclose(s, choose(jnp.asarray(column, jnp.float32), 4, rule), rtol=1e-3)
+    assert float(got[0, 2]) == 1
+
+
+def test_axis_tuple_for_stacked_layers():
+    w = jnp.asarray(RNG.normal(size=(2, 5, 3)), jnp.float32)
+    got = choose(w, 4, steps.absmax(), axis=(0, -1))
+    assert got.shape == (2, 1, 3)
+    np.testing.assert_allclose(got, np.abs(w).max(axis=1, keepdims=True) / 7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [1e-30, 1e30, 3e38])
+def test_tiny_and_huge_weights_give_finite_steps(value):
+    for rule in (steps.mse(), steps.absmax()):
+        s = float(choose(jnp.array([value, -value / 2], jnp.float32), 4, rule))
+        assert 0 < s <= value and np.isfinite(s)
