@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -97,12 +98,10 @@ def project(
     ) -> tuple[Tree, ProjectState]:
         if params is None:
             raise ValueError(arguments.NO_PARAMS)
-        refresh = _refresh(extra)
         picks = trees.pick(where, params)
         narrow = trees.restrict(params, picks)
         weights = jax.tree.map(trees.widened, narrow)
-        context = _context(state.count, narrow, extra.get("grad"), key, refresh)
-
+        context = _context(state.count, narrow, extra.get("grad"), key, _refresh(extra))
         before = context._replace(count=state.count - 1, key=selections.key_at(key, state.count - 1))
 
         def floats() -> Tree:
@@ -110,9 +109,7 @@ def project(
 
         seen = params
         if carry and inner:
-            seen = trees.merge(params, floats(), picks)
-            widened = jax.tree.map(trees.widened, trees.restrict(updates, picks))
-            updates = trees.merge(updates, widened, picks)
+            seen, updates = trees.merge(params, floats(), picks), _widened(updates, picks)
         updates, inner_state = inside.update(updates, state.inner, seen, **extra)
         steps = _aligned(updates, params, picks)
 
@@ -128,11 +125,9 @@ def project(
             target, new = _bring_back(held, target, landed, new, projected, context, active)
             moved = jax.tree.map(_land_all, weights, _rounded(new, narrow))
         else:
-            new = jax.tree.map(lambda n, t: _keep(active, n, t), new, target)
-            lander = _drop if held.zeroing else land
-            moved = jax.tree.map(
-                lambda *leaves: _land_changed(lander, *leaves), steps, weights, landed, new, _rounded(new, narrow)
-            )
+            new = jax.tree.map(functools.partial(_keep, active), new, target)
+            emit = functools.partial(_land_changed, _drop if held.zeroing else land)
+            moved = jax.tree.map(emit, steps, weights, landed, new, _rounded(new, narrow))
         count = optax.safe_increment(state.count)
         carried = target if carry else ()
         return trees.merge(updates, moved, picks), ProjectState(count, carried, projected, inner_state)
@@ -202,7 +197,7 @@ def land(p: jax.Array, q: jax.Array) -> jax.Array:
         jnp.finfo(u.dtype).eps
     )  # u (1 - eps/2) is the float before u, u (1 + eps) is one of the next two
     scale = jnp.where((v > 0) == (u > 0), u.dtype.type(1 - unit / 2), u.dtype.type(1 + unit))
-    inward = jnp.where(jnp.abs(p) * (2 * unit) > jnp.abs(q), -p, u * scale)  # one unit of u may exceed q: then to 0
+    inward = jnp.where(jnp.abs(p) * unit > jnp.abs(q), -p, u * scale)  # one unit of u may exceed q: then to 0
     return jnp.where(jnp.abs(v) > jnp.abs(q), inward, u)
 
 
@@ -292,6 +287,12 @@ def _aligned(updates: Tree, params: Tree, picks: list[bool]) -> Tree:
         for u, p, ok in zip(leaves, weights, picks, strict=True)
     ]
     return treedef.unflatten(aligned)
+
+
+def _widened(updates: Tree, picks: list[bool]) -> Tree:
+    """The gradients of the governed leaves in computing dtype, as an inner transformation sees them."""
+    wide = jax.tree.map(trees.widened, trees.restrict(updates, picks))
+    return trees.merge(updates, wide, picks)
 
 
 def _fresh(p: jax.Array) -> jax.Array:

@@ -171,7 +171,9 @@ MEMBERS = [
         low=(-0.1, -0.2),
         high=(0.3, 0.1),
     ),
-    row("clamp_schedule", "weight", lambda _: clipjax.clamp_weights(lambda count: 0.3 / (1 + count)), bounded(-0.3, 0.3)),
+    row(
+        "clamp_schedule", "weight", lambda _: clipjax.clamp_weights(lambda count: 0.3 / (1 + count)), bounded(-0.3, 0.3)
+    ),
     row("clamp_per_leaf", "weight", lambda _: clipjax.clamp_weights(by_name), bounded(-0.25, 0.25)),
     row(
         "clamp_random",
@@ -225,7 +227,13 @@ MEMBERS = [
         gradient=True,
         **HALF,
     ),
-    row("prune_random", "weight", lambda _, key: clipjax.prune_mask(0.5, score=scores.random(), key=key), sparse(0.5), key=KEY),
+    row(
+        "prune_random",
+        "weight",
+        lambda _, key: clipjax.prune_mask(0.5, score=scores.random(), key=key),
+        sparse(0.5),
+        key=KEY,
+    ),
     row(
         "prune_select",
         "weight",
@@ -235,12 +243,23 @@ MEMBERS = [
         **HALF,
         key=KEY,
     ),
-    row("prune_carry", "weight", lambda _, sparsity: clipjax.prune_mask(sparsity, every=2, carry=True), sparse(0.5), **HALF),
+    row(
+        "prune_carry",
+        "weight",
+        lambda _, sparsity: clipjax.prune_mask(sparsity, every=2, carry=True),
+        sparse(0.5),
+        **HALF,
+    ),
     row("prune_inner", "inner", lambda opt, sparsity: clipjax.prune_mask(sparsity, inner=opt), sparse(0.5), **HALF),
     row("quantize", "weight", lambda _, **numbers: clipjax.fake_quantize(4, **numbers), on_grid(4), **TIMES),
     row("quantize_binary", "weight", lambda _: clipjax.fake_quantize(1, every=2), on_grid(1)),
     row("quantize_axis", "weight", lambda _: clipjax.fake_quantize(3, axis=-1, step=steps.absmax()), on_grid(3)),
-    row("quantize_interval", "weight", lambda _: clipjax.fake_quantize(4, step=steps.interval(-0.2, 0.3)), both(on_grid(4), within)),
+    row(
+        "quantize_interval",
+        "weight",
+        lambda _: clipjax.fake_quantize(4, step=steps.interval(-0.2, 0.3)),
+        both(on_grid(4), within),
+    ),
     row(
         "quantize_d4",
         "weight",
@@ -272,7 +291,9 @@ def held_zeros(params, state):
 
 
 # A given mask has the shape of one tree: it runs wherever that tree does.
-GIVEN = row("prune_mask", "weight", lambda _, start: clipjax.prune_mask(mask=MASK, start=start), held_zeros, start=(0, 1))
+GIVEN = row(
+    "prune_mask", "weight", lambda _, start: clipjax.prune_mask(mask=MASK, start=start), held_zeros, start=(0, 1)
+)
 ALL = [*MEMBERS, GIVEN]
 WEIGHT = [m for m in ALL if m.side != "gradient"]
 GRADIENT = [m for m in ALL if m.side == "gradient"]

@@ -83,8 +83,11 @@ def linen(module, *shape):
     rest = {k: v for k, v in variables.items() if k != "params"}
 
     def loss(params):
-        return distance(module.apply({"params": params, **rest}, x, mutable=list(rest) or False)[0] if rest
-                        else module.apply({"params": params}, x))
+        return distance(
+            module.apply({"params": params, **rest}, x, mutable=list(rest) or False)[0]
+            if rest
+            else module.apply({"params": params}, x)
+        )
 
     return variables["params"], loss
 

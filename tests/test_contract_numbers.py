@@ -70,11 +70,7 @@ def numbers_of(state, member):
     """The float arrays of a state, without those that are infinite or NaN by design."""
     field, _ = ON_PURPOSE.get(member.name, ("", ""))
     keyed, _ = jax.tree_util.tree_flatten_with_path(state)
-    return [
-        x
-        for path, x in keyed
-        if jnp.issubdtype(x.dtype, jnp.floating) and field not in _fields(path)
-    ]
+    return [x for path, x in keyed if jnp.issubdtype(x.dtype, jnp.floating) and field not in _fields(path)]
 
 
 def _fields(path):

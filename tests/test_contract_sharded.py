@@ -84,9 +84,11 @@ def test_same_mask_on_any_number_of_devices(devices, scope):
     pools = [np.concatenate(flat)] if scope == "global" else flat
     removed = [(n := len(p), round(0.4 * n)) for p in pools]
     # lowest first, later positions first among equals
-    orders = [np.lexsort((-np.arange(len(p)), p))[: k] for p, (_, k) in zip(pools, removed, strict=True)]
+    orders = [np.lexsort((-np.arange(len(p)), p))[:k] for p, (_, k) in zip(pools, removed, strict=True)]
     keep = [np.isin(np.arange(len(p)), gone, invert=True) for p, gone in zip(pools, orders, strict=True)]
-    np.testing.assert_array_equal(np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(got)]), np.concatenate(keep))
+    np.testing.assert_array_equal(
+        np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(got)]), np.concatenate(keep)
+    )
 
 
 @every_member

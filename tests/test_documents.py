@@ -143,7 +143,8 @@ def test_d2_orders_by_gradient_and_repeats(decay):
     means, masks = [np.zeros_like(k) for k in kernels(PARAMS)], [np.ones(k.shape, bool) for k in kernels(PARAMS)]
     for count, (before, grads, after, _) in enumerate(train(tx, PARAMS, 8)):
         means = [
-            np.float32(decay) * m + np.float32(1 - decay) * np.abs(g) for m, g in zip(means, kernels(grads), strict=True)
+            np.float32(decay) * m + np.float32(1 - decay) * np.abs(g)
+            for m, g in zip(means, kernels(grads), strict=True)
         ]
         if count in (0, 2, 4, 5):
             gone_first = [np.where(k, m, -1) for k, m in zip(masks, means, strict=True)]
@@ -278,7 +279,9 @@ def test_d0_both_orders(order):
     before, grads, first, _ = results[0]
     target = [p - np.float32(RATE) * g for p, g in zip(kernels(before), kernels(grads), strict=True)]
     limits = [np.floor(np.abs(w).max() / 0.125) * 0.125 for w in target]
-    levels = [np.clip(round_to(w, 0.125), -min(m, 7 * 0.125), min(m, 7 * 0.125)) for w, m in zip(target, limits, strict=True)]
+    levels = [
+        np.clip(round_to(w, 0.125), -min(m, 7 * 0.125), min(m, 7 * 0.125)) for w, m in zip(target, limits, strict=True)
+    ]
     masks = remove([np.abs(w) for w in (target if order == "prune, quantize" else levels)], 40)
     for level, mask, new in zip(levels, masks, kernels(first), strict=True):
         np.testing.assert_array_equal(new, np.where(mask, level, 0))

@@ -83,7 +83,9 @@ print(sorted(optax.apply_updates(params, updates)["kernel"].ravel().tolist()))
 
 def test_core_needs_jax_and_optax_alone():
     """Every extra refused, the whole chain still runs. `optax` itself may import what it lists; chex it no longer does."""
-    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[0.0, 0.0, 0.5, 0.5]"
 

@@ -248,8 +248,8 @@ def test_master_weights_do_not_lose_a_thousand_small_steps():
 )
 def test_refreshes_are_due_at(start, every, stop, expected):
     def due(count):
-        context = projections.Context(count, None, None, None, jax.random.key(0))
-        return refreshed(context, start, every, stop, lambda: True, False)
+        context = projections.Context(count, None, None, None, jax.random.key(0), again=lambda: (None, None))
+        return refreshed(context, start, every, stop, lambda target, landed: True, False)
 
     got = jax.vmap(due)(jnp.arange(10))
     assert list(np.flatnonzero(got)) == expected

@@ -158,7 +158,9 @@ def test_masks_nest_and_refreshes_of_equal_count_keep_the_mask():
     """Without carry a removed weight stays removed, whatever its gradient; more are added to them."""
     schedule = optax.linear_schedule(0.2, 0.8, 4)
     before = None
-    for params in run(clipjax.prune_mask(schedule, every=1, stop=4), 7, lambda i: jax.tree.map(lambda x: 9 * x, noise(i))):
+    for params in run(
+        clipjax.prune_mask(schedule, every=1, stop=4), 7, lambda i: jax.tree.map(lambda x: 9 * x, noise(i))
+    ):
         now = zeros(params)
         assert before is None or all((now[k] >= before[k]).all() for k in now)
         before = now

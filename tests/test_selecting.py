@@ -73,7 +73,9 @@ def test_keep_adversarial(values, devices):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    values=st.lists(st.one_of(st.sampled_from(PALETTE), st.floats(width=32, allow_subnormal=False)), min_size=1, max_size=46),
+    values=st.lists(
+        st.one_of(st.sampled_from(PALETTE), st.floats(width=32, allow_subnormal=False)), min_size=1, max_size=46
+    ),
     k=st.integers(0, sum(SIZES)),
     each=st.tuples(*(st.integers(0, n) for n in SIZES)),
 )

@@ -99,7 +99,9 @@ def test_interval_does_not_follow_the_distribution(lo, hi, bits):
 
 def test_fixed_and_float_mean_the_same():
     x = jnp.ones((2, 3))
-    assert float(clipjax.choose_step(x, 4, step=0.25)) == float(clipjax.choose_step(x, 4, step=steps.fixed(0.25))) == 0.25
+    assert (
+        float(clipjax.choose_step(x, 4, step=0.25)) == float(clipjax.choose_step(x, 4, step=steps.fixed(0.25))) == 0.25
+    )
 
 
 @pytest.mark.parametrize("rule", [steps.mse(), steps.absmax()], ids=["mse", "absmax"])

@@ -1,0 +1,134 @@
+"""clamp_weights: |w| ≤ T exactly, after or before the update, in every dtype."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import clipjax
+from clipjax import selections
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+RNG = np.random.default_rng(0)
+W = {"a": jnp.asarray(RNG.normal(size=(30, 20)) * 3, jnp.float32), "b": jnp.asarray(RNG.normal(size=9), jnp.float32)}
+U = jax.tree.map(lambda w: jnp.asarray(RNG.normal(size=w.shape), w.dtype), W)
+ZERO = jax.tree.map(jnp.zeros_like, W)
+
+
+def run(tx, updates, params=W, count=1):
+    """The params after `count` jitted updates, and the state."""
+    state = tx.init(params)
+    for _ in range(count):
+        moves, state = jax.jit(tx.update)(updates, state, params)
+        params = optax.apply_updates(params, moves)
+    return params, state
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.1, 0.0, (-0.5, 2.0), (0.25, 0.75), np.inf])
+def test_after_clamps_the_updated_weight(bound):
+    """w ← T·sign(w) if |w| > T; exactly within the bound, on it up to one unit in the last place."""
+    new, _ = run(clipjax.clamp_weights(bound), U)
+    low, high = (np.float32(b) for b in (bound if isinstance(bound, tuple) else (-bound, bound)))
+    for name, w in new.items():
+        expected = np.clip(np.asarray(W[name]) + np.asarray(U[name]), low, high)
+        np.testing.assert_allclose(w, expected, rtol=2.0**-22)
+        assert np.abs(w).max() <= max(-low, high)
+    settled, _ = run(clipjax.clamp_weights(bound), ZERO, new)
+    for w in settled.values():
+        assert low <= w.min() and w.max() <= high
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("bound", [0.1, 1 / 3, 0.7])
+def test_bound_holds_exactly_in_every_dtype(bound, dtype):
+    """T read as f32, rounded inwards where the dtype cannot hold it."""
+    params = jax.tree.map(lambda w: w.astype(dtype), W)
+    with jax.numpy_dtype_promotion("standard"):
+        for count in (1, 2):
+            new, _ = run(clipjax.clamp_weights(bound), jax.tree.map(lambda u: u.astype(dtype), U), params, count)
+            assert all(w.dtype == dtype and np.abs(np.asarray(w, np.float64)).max() <= np.float32(bound) for w in new.values())
+            assert np.abs(np.asarray(new["a"], np.float64)).max() > bound * 0.99
+
+
+def test_before_adds_the_update_to_the_clamped_weight():
+    """D3's order: it may leave the interval again, by the update."""
+    new, _ = run(clipjax.clamp_weights(0.5, when="before"), U)
+    for name, w in new.items():
+        expected = np.clip(W[name], np.float32(-0.5), np.float32(0.5)) + np.asarray(U[name])
+        np.testing.assert_allclose(w, expected, rtol=1e-6, atol=1e-6)
+    assert np.abs(new["a"]).max() > 0.5
+
+
+def test_within_the_bound_updates_are_bit_identical():
+    small = jax.tree.map(lambda u: u * 1e-9, U)
+    for when in ("after", "before"):
+        tx = clipjax.clamp_weights(1e6, when=when)
+        updates, _ = jax.jit(tx.update)(small, tx.init(W), W)
+        jax.tree.map(np.testing.assert_array_equal, updates, small)
+
+
+def test_schedule_counts_from_zero_and_is_recorded():
+    tx = clipjax.clamp_weights(optax.linear_schedule(1.0, 0.5, 2))
+    for count, bound in enumerate([1.0, 0.75, 0.5, 0.5], start=1):
+        new, state = run(tx, ZERO, W, count)
+        assert float(np.abs(new["a"]).max()) == bound
+        np.testing.assert_array_equal(state.projection.bound, [-bound, bound])
+
+
+def test_schedule_of_intervals():
+    new, _ = run(clipjax.clamp_weights(lambda count: (-0.25, 1.0 + count)), ZERO, W, 2)
+    assert (float(new["a"].min()), float(new["a"].max())) == (-0.25, 1.0)
+
+
+def test_per_leaf_bounds():
+    tx = clipjax.clamp_weights(clipjax.per_leaf(lambda path, leaf: 0.5 if path == "a" else (-0.1, 0.2)))
+    new, state = run(tx, ZERO)
+    assert float(np.abs(new["a"]).max()) == 0.5
+    assert np.float32(-0.1) == new["b"].min() and new["b"].max() == np.float32(0.2)
+    assert np.isnan(state.projection.bound).all()
+
+
+@pytest.mark.parametrize("when", ["after", "before"])
+@pytest.mark.parametrize("make", [selections.bernoulli, selections.leaves])
+def test_select_clamps_chosen_entries_and_redraws(make, when):
+    select = make(0.5, key=jax.random.key(4))
+    tx, params, state = clipjax.clamp_weights(0.5, when=when, select=select), W, None
+    state = tx.init(params)
+    for count in range(3):
+        moves, state = jax.jit(tx.update)(ZERO, state, params)
+        new = optax.apply_updates(params, moves)
+        chosen = select.choose(W, jax.random.fold_in(jax.random.key(4), count))
+        for name, w in params.items():
+            expected = np.where(np.asarray(chosen[name]), np.clip(w, -0.5, 0.5).astype(np.float32), w)
+            np.testing.assert_array_equal(new[name], expected)
+        params = new
+
+
+def test_where_and_non_finite_weights():
+    """Untouched leaves pass; NaN stays, infinity too: it is no finite target."""
+    params = {"a": jnp.array([jnp.nan, jnp.inf, 5.0]), "b": jnp.array([5.0])}
+    tx = clipjax.clamp_weights(1.0, where=lambda path, leaf: path == "a")
+    new, _ = run(tx, jax.tree.map(jnp.zeros_like, params), params)
+    np.testing.assert_array_equal(new["a"], [np.nan, np.inf, 1.0])
+    np.testing.assert_array_equal(new["b"], [5.0])
+
+
+def test_traced_bound_is_a_sweep():
+    bounds = jnp.array([0.1, 2.0])
+
+    def once(bound):
+        tx = clipjax.clamp_weights(bound)
+        return optax.apply_updates(W, tx.update(ZERO, tx.init(W), W)[0])["a"]
+
+    for w, bound in zip(jax.vmap(once)(bounds), np.asarray(bounds), strict=True):
+        np.testing.assert_allclose(np.abs(w).max(), bound, rtol=1e-6)
+        assert np.abs(w).max() <= bound
+
+
+def test_far_weights_land_inside_at_once():
+    """|w₀| up to 100·T."""
+    params = {"a": W["a"] * 1000}
+    new, _ = run(clipjax.clamp_weights(0.3), {"a": U["a"]}, params)
+    assert np.abs(new["a"]).max() <= np.float32(0.3)

@@ -1,0 +1,72 @@
+"""Projections as plain functions of arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import clipjax
+from clipjax import projections
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+W = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32) * 2
+
+
+def apply(projection, x):
+    return projection.apply(x, projection.init(x), None)[0]
+
+
+def reference_norms(x, axis):
+    return np.sqrt(np.sum(np.square(x.astype(np.float64)), axis=axis, keepdims=axis is not None))
+
+
+def test_identity_moves_nothing():
+    np.testing.assert_array_equal(apply(projections.identity(), W), W)
+
+
+@pytest.mark.parametrize("bound", [0.5, (-0.25, 1.0)])
+def test_clamp(bound):
+    low, high = bound if isinstance(bound, tuple) else (-bound, bound)
+    got = apply(projections.clamp(bound), {"w": jnp.asarray(W), "none": None})
+    np.testing.assert_array_equal(got["w"], np.clip(W, low, high))
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, (0, 1)])
+@pytest.mark.parametrize("bound", [0.5, 3.0, 1e3])
+def test_max_norm_scales_what_is_too_long(axis, bound):
+    n = reference_norms(W, axis)
+    got = apply(projections.max_norm(bound, axis=axis), jnp.asarray(W))
+    np.testing.assert_allclose(got, W * np.minimum(1, bound / n), rtol=1e-5)
+    kept = np.broadcast_to(n <= bound, W.shape)
+    np.testing.assert_array_equal(np.asarray(got)[kept], W[kept])
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_unit_norm(axis):
+    got = apply(projections.unit_norm(axis=axis), jnp.asarray(W))
+    np.testing.assert_allclose(got, W / reference_norms(W, axis), rtol=1e-5)
+
+
+@pytest.mark.parametrize("projection", [projections.max_norm(1.0), projections.unit_norm(), projections.max_norm(0.0)])
+def test_norm_of_zero_stays_zero(projection):
+    np.testing.assert_array_equal(apply(projection, jnp.zeros((2, 2))), np.zeros((2, 2)))
+
+
+def test_a_function_or_a_projection_is_accepted():
+    held = projections.as_projection(lambda x: 2 * x)
+    np.testing.assert_array_equal(apply(held, jnp.asarray(W)), 2 * W)
+    own = projections.identity()
+    assert projections.as_projection(own) is own
+
+
+def test_in_a_train_step_after_the_optimizer():
+    """Each unit's incoming weights stay in a ball, whatever the gradients."""
+    tx = optax.chain(optax.sgd(1.0), clipjax.project(projections.max_norm(1.0, axis=0)))
+    params = {"kernel": jnp.asarray(W)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(3):
+        updates, state = update({"kernel": jnp.asarray(W)}, state, params)
+        params = optax.apply_updates(params, updates)
+        assert (reference_norms(np.asarray(params["kernel"]), 0) <= 1 + 1e-6).all()
