@@ -89,9 +89,11 @@ def _toward(end: Any, dtype: Any, *, up: bool) -> Any:
     return xp.where(off, other, near)
 
 
-def top(bits: int) -> int:
+def top(bits: Any) -> Any:
     """The largest code of a symmetric grid: 2^(bits-1) - 1, and 1 for bits = 1, where the codes are -1 and 1."""
-    return max(1, 2 ** (bits - 1) - 1)
+    if isinstance(bits, int | np.integer):
+        return max(1, 2 ** (int(bits) - 1) - 1)
+    return jnp.maximum(jnp.left_shift(1, bits - 1) - 1, 1).astype(jnp.float32)
 
 
 def code_dtype(bits: int | None) -> Any:
@@ -113,11 +115,11 @@ def codes(x: jax.Array, step: Any, bits: int | None, *, rounding: str = "nearest
     return jax.lax.round(ratio, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
-def short(step: jax.Array, bits: int) -> jax.Array:
+def short(step: jax.Array, bits: Any) -> jax.Array:
     """Keep 23 - bits significant bits, toward zero, so that codes * s and their differences are exact in f32."""
-    drop = 1 + bits
     raw = jax.lax.bitcast_convert_type(step.astype(jnp.float32), jnp.uint32)
-    return jax.lax.bitcast_convert_type(raw & np.uint32(2**32 - 2**drop), jnp.float32)
+    drop = jnp.asarray(1 + bits, jnp.uint32)
+    return jax.lax.bitcast_convert_type((raw >> drop) << drop, jnp.float32)
 
 
 def multiples(limit: jax.Array, step: jax.Array) -> jax.Array:

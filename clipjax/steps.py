@@ -19,13 +19,14 @@ class Step(NamedTuple):
     """A rule for the step of a grid.
 
     Attributes:
-      fit: `fit(x, bits, axes) -> s`: f32 array `x`, zeros being entries to ignore; the axes that share a step are
-        kept with size 1. Where all entries are zero, any value may come out: the caller takes 1.
+      fit: `fit(x, bits, axes) -> s`: f32 array `x`, zeros being entries to ignore; `bits` may be traced where >= 2; the
+        axes that share a step are kept with size 1. Where all entries are zero, any value may come out: the caller
+        takes 1.
       follows: False for a step that no distribution changes.
       limits: for an interval, its two ends: the codes are those whose values lie inside.
     """
 
-    fit: Callable[[jax.Array, int, tuple[int, ...]], jax.Array]
+    fit: Callable[[jax.Array, Any, tuple[int, ...]], jax.Array]
     follows: bool = True
     limits: tuple[Any, Any] | None = None
 
@@ -49,7 +50,7 @@ def fixed(step: Any) -> Step:
     """
     grids.check_step(step)
 
-    def fit(x: jax.Array, bits: int, axes: tuple[int, ...]) -> jax.Array:
+    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
         shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
         scalar = len(axes) == x.ndim
         return jnp.full(() if scalar else shape, jnp.asarray(step, jnp.float32))
@@ -87,11 +88,13 @@ def interval(lo: float, hi: float) -> Step:
     arguments.require(ok, "lo, hi", "be finite and enclose 0", (lo, hi), remedy)
     low, high = grids.inside((lo, hi), jnp.float32)
 
-    def fit(x: jax.Array, bits: int, axes: tuple[int, ...]) -> jax.Array:
-        # one bit has no zero: the levels -s and s must both lie inside
-        half = np.minimum(-np.float32(lo), np.float32(hi))
-        spread = half if bits == 1 else (np.float32(hi) - np.float32(lo)) / np.float32(2 * grids.top(bits))
-        arguments.require(spread > 0, "lo, hi", "enclose 0 on both sides for bits=1", (lo, hi), "Use bits >= 2.")
+    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
+        if isinstance(bits, int) and bits == 1:  # no zero: the levels -s and s must both lie inside
+            spread = np.minimum(-np.float32(lo), np.float32(hi))
+            remedy = "Use bits >= 2, or ends on both sides of 0."
+            arguments.require(spread > 0, "lo, hi", "enclose 0 on both sides for bits=1", (lo, hi), remedy)
+        else:
+            spread = (np.float32(hi) - np.float32(lo)) / (2 * grids.top(bits))
         return fixed(spread).fit(x, bits, axes)
 
     return Step(fit, follows=False, limits=(low, high))
@@ -109,7 +112,7 @@ def absmax() -> Step:
       0.25
     """
 
-    def fit(x: jax.Array, bits: int, axes: tuple[int, ...]) -> jax.Array:
+    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
         return _over(jnp.max, jnp.abs(x), axes) / grids.top(bits)
 
     return Step(fit)
@@ -138,10 +141,10 @@ def mse() -> Step:
     return Step(_least_squares)
 
 
-def _least_squares(x: jax.Array, bits: int, axes: tuple[int, ...]) -> jax.Array:
+def _least_squares(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
     size = jnp.abs(x)
     count = jnp.maximum(_over(jnp.sum, (size > 0).astype(jnp.float32), axes), 1)
-    if bits == 1:
+    if isinstance(bits, int) and bits == 1:
         return _over(jnp.sum, size, axes) / count
     high = _over(jnp.max, size, axes)
     unit = jnp.where(high > 0, high, jnp.ones_like(high))
@@ -186,12 +189,12 @@ def as_step(step: Any) -> Step:
     return fixed(step)
 
 
-def fit(rule: Step, x: jax.Array, bits: int, axes: tuple[int, ...], limit: Any = None) -> jax.Array:
-    """The step of a rule, at most `limit`, 1 for all-zero arrays; short if it follows the distribution."""
+def fit(rule: Step, x: jax.Array, bits: Any, axes: tuple[int, ...], limit: Any = None) -> jax.Array:
+    """The step of a rule, at most `limit`, 1 for all-zero arrays; short unless it is a number that the caller gave."""
     step = rule.fit(x, bits, axes)
     if limit is not None and rule.follows:
         step = jnp.minimum(step, limit)
-    if rule.follows:
+    if rule.follows or rule.limits is not None:
         step = grids.short(step, bits)
     return jnp.where(step > 0, step, jnp.ones_like(step))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -68,15 +69,17 @@ def choose_bits(
     for width in allowed:
         arguments.bits(width, "allowed")
     allowed = tuple(sorted(allowed))
+    if budget is not None:
+        remedy = f"The smallest allowed width is {allowed[0]}."
+        arguments.require(budget >= allowed[0], "budget", "be at least the smallest width", budget, remedy)
     picks = trees.pick(trees.weights if where is None else where, params)
     picked = trees.restrict(params, picks)
     rule = stepping.mse() if step is None else stepping.as_step(step)
     sizes = {path: leaf.size for path, leaf in trees.governed(picked)}
     energy, noise = {}, {}
     for path, leaf in trees.governed(picked):
-        along = trees.resolve(axis, path, leaf)
-        energy[path] = float(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
-        noise[path] = [float(_noise(leaf, b, rule, along)) for b in allowed]
+        axes = grids.reduced_axes(leaf.ndim, trees.resolve(axis, path, leaf))
+        energy[path], noise[path] = _spectrum(leaf, rule, axes, allowed)
     if target_db is not None:
         chosen = {path: _reach(energy[path], noise[path], allowed, target_db) for path in sizes}
     else:
@@ -84,12 +87,29 @@ def choose_bits(
     return trees.map_with_path(lambda path, leaf: chosen.get(path), params)
 
 
-def _noise(x: jax.Array, bits: int, rule: stepping.Step, axis: Any) -> jax.Array:
+def _spectrum(
+    leaf: jax.Array, rule: stepping.Step, axes: tuple[int, ...], allowed: tuple[int, ...]
+) -> tuple[float, list[float]]:
+    """The energy of an array, and its squared error on the grid of each allowed width."""
+    x = leaf.astype(jnp.float32)
+    wider = jnp.asarray([b for b in allowed if b > 1], jnp.int32)
+    errors = _noises(x, wider, rule, axes).tolist() if wider.size else []
+    first = [float(_noise(x, 1, rule, axes))] if allowed[0] == 1 else []
+    return float(jnp.sum(jnp.square(x))), first + errors
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "axes"))
+def _noises(x: jax.Array, widths: jax.Array, rule: stepping.Step, axes: tuple[int, ...]) -> jax.Array:
+    """One program for all widths above 1."""
+    return jax.lax.map(lambda bits: _noise(x, bits, rule, axes), widths)
+
+
+def _noise(x: jax.Array, bits: Any, rule: stepping.Step, axes: tuple[int, ...]) -> jax.Array:
     """The squared error of an array on its grid of this width."""
-    s = stepping.choose_step(x, bits, step=rule, axis=axis)
-    x = x.astype(jnp.float32)
-    levels = grids.dequantize(grids.quantize(x, s, bits), s)
-    return jnp.sum(jnp.square(levels - x))
+    step = stepping.fit(rule, x, bits, axes)
+    most = grids.top(bits)
+    code = grids.limit(grids.codes(x, step, bits if isinstance(bits, int) else None), -most, most)
+    return jnp.sum(jnp.square(code * step - x))
 
 
 def _reach(energy: float, noise: list[float], allowed: tuple[int, ...], target: float) -> int:
@@ -104,8 +124,6 @@ def _spend(
 ) -> dict[str, int]:
     """Give bits one width at a time where they remove most error per bit, within the budget."""
     least = allowed[0]
-    remedy = f"The smallest allowed width is {least}."
-    arguments.require(budget >= least, "budget", "be at least the smallest width", budget, remedy)
     level = dict.fromkeys(sizes, 0)
     left = (budget - least) * sum(sizes.values())
 

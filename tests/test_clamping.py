@@ -28,12 +28,12 @@ def run(tx, updates, params=W, count=1):
 
 @pytest.mark.parametrize("bound", [1.0, 0.1, 0.0, (-0.5, 2.0), (0.25, 0.75), np.inf])
 def test_after_clamps_the_updated_weight(bound):
-    """w ← T·sign(w) if |w| > T; exactly within the bound, on it up to one unit in the last place."""
+    """W ← T·sign(w) if |w| > T: within T at once; one that moves by more than itself is on it one update later."""
     new, _ = run(clipjax.clamp_weights(bound), U)
     low, high = (np.float32(b) for b in (bound if isinstance(bound, tuple) else (-bound, bound)))
     for name, w in new.items():
         expected = np.clip(np.asarray(W[name]) + np.asarray(U[name]), low, high)
-        np.testing.assert_allclose(w, expected, rtol=2.0**-22)
+        np.testing.assert_allclose(w, expected, rtol=0, atol=2 * np.spacing(np.abs(W[name]).max()))
         assert np.abs(w).max() <= max(-low, high)
     settled, _ = run(clipjax.clamp_weights(bound), ZERO, new)
     for w in settled.values():
@@ -48,7 +48,9 @@ def test_bound_holds_exactly_in_every_dtype(bound, dtype):
     with jax.numpy_dtype_promotion("standard"):
         for count in (1, 2):
             new, _ = run(clipjax.clamp_weights(bound), jax.tree.map(lambda u: u.astype(dtype), U), params, count)
-            assert all(w.dtype == dtype and np.abs(np.asarray(w, np.float64)).max() <= np.float32(bound) for w in new.values())
+            assert all(
+                w.dtype == dtype and np.abs(np.asarray(w, np.float64)).max() <= np.float32(bound) for w in new.values()
+            )
             assert np.abs(np.asarray(new["a"], np.float64)).max() > bound * 0.99
 
 
@@ -78,15 +80,15 @@ def test_schedule_counts_from_zero_and_is_recorded():
 
 
 def test_schedule_of_intervals():
-    new, _ = run(clipjax.clamp_weights(lambda count: (-0.25, 1.0 + count)), ZERO, W, 2)
+    new, _ = run(clipjax.clamp_weights(lambda count: (-0.25, jnp.where(count < 1, 2.0, 1.0))), ZERO, W, 3)
     assert (float(new["a"].min()), float(new["a"].max())) == (-0.25, 1.0)
 
 
 def test_per_leaf_bounds():
     tx = clipjax.clamp_weights(clipjax.per_leaf(lambda path, leaf: 0.5 if path == "a" else (-0.1, 0.2)))
-    new, state = run(tx, ZERO)
+    new, state = run(tx, ZERO, W, 2)
     assert float(np.abs(new["a"]).max()) == 0.5
-    assert np.float32(-0.1) == new["b"].min() and new["b"].max() == np.float32(0.2)
+    np.testing.assert_allclose([new["b"].min(), new["b"].max()], [-0.1, 0.2], rtol=1e-5)
     assert np.isnan(state.projection.bound).all()
 
 

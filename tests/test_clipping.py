@@ -45,7 +45,9 @@ def test_clip_matches_numpy_and_keeps_the_dtype(limit, dtype):
     for name, g in grads.items():
         bound = np.asarray(jnp.asarray(limit, dtype), np.float32)
         assert updates[name].dtype == dtype
-        np.testing.assert_array_equal(np.asarray(updates[name], np.float32), np.clip(np.asarray(g, np.float32), -bound, bound))
+        np.testing.assert_array_equal(
+            np.asarray(updates[name], np.float32), np.clip(np.asarray(g, np.float32), -bound, bound)
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,7 +62,9 @@ def test_clip_threshold_beyond_f16_is_its_largest_value():
 
 
 def test_clip_schedule_counts_from_zero():
-    schedule = optax.piecewise_constant_schedule(0.25, {2: 0.5})
+    def schedule(count):
+        return jnp.where(count < 2, 0.25, 0.125)
+
     for count, limit in enumerate([0.25, 0.25, 0.125]):
         updates, state = apply(clipjax.clip(schedule), GRADS, count)
         assert float(jnp.abs(updates["b"]).max()) == limit == float(state.threshold)
@@ -77,7 +81,9 @@ def test_clip_select_touches_chosen_entries_only():
     updates, _ = apply(clipjax.clip(0.1, select=select), GRADS)
     chosen = select.choose(GRADS, jax.random.fold_in(jax.random.key(2), 0))
     for name, g in GRADS.items():
-        np.testing.assert_array_equal(updates[name], np.where(chosen[name], np.clip(g, -0.1, 0.1).astype(np.float32), g))
+        np.testing.assert_array_equal(
+            updates[name], np.where(chosen[name], np.clip(g, -0.1, 0.1).astype(np.float32), g)
+        )
 
 
 @pytest.mark.parametrize("make", [clipjax.clip, clipjax.clip_norm])
@@ -114,7 +120,7 @@ def test_clip_norm_matches_numpy(per, order):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_clip_norm_within_the_threshold_is_bit_identical(dtype):
-    """n ≤ C, C = n included."""
+    """N ≤ C, C = n included."""
     grads = {"a": jnp.asarray(RNG.normal(size=50), dtype), "one": jnp.array([1.0, -0.0, 5e-8], dtype)}
     norm = float(apply(clipjax.clip_norm(np.inf), grads)[1].norm_pre)
     for limit in (np.inf, 2 * norm, norm):
@@ -151,7 +157,7 @@ def test_clip_norm_infinite_threshold_only_records():
 
 
 def test_clip_norm_counts_clipped_updates():
-    _, state = apply(clipjax.clip_norm(optax.piecewise_constant_schedule(0.1, {2: 1e6})), GRADS, 3)
+    _, state = apply(clipjax.clip_norm(lambda count: jnp.where(count < 2, 0.1, 1e6)), GRADS, 3)
     assert (int(state.count), int(state.clipped)) == (4, 2)
 
 
@@ -175,7 +181,9 @@ def test_clip_norm_select_measures_and_rescales_chosen_entries():
 def test_clip_norm_bf16_with_array_threshold_keeps_dtype():
     """Optax raises here; and no threshold promotes updates."""
     grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), GRADS)
-    updates, _ = jax.jit(lambda c: clipjax.clip_norm(c).update(grads, clipjax.clip_norm(c).init(grads)))(jnp.float32(0.5))
+    updates, _ = jax.jit(lambda c: clipjax.clip_norm(c).update(grads, clipjax.clip_norm(c).init(grads)))(
+        jnp.float32(0.5)
+    )
     assert {u.dtype for u in updates.values()} == {jnp.dtype("bfloat16")}
     np.testing.assert_allclose(reference_norm(updates.values()), 0.5, rtol=0.01)
 
@@ -184,19 +192,24 @@ def test_clip_norm_bf16_with_array_threshold_keeps_dtype():
 
 
 def test_norm_accumulates_in_f32_across_bf16_leaves():
-    """2000 leaves of 0.1: 4.48, where accumulating in the leaf dtype gives 2.0."""
-    leaves = [jnp.full((), 0.1, jnp.bfloat16)] * 2000
-    got = float(jax.jit(lambda x: norms.norm([x] * 2000))(leaves[0]))
-    np.testing.assert_allclose(got, np.sqrt(2000) * float(jnp.bfloat16(0.1)), rtol=1e-5)
+    """Many leaves of 0.1: accumulating in the leaf dtype would stop at 2.0 (2000 of them make 4.48)."""
+    got = float(jax.jit(lambda x: norms.norm([x] * 600))(jnp.full((), 0.1, jnp.bfloat16)))
+    np.testing.assert_allclose(got, np.sqrt(600) * float(jnp.bfloat16(0.1)), rtol=1e-5)
+    one = jnp.full(2000, 0.1, jnp.bfloat16)
+    np.testing.assert_allclose(norms.norm([one]), 4.48, rtol=1e-3)
 
 
-@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e-19, 1.0, 1e15, 3e19, 4e19, 1e30, 5e37])
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e-19, 1.0, 1e15, 3e19, 4e19, 1e30, 2e37])
 def test_norm_is_right_wherever_it_is_representable(scale):
     """Neither overflow nor underflow of the squares."""
-    leaves = [np.float32([3, -4]) * np.float32(scale), np.float32([12]) * np.float32(scale)]
+    leaves = [
+        np.float32([3, -4]) * np.float32(scale),
+        np.float32([12]) * np.float32(scale),
+        np.zeros((1, 1), np.float32),
+    ]
     got = float(jax.jit(norms.norm)([jnp.asarray(x) for x in leaves]))
     if scale < np.finfo(np.float32).tiny:
-        assert got <= 1e-37  # denormals may be flushed
+        assert got <= 2e-37  # denormals may be flushed
     else:
         np.testing.assert_allclose(got, reference_norm(leaves), rtol=1e-5)
 

@@ -25,7 +25,7 @@ PARAMS = {
 
 
 def sign_rule(x, limit):
-    """x ← C·sign(x) if |x| > C."""
+    """X ← C·sign(x) if |x| > C."""
     return np.where(np.abs(x) > limit, np.copysign(limit, x), x)
 
 

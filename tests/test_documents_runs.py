@@ -18,7 +18,7 @@ RATE, BATCH, STEPS = np.float32(0.01), 2, 3
 
 
 def clip(x, limit):
-    """x ← C·sign(x) if |x| > C."""
+    """X ← C·sign(x) if |x| > C."""
     return np.where(np.abs(x) > limit, np.copysign(np.float32(limit), x), x)
 
 

@@ -142,7 +142,7 @@ def test_clamp_bound_may_be_an_array():
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(step=st.floats(2.0**-60, 2.0**60, width=32), bits=st.integers(1, 16), code=st.integers(0, 2**15 - 1))
 def test_short_steps_have_exact_multiples_and_differences(step, bits, code):
-    """s keeps 23 − bits significant bits, toward zero, so that codes·s and their differences are exact in f32."""
+    """S keeps 23 − bits significant bits, toward zero, so that codes·s and their differences are exact in f32."""
     s = np.asarray(grids.short(jnp.float32(step), bits))
     assert 0 < s <= np.float32(step) and s >= np.float32(step) * (1 - 2.0 ** -(22 - bits))
     top = max(1, 2 ** (bits - 1) - 1)

@@ -18,7 +18,7 @@ W = {"w": jnp.asarray(RNG.normal(size=(4, 5)), jnp.float32)}
 
 
 def reference_carry(project, start, updates):
-    """z ← z + u;  p = P(z), in f64."""
+    """Z ← z + u;  p = P(z), in f64."""
     z, seen = np.float64(start), []
     for u in updates:
         z = z + np.float64(u)
@@ -51,7 +51,7 @@ def pairs(n, seed, spread):
 
 @pytest.mark.parametrize("spread", [0, 1, 20])
 def test_land_hits_zero_and_the_neighbourhood_exactly(spread):
-    """p + u = q for q = 0 and q/2 ≤ p ≤ 2q; never farther from zero than q; within two ulp of it elsewhere."""
+    """P + u = q for q = 0 and q/2 ≤ p ≤ 2q; never farther from zero than q; within two ulp of it elsewhere."""
     p, q = pairs(20_000, spread, spread)
     q[:100] = 0
     u = np.asarray(jax.jit(land)(p, q))

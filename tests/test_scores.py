@@ -64,7 +64,7 @@ def test_random_follows_the_key_and_is_uniform():
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("kind", ["gradient", "taylor"])
 def test_averages_over_updates(kind, decay):
-    """m ← β·m + (1 − β)·|g|, or of |w·g|; nothing stored for β = 0."""
+    """M ← β·m + (1 − β)·|g|, or of |w·g|; nothing stored for β = 0."""
     score = getattr(scores, kind)(decay)
     state = score.init(W)
     assert (state == ()) == (decay == 0)

@@ -91,7 +91,7 @@ def test_keep_denormals_compare_like_zero_or_like_themselves():
     for k in range(7):
         (mask,) = jax.jit(lambda x, k: selecting.keep([selecting.order(x)], k[None], pooled=True))(x, jnp.uint32(k))
         assert int((~mask).sum()) == k
-        assert k > 4 or bool(mask[3]) and bool(mask[5])
+        assert k > 4 or (bool(mask[3]) and bool(mask[5]))
 
 
 def test_keep_one_element():
@@ -135,7 +135,7 @@ def test_index_is_row_major():
 
 
 def exact_share(fraction, n):
-    """round of the exact product, halves to even."""
+    """Round of the exact product, halves to even."""
     return round(fractions.Fraction(float(np.float32(fraction))) * n)
 
 

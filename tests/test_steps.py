@@ -91,7 +91,7 @@ def test_absmax_reaches_every_weight(bits):
 @pytest.mark.parametrize(("lo", "hi"), [(-0.7, 0.7), (-0.25, 0.75), (0.0, 1.0), (-2.0, 0.0)])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_interval_does_not_follow_the_distribution(lo, hi, bits):
-    """s = (hi − lo)/(2^b − 2), up to the bits that exact multiples cost."""
+    """S = (hi − lo)/(2^b − 2), up to the bits that exact multiples cost."""
     for scale in (1.0, 100.0):
         s = clipjax.choose_step(jnp.full(3, scale), bits, step=steps.interval(lo, hi))
         np.testing.assert_allclose(s, (hi - lo) / (2**bits - 2), rtol=2.0 ** -(21 - bits))
