@@ -35,7 +35,7 @@ clean:
 
 # One stamp for each extra: installed again whenever pyproject.toml changes.
 $(VENV)/.%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]'
 	touch $@
 
 $(BIN)/python:

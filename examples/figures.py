@@ -79,12 +79,12 @@ def _training(runs: Mapping[str, Run], names: Mapping[str, str]) -> plt.Figure:
             grid = steps[run.facts["fake_quantize/step"] != run.facts["fake_quantize/step"][0]][0]
             top.plot(grid, np.interp(grid, ends, accuracy), "o", color=COLORS[letter], markersize=6)
         if "prune_mask/sparsity" in run.facts:
-            zeros = run.facts["prune_mask/sparsity"]
-            bottom.plot(steps, 100 * zeros, **style)
+            zeros = 100 * run.facts["prune_mask/sparsity"]
+            bottom.plot(steps, zeros, **style)
             curves.setdefault(zeros.tobytes(), []).append(letter)
-            bottom.annotate(
-                ", ".join(curves[zeros.tobytes()]), (steps[zeros.argmax()], 92), ha="right", color=COLORS[letter]
-            )
+    for zeros, letters in curves.items():
+        half = int((np.frombuffer(zeros, np.float32) < 50).sum())
+        bottom.annotate(", ".join(letters), (half, 50), xytext=(8, -4), textcoords="offset points", fontweight="bold")
     lowest = min(run.accuracy[longest // 4 :].min() for run in shown.values())
     top.set_ylim(max(0, 100 * lowest - 2), 100.2)
     top.set(ylabel="test accuracy, %", title="Accuracy while the weights disappear (dot: on a 4-bit grid from here on)")

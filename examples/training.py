@@ -1,5 +1,6 @@
 """The data, the model and the train step that every row of digits.py shares: nothing in here knows clipjax's chains."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -53,14 +54,25 @@ class CNN(nn.Module):
 
 
 class Run(NamedTuple):
-    """What a training leaves: the state, the facts of every step, the test accuracy of every epoch, the time."""
+    """What a training leaves: the state, the facts of every step, test accuracy and train seconds of every epoch."""
 
     params: Any
     opt_state: Any
     facts: dict[str, np.ndarray]
     accuracy: np.ndarray
+    seconds: np.ndarray
     predicted: np.ndarray
-    seconds: float
+
+
+@dataclasses.dataclass
+class _Training:
+    """A training that is under way: its compiled step and its state, and what it has told so far."""
+
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    state: TrainState
+    facts: list[dict[str, jax.Array]] = dataclasses.field(default_factory=list)
+    accuracy: list[float] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
 
 
 def init(data: Data, seed: int) -> Any:
@@ -70,34 +82,53 @@ def init(data: Data, seed: int) -> Any:
 
 def train(
     data: Data,
-    tx: optax.GradientTransformation,
+    chains: dict[str, optax.GradientTransformation],
     params: Any,
     *,
     epochs: int,
     seed: int,
-    on_epoch: Callable[[], None],
-) -> Run:
-    """Trains `params` with `tx`. The clock runs only while compiled train steps do: no compiling, no testing."""
+    on_turn: Callable[[str, int], None],
+) -> dict[str, Run]:
+    """Trains every chain from the same params on the same batches.
+
+    They take turns, an epoch each, so that whatever else the machine does slows them all alike. The clock runs only
+    while compiled train steps do: no compiling, no testing. `on_turn(name, epochs)` hears of every turn before it
+    starts: compiling is one of 0 epochs.
+    """
+    runs = {}
+    for name, tx in chains.items():
+        on_turn(name, 0)
+        runs[name] = _start(data, tx, params)
+    for epoch in range(epochs):
+        batches = _batches(data, np.random.default_rng((seed, epoch)))
+        for name, run in runs.items():
+            on_turn(name, 1)
+            _run_epoch(run, data, batches)
+    return {name: _finish(run, data) for name, run in runs.items()}
+
+
+def _start(data: Data, tx: optax.GradientTransformation, params: Any) -> _Training:
     # The step is donated its state, so it gets params of its own.
     state = TrainState.create(apply_fn=CNN().apply, params=jax.tree.map(jnp.array, params), tx=tx)
-    batches = _batches(data, np.random.default_rng(seed))
-    step = jax.jit(_step, donate_argnums=0).lower(state, data.x, data.y, batches[0]).compile()
-    facts, accuracy, seconds = [], [], []
-    for _ in range(epochs):
-        begin = time.perf_counter()
-        for batch in batches:
-            state, fact = step(state, data.x, data.y, batch)
-            facts.append(fact)
-        jax.block_until_ready(state)
-        seconds.append(time.perf_counter() - begin)
-        predicted = predict(state.params, data.x_test)
-        accuracy.append(np.mean(predicted == data.y_test))
-        batches = _batches(data, np.random.default_rng((seed, len(seconds))))
-        on_epoch()
-    history = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(facts))
-    return Run(
-        state.params, state.opt_state, history, np.array(accuracy), predicted, epochs * float(np.median(seconds))
-    )
+    batch = jax.ShapeDtypeStruct((data.batch,), jnp.int32)
+    return _Training(jax.jit(_step, donate_argnums=0).lower(state, data.x, data.y, batch).compile(), state)
+
+
+def _run_epoch(run: _Training, data: Data, batches: np.ndarray) -> None:
+    begin = time.perf_counter()
+    for batch in batches:
+        run.state, facts = run.step(run.state, data.x, data.y, batch)
+        run.facts.append(facts)
+    jax.block_until_ready(run.state)
+    run.seconds.append(time.perf_counter() - begin)
+    run.accuracy.append(float(np.mean(predict(run.state.params, data.x_test) == data.y_test)))
+
+
+def _finish(run: _Training, data: Data) -> Run:
+    facts = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(run.facts))
+    params, opt_state = run.state.params, run.state.opt_state
+    predicted = predict(params, data.x_test)
+    return Run(params, opt_state, facts, np.array(run.accuracy), np.array(run.seconds), predicted)
 
 
 def _step(state: TrainState, x: jax.Array, y: jax.Array, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -1,4 +1,4 @@
-"""What the tests share: eight host devices, strict promotion where a file asks for it, real data where it is mounted."""
+"""What the tests share: eight host devices, strict promotion where a file asks for it, real data where it is."""
 
 import os
 import pathlib

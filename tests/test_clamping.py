@@ -96,12 +96,13 @@ def test_per_leaf_bounds():
 @pytest.mark.parametrize("make", [selections.bernoulli, selections.leaves])
 def test_select_clamps_chosen_entries_and_redraws(make, when):
     select = make(0.5, key=jax.random.key(4))
-    tx, params, state = clipjax.clamp_weights(0.5, when=when, select=select), W, None
+    tx, params = clipjax.clamp_weights(0.5, when=when, select=select), W
     state = tx.init(params)
+    update, draw = jax.jit(tx.update), jax.jit(lambda i: select.choose(W, jax.random.fold_in(jax.random.key(4), i)))
     for count in range(3):
-        moves, state = jax.jit(tx.update)(ZERO, state, params)
+        moves, state = update(ZERO, state, params)
         new = optax.apply_updates(params, moves)
-        chosen = select.choose(W, jax.random.fold_in(jax.random.key(4), count))
+        chosen = draw(count)
         for name, w in params.items():
             expected = np.where(np.asarray(chosen[name]), np.clip(w, -0.5, 0.5).astype(np.float32), w)
             np.testing.assert_array_equal(new[name], expected)
@@ -124,7 +125,7 @@ def test_traced_bound_is_a_sweep():
         tx = clipjax.clamp_weights(bound)
         return optax.apply_updates(W, tx.update(ZERO, tx.init(W), W)[0])["a"]
 
-    for w, bound in zip(jax.vmap(once)(bounds), np.asarray(bounds), strict=True):
+    for w, bound in zip(jax.jit(jax.vmap(once))(bounds), np.asarray(bounds), strict=True):
         np.testing.assert_allclose(np.abs(w).max(), bound, rtol=1e-6)
         assert np.abs(w).max() <= bound
 

@@ -96,7 +96,7 @@ def test_none_masked_empty_and_scalar_leaves_pass(make):
 
 def test_vmap_over_thresholds_is_a_sweep():
     limits = jnp.array([0.1, 1.0])
-    swept = jax.vmap(lambda c: clipjax.clip(c).update(GRADS, clipjax.clip(c).init(GRADS))[0])(limits)
+    swept = jax.jit(jax.vmap(lambda c: clipjax.clip(c).update(GRADS, clipjax.clip(c).init(GRADS))[0]))(limits)
     for i, limit in enumerate(np.asarray(limits)):
         np.testing.assert_array_equal(swept["a"][i], np.clip(GRADS["a"], -limit, limit))
 

@@ -7,81 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from documents_reference import (
+    PARAMS,
+    RATE,
+    RNG,
+    C,
+    T,
+    X,
+    close,
+    half_away,
+    kernels,
+    remove,
+    round_to,
+    same,
+    sign_rule,
+    train,
+)
 
 import clipjax
 from clipjax import scores, selections, steps, structures
 
 pytestmark = pytest.mark.usefixtures("strict")
-
-RATE = 2.0**-7  # η; a power of two, so that η·g is exact and NumPy agrees bit for bit
-C = np.float32(0.01)
-T = np.float32(0.4)
-RNG = np.random.default_rng(0)
-X, Y = (RNG.normal(size=(32, n)).astype(np.float32) for n in (6, 4))
-PARAMS = {
-    "a": {"bias": jnp.zeros(8), "kernel": jnp.asarray(RNG.normal(size=(6, 8)) * 0.5, jnp.float32)},
-    "b": {"bias": jnp.zeros(4), "kernel": jnp.asarray(RNG.normal(size=(8, 4)) * 0.5, jnp.float32)},
-}
-
-
-def sign_rule(x, limit):
-    """X ← C·sign(x) if |x| > C."""
-    return np.where(np.abs(x) > limit, np.copysign(limit, x), x)
-
-
-def half_away(x):
-    """The schoolbook round."""
-    return np.sign(x) * np.floor(np.abs(x.astype(np.float64)) + 0.5)
-
-
-def round_to(w, s):
-    """Q(w) = round(w/s)·s."""
-    return (half_away(np.float32(w) / np.float32(s)) * np.float64(s)).astype(np.float32)
-
-
-def remove(values, k):
-    """Masks of a list of arrays without the k lowest values, the earlier position being kept among equals."""
-    flat = np.concatenate([v.ravel() for v in values])
-    keep = np.ones(flat.size, bool)
-    keep[np.lexsort((-np.arange(flat.size), flat))[:k]] = False
-    ends = np.cumsum([v.size for v in values])[:-1]
-    return [m.reshape(v.shape) for m, v in zip(np.split(keep, ends), values, strict=True)]
-
-
-def loss_fn(params):
-    hidden = jnp.tanh(X @ params["a"]["kernel"] + params["a"]["bias"][None])
-    return jnp.mean(jnp.square(hidden @ params["b"]["kernel"] + params["b"]["bias"][None] - 3 * Y))
-
-
-def train(tx, params, count):
-    """Yields (params before, gradients, params after, state) of `count` jitted train steps, as NumPy arrays."""
-
-    @jax.jit
-    def step(params, state):
-        grads = jax.grad(loss_fn)(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), grads, state
-
-    state = tx.init(params)
-    for _ in range(count):
-        new, grads, state = step(params, state)
-        yield *jax.tree.map(np.asarray, (params, grads, new)), state
-        params = new
-
-
-def same(fn, expected, *trees):
-    """`fn` of the other trees' leaves, in NumPy, is what the step returned, bit for bit."""
-    jax.tree.map(lambda e, *xs: np.testing.assert_array_equal(e, fn(*xs).astype(np.float32)), expected, *trees)
-
-
-def close(fn, expected, *trees):
-    """The same up to the last bit: a weight that moves by more than itself lands next to its value."""
-    jax.tree.map(lambda e, *xs: np.testing.assert_allclose(e, fn(*xs), rtol=2.0**-23), expected, *trees)
-
-
-def kernels(tree):
-    return [np.asarray(tree[layer]["kernel"]) for layer in ("a", "b")]
-
 
 # D1: g~ = clip(g, −α, α);  θ ← θ − η·g~
 
@@ -189,11 +135,19 @@ def test_d3_each_clipping_alone_and_both(clipped, when):
                 assert np.abs(new).max() <= bound
 
 
+KEY = jax.random.key(3)
 STRATEGIES = {
-    "random": selections.bernoulli(0.5, key=jax.random.key(3)),
-    "random selection": selections.leaves(0.5, key=jax.random.key(3)),
+    "random": selections.bernoulli(0.5, key=KEY),
+    "random selection": selections.leaves(0.5, key=KEY),
     "all": selections.everything(),
 }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draw(strategy, count):
+    """The entries that a strategy chooses at an update."""
+    chosen = STRATEGIES[strategy].choose(PARAMS, jax.random.fold_in(KEY, count))
+    return jax.tree.map(lambda m, p: jnp.broadcast_to(m, p.shape), chosen, PARAMS)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -206,8 +160,7 @@ def test_d3_strategies(strategy, clipped):
     members += [clipjax.clamp_weights(T, select=select)] * weights
     drawn = []
     for count, (before, grads, after, _) in enumerate(train(optax.chain(*members), PARAMS, 4)):
-        chosen = select.choose(PARAMS, jax.random.fold_in(jax.random.key(3), count))
-        chosen = jax.tree.map(lambda m, p: np.broadcast_to(m, p.shape), chosen, PARAMS)
+        chosen = jax.tree.map(np.asarray, draw(strategy, count))
         drawn.append(np.concatenate([m.ravel() for m in jax.tree.leaves(chosen)]))
 
         def expected(p, g, m):
@@ -256,12 +209,17 @@ def test_d0_samples_units_at_random_from_every_layer():
     """Each draw cuts exactly half of the units it sampled; another key cuts others."""
     params = {f"layer{n}": jnp.asarray(RNG.normal(size=(3, n)), jnp.float32) for n in (400, 200)}
     cuts = []
-    for seed in (1, 2):
+
+    @jax.jit
+    def once(seed):
         select = selections.bernoulli(0.5, key=jax.random.key(seed))
         tx = clipjax.prune_mask(0.5, structure=structures.unit(), scope="leaf", select=select)
-        new = optax.apply_updates(params, jax.jit(tx.update)(params, tx.init(params), params)[0])
+        updates, _ = tx.update(params, tx.init(params), params)
         units = {k: jnp.zeros((1, p.shape[1])) for k, p in params.items()}
-        chosen = select.choose(units, jax.random.fold_in(jax.random.key(seed), 0))
+        return optax.apply_updates(params, updates), select.choose(units, jax.random.fold_in(jax.random.key(seed), 0))
+
+    for seed in (1, 2):
+        new, chosen = once(seed)
         for name, mask in chosen.items():
             strength = np.where(mask[0], np.abs(2 * np.asarray(params[name], np.float64)).mean(0), np.inf)
             cut = np.sort(np.argsort(strength)[: round(0.5 * int(mask.sum()))])
@@ -298,7 +256,7 @@ def test_d4_clips_updates_and_rounds_halves_away_from_zero():
     """Q(x) = round(x/s)·s with a given s, unbounded, the float weight being carried."""
     tx = optax.chain(clipjax.clip(C), optax.sgd(RATE), clipjax.fake_quantize(step=0.125, rounding="half_away"))
     floats = kernels(PARAMS)
-    for before, grads, after, state in train(tx, PARAMS, 5):
+    for before, grads, after, state in train(tx, PARAMS, 5):  # noqa: B007 - looked at below
         floats = [z - np.float32(RATE) * np.clip(g, -C, C) for z, g in zip(floats, kernels(grads), strict=True)]
         for z, new in zip(floats, kernels(after), strict=True):
             np.testing.assert_array_equal(new, round_to(z, 0.125))

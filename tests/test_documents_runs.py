@@ -27,12 +27,20 @@ def half_away(x):
     return np.sign(x) * np.floor(np.abs(x.astype(np.float64)) + 0.5)
 
 
+def fresh(generator, shape):
+    """Biases of zero, kernels of variance 1/inputs."""
+    if len(shape) == 1:
+        return np.zeros(shape, np.float32)
+    return generator.standard_normal(shape, np.float32) / np.float32(np.sqrt(np.prod(shape[:-1])))
+
+
 def steps(name, chain=None):
     """Yields (params before, gradients, params after, state) of the first train steps, leaves as lists of arrays."""
     model, own, batches = documents.RUNS[name]
     generator = np.random.default_rng(0)
     x, y = (array[:BATCH] for array in next(batches(generator, 1)))
-    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda p: jnp.asarray(fresh(generator, p.shape)), shapes)
     tx = (chain or own)(params)
 
     @jax.jit

@@ -62,14 +62,13 @@ def count_zeros(params):
 # make_mask
 
 
-@pytest.mark.parametrize("sparsity", [0, 0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999])
-@pytest.mark.parametrize("n", [1, 2, 5, 7, 10])
-def test_make_mask_removes_exactly_pythons_round(n, sparsity):
+@pytest.mark.parametrize("n", [1, 5, 10])
+def test_make_mask_removes_exactly_pythons_round(n):
     """round(2.5) = 2: halves go to even, as Python has it."""
-    scores_ = jnp.arange(n, 0, -1)
-    mask = clipjax.make_mask(scores_, sparsity)
-    assert mask.dtype == bool and int((~mask).sum()) == round(sparsity * n)
-    np.testing.assert_array_equal(mask, np.arange(n) < n - round(sparsity * n))
+    for sparsity in (0, 0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999):
+        mask = clipjax.make_mask(jnp.arange(n, 0, -1), sparsity)
+        assert mask.dtype == bool
+        np.testing.assert_array_equal(mask, np.arange(n) < n - round(sparsity * n))
 
 
 @pytest.mark.parametrize("values", ["random", "equal", "ties", "nan", "infinite"])
@@ -204,6 +203,7 @@ def test_refresh_argument_forces_or_forbids():
 
 
 def test_update_traces_once():
+    chex.clear_trace_counter()
     tx = clipjax.prune_mask(optax.linear_schedule(0.2, 0.6, 2), every=1, stop=2)
     update = jax.jit(chex.assert_max_traces(tx.update, 1))
     state, params = tx.init(PARAMS), PARAMS
@@ -238,8 +238,9 @@ def test_select_restricts_candidates_and_is_redrawn_at_each_refresh():
     select = selections.bernoulli(0.5, key=jax.random.key(5))
     tx = clipjax.prune_mask(0.5, select=select, every=1)
     shapes, gone, draws = kernels(PARAMS), None, []
+    draw = jax.jit(lambda count: select.choose(shapes, jax.random.fold_in(jax.random.key(5), count)))
     for count, params in enumerate(run(tx, 3)):
-        chosen = select.choose(shapes, jax.random.fold_in(jax.random.key(5), count))
+        chosen = draw(count)
         draws.append(np.asarray(chosen["a"]))
         if gone is None:
             picked = np.concatenate([np.ravel(chosen[k]) for k in shapes])
@@ -282,11 +283,13 @@ def test_non_finite_target_is_emitted_and_left_out():
 
 
 def test_keys_make_random_scores_reproducible():
-    masks = []
-    for seed in (1, 1, 2):
+
+    @jax.jit
+    def once(seed):
         tx = clipjax.prune_mask(0.5, score=scores.random(), key=jax.random.key(seed))
-        (params,) = run(tx, 1)
-        masks.append(zeros(params)["b"])
+        return optax.apply_updates(PARAMS, tx.update(ZEROS, tx.init(PARAMS), PARAMS)[0])
+
+    masks = [zeros(once(seed))["b"] for seed in (1, 1, 2)]
     assert (masks[0] == masks[1]).all() and (masks[0] != masks[2]).any()
 
 

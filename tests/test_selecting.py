@@ -21,7 +21,7 @@ PALETTE = [0.0, -0.0, 1.0, -1.0, 2.5, np.inf, -np.inf, np.nan, F32.max, F32.tiny
 
 
 def reference(arrays, counts):
-    """The `counts` lowest are gone, NaN first; of equals the earlier is kept: pooled for an int, else for each alone."""
+    """The `counts` lowest are gone, NaN first; of equals the earlier is kept. An int pools, a list counts for each."""
     if not isinstance(counts, int):
         return [reference([x], int(k))[0] for x, k in zip(arrays, counts, strict=True)]
     flat = np.concatenate([np.ravel(x) for x in arrays]).astype(np.float64)

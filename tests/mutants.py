@@ -1,0 +1,160 @@
+"""Mutation test: one-line breaks of the core, each of which must turn its tests red. Run by `make mutants`.
+
+Each break is made in a temporary copy of the tree, and a narrow selection of the tests runs there. A break that no
+test notices fails the run, and so does one whose text is not found exactly once: then the code has moved on, and the
+line here must follow it.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+COPIED = ("clipjax", "tests", "pyproject.toml", "README.md")
+
+
+class Mutant(NamedTuple):
+    file: str  # in clipjax/
+    old: str
+    new: str
+    tests: str  # in tests/, without "test_" and ".py"
+    expression: str = ""  # pytest -k
+
+
+MUTANTS = (
+    # the weight side lands and carries
+    Mutant("_projecting.py", "    u = u + (q - (p + u))\n", "    u = u + 0 * q\n", "projecting", "land"),
+    Mutant("_projecting.py", "jnp.abs(v) > jnp.abs(q), inward, u)", "jnp.abs(v) < 0, inward, u)", "projecting", "land"),
+    Mutant("_projecting.py", "((same | (p == 0)) & jnp.isfinite(z), z, w)", "(jnp.isfinite(z), z, w)", "projecting", "edited"),
+    Mutant("_projecting.py", "& jnp.isfinite(z), z, w)", ", z, w)", "contract_numbers", "nonfinite and project_master"),
+    Mutant("_projecting.py", "(w == 0) & (n != 0)", "(w == 1) & (n != 0)", "projecting", "members_before"),
+    Mutant("_projecting.py", "(new != landed) & jnp.isfinite(landed)", "(new != landed)", "contract_numbers", "nonfinite and clamp"),
+    Mutant("_projecting.py", "count=state.count - 1,", "count=state.count,", "contract_optax", "orbax or stochastic"),
+    Mutant("_projecting.py", "(since % every == 0)", "(since % every == 1)", "projecting", "refreshes_are_due"),
+    Mutant("_projecting.py", "| (context.count == stop)", "", "projecting", "refreshes_are_due"),
+    Mutant("_projecting.py", '{"grad": updates, **extra}', '{**extra, "grad": updates}', "pruning", "callers_own_wins"),
+    Mutant("_projecting.py", "jnp.zeros_like(p, dtype=dtype) + p.astype(dtype)", "p.astype(dtype)", "contract", "shares_no_buffer"),
+    Mutant("_projecting.py", "raise ValueError(arguments.NO_PARAMS)", "pass", "contract_numbers", "missing_params and clamp"),
+    # exact selection
+    Mutant("_selecting.py", "jnp.where(bits == sign, kind.type(0), bits)", "bits", "selecting", "order or adversarial"),
+    Mutant("_selecting.py", "counts - removed\n", "counts - removed + 1\n", "selecting", "keep"),
+    Mutant("_selecting.py", "[::-1] - counts  # ties", "[::-1] - 0 * counts  # ties", "selecting", "keep"),
+    Mutant("_selecting.py", "twice > divisor) |", "twice >= divisor) |", "selecting", "share"),
+    Mutant("_selecting.py", "near & 1 == 1", "near & 1 == 0", "selecting", "share"),
+    # masks
+    Mutant("_pruning.py", "jnp.where(m, w, jnp.zeros_like(w))", "jnp.where(m, w, 1e-9 * w)", "pruning", "zero"),
+    Mutant("_pruning.py", "None if carry else trees.place(state.mask, target)", "None", "pruning", "nest"),
+    Mutant("_pruning.py", "max(n - structure.min_keep, 0)", "max(n, 0)", "pruning", "min_keep"),
+    Mutant("_pruning.py", "[selecting.protect(x, ~c)", "[selecting.protect(x, c)", "pruning", "select"),
+    Mutant("_pruning.py", "[selecting.protect(x, ~f)", "[selecting.protect(x, f & False)", "pruning", "non_finite"),
+    Mutant("_pruning.py", 'scope == "global" and not _by_leaf(now)', "True", "pruning", "scope_leaf"),
+    Mutant("scores.py", "decay * average + (1 - decay)", "decay * average + decay", "documents", "d2_orders"),
+    Mutant("scores.py", "jnp.abs(weight * grad)", "jnp.abs(weight + grad)", "scores documents pruning", "taylor"),
+    Mutant("structures.py", "range(scores.ndim) if i != axis % scores.ndim", "range(scores.ndim) if i == axis", "pruning", "unit"),
+    # the grid
+    Mutant("_grids.py", "RoundingMethod.TO_NEAREST_EVEN", "RoundingMethod.AWAY_FROM_ZERO", "grids", "rounding or near_ties"),
+    Mutant("_grids.py", "jnp.where(x < 0, jnp.ones_like(x) * -1", "jnp.where(x <= 0, jnp.ones_like(x) * -1", "grids", "codes"),
+    Mutant("_grids.py", "2 ** (int(bits) - 1) - 1)", "2 ** (int(bits) - 1))", "grids", "codes"),
+    Mutant("_grids.py", "jnp.asarray(1 + bits,", "jnp.asarray(0 * bits,", "grids", "short"),
+    Mutant("_grids.py", "k * step > limit, k - 1, k", "k * step > limit, k, k", "grids", "multiples"),
+    Mutant("_grids.py", "near.astype(wide) < exact if up", "near.astype(wide) > exact if up", "grids", "inwards"),
+    Mutant("steps.py", "(size > 0).astype", "(size >= 0).astype", "steps", "mse"),
+    Mutant("steps.py", "jnp.abs(x), axes) / grids.top(bits)", "jnp.abs(x), axes) / bits", "steps", "absmax"),
+    Mutant("_quantizing.py", "jnp.maximum(reach, largest))", "largest)", "landing quantizing", "quantize or chain or passes"),
+    Mutant("_quantizing.py", "(landed != 0) & jnp.isfinite(x)", "jnp.isfinite(x)", "quantizing landing", "chain or zero"),
+    Mutant("_quantizing.py", "jnp.where(x == 0, jnp.zeros_like(code), code)", "code", "quantizing", "one_bit"),
+    Mutant("_quantizing.py", "low - jnp.floor(surplus / 2)", "low - jnp.ceil(surplus / 2) - 1", "steps quantizing documents", "interval"),
+    # clamping and clipping
+    Mutant("_clamping.py", 'w if when == "after" else p.astype', 'w if when != "after" else p.astype', "documents", "d3_each"),
+    Mutant("_clamping.py", "jnp.where(chosen, new, w)", "new", "documents", "d3_strategies"),
+    Mutant("_clipping.py", "grids.limit(g, -bound, bound)", "grids.limit(g, -bound, 2 * bound)", "documents", "d1_clips"),
+    Mutant("_clipping.py", "limit.astype(g.dtype), jnp.asarray", "limit, jnp.asarray", "contract_numbers", "dtype_of_updates and clip"),
+    Mutant("_clipping.py", "limit / (norm + eps)", "limit / (norm - eps)", "clipping contract", "eps or (vmap and clip_norm)"),
+    Mutant("_clipping.py", "jnp.isfinite(norm), factor, jnp.full_like", "norm < 0, factor, jnp.full_like", "contract", "donation and clip_norm"),
+    Mutant("_norms.py", "jnp.isinf(plain), large", "jnp.isnan(plain), large", "norms clipping", "huge or large or over or range"),
+    # trees
+    Mutant("_trees.py", "and leaf.size > 0", "", "contract_numbers", "empty_scalar"),
+    Mutant("_trees.py", '_BOX_FIELDS = ("value", "raw_value")', "_BOX_FIELDS = ()", "contract_models", "nnx_optimizer"),
+    Mutant("_trees.py", '("bias", "b", "scale", "offset")', '("b", "scale", "offset")', "contract_models", "lands and scanned or train_state and scanned"),
+)
+
+
+def copy(target):
+    """The tree as it is on disk, without caches."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target / name)
+
+
+def pytest(root, names, expression):
+    """Exit status and output of pytest in a copy of the tree."""
+    files = [f"tests/test_{name}.py" for name in names if (root / f"tests/test_{name}.py").exists()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "not slow"]
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    command += [*files, "-k", expression]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
+    return done.returncode, done.stdout[-2000:]
+
+
+def control():
+    """Every selection is green on the unbroken tree: the output of the files where it is not."""
+    selected = {}
+    for mutant in MUTANTS:
+        for name in mutant.tests.split():
+            selected.setdefault(name, set()).add(f"({mutant.expression})")
+    with tempfile.TemporaryDirectory(prefix="control") as name:
+        root = pathlib.Path(name)
+        copy(root)
+        for file, expressions in sorted(selected.items()):
+            status, output = pytest(root, [file], " or ".join(sorted(expressions)))
+            if status not in (0, 5):
+                yield f"test_{file}.py is red without any mutant:\n{output}"
+
+
+def verdict(mutant):
+    """What the tests say: "killed", or what is wrong with the mutant, and the seconds it took."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="mutant") as name:
+        root = pathlib.Path(name)
+        copy(root)
+        path = root / "clipjax" / mutant.file
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            return f"FOUND {text.count(mutant.old)} TIMES", 0.0
+        path.write_text(text.replace(mutant.old, mutant.new))
+        status, output = pytest(root, mutant.tests.split(), mutant.expression)
+    results = {0: "SURVIVED", 1: "killed", 5: "NO TEST SELECTED"}
+    return results.get(status, f"ERROR {output[-300:]}"), time.perf_counter() - begin
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", default="", help="run the mutants whose file or text contains this")
+    parser.add_argument("--no-control", action="store_true", help="do not run the selections on the unbroken tree")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if options.only in m.file + m.old]
+    alive = 0
+    for complaint in () if options.no_control else control():
+        alive += 1
+        print(complaint, flush=True)
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for mutant, (result, seconds) in zip(chosen, pool.map(verdict, chosen), strict=True):
+            alive += result != "killed"
+            print(f"{result:18} {seconds:5.1f} s  {mutant.file:16} {mutant.old.strip()[:72]}", flush=True)
+    print(f"{len(chosen)} mutants, {alive} complaints.")
+    return alive > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
