@@ -1,8 +1,8 @@
 """Claim: a whole chain (clip, adam, clamp, prune, fake_quantize) costs at most 1.7 times plain adam once it is frozen.
 
 One jitted, donated update + apply_updates at 1.6e7 parameters, all variants in one process, in turn; ratios of medians.
-"frozen" compiles with `refresh=False`; "cycle" keeps the refreshes in the program and runs past `stop`; "refresh" is one
-update that recomputes mask and steps.
+"frozen" compiles with `refresh=False`; "cycle" keeps the refreshes in the program and runs past `stop`; "refresh" is
+one update that recomputes mask and steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import clipjax

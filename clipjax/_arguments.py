@@ -84,7 +84,7 @@ def times(start: Any, every: Any, stop: Any) -> None:
     whole(stop, "stop", low=0, remedy="Updates are counted from 0.")
     if known(start) and known(stop):
         remedy = f"Refreshes happen from `start` ({int(start)}) to `stop`."
-        require(int(stop) >= int(start), "stop", "not be smaller than `start`", stop, remedy)
+        require(float(stop) >= float(start), "stop", "not be smaller than `start`", stop, remedy)
 
 
 def bits(value: Any, name: str = "bits") -> None:

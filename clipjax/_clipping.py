@@ -92,8 +92,8 @@ def clip(threshold: Any, *, select: selections.Selection | None = None) -> optax
 
 
 def _clip(g: jax.Array, limit: jax.Array, chosen: jax.Array) -> jax.Array:
-    bound = jnp.minimum(limit.astype(g.dtype), jnp.asarray(jnp.finfo(g.dtype).max, g.dtype))
-    bound = jnp.where(jnp.isinf(limit), jnp.asarray(jnp.inf, g.dtype), bound)
+    largest = jnp.asarray(jnp.finfo(g.dtype).max, jnp.float32)  # a narrower dtype may not hold the threshold
+    bound = jnp.where(jnp.isinf(limit), limit, jnp.minimum(limit, largest)).astype(g.dtype)
     return jnp.where(chosen, grids.limit(g, -bound, bound), g)
 
 
@@ -145,7 +145,7 @@ def clip_norm(
     arguments.non_negative(eps, "eps", "It is added to a norm.")
 
     def init_fn(params: Tree) -> ClipNormState:
-        shape = (len(jax.tree.leaves(params)) or 1,) if per == "leaf" else ()
+        shape = (len(trees.flatten(params)[0]) or 1,) if per == "leaf" else ()
         # arrays of their own: donation refuses shared ones
         count, clipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
         norm, limit, factor = (jnp.full(shape, x, jnp.float32) for x in (0.0, jnp.inf, 1.0))
@@ -153,9 +153,9 @@ def clip_norm(
 
     def update_fn(updates: Tree, state: ClipNormState, params: Tree = None, **extra: Any) -> Any:
         _real(updates)
-        leaves, treedef = trees.arrays(updates)
-        chosen = treedef.flatten_up_to(selections.choose(select, updates, None, state.count))
-        picked = [jnp.where(m, g, jnp.zeros_like(g)) for g, m in zip(leaves, chosen, strict=True)]
+        leaves, treedef = trees.flatten(updates)
+        chosen, _ = trees.flatten(selections.choose(select, updates, None, state.count))
+        picked = [_selected(g, m) for g, m in zip(leaves, chosen, strict=True)]
         if per == "leaf":
             norm = jnp.stack([norms.norm([x], ord) for x in picked] or [jnp.zeros(())])
         else:
@@ -164,7 +164,7 @@ def clip_norm(
         over = ~(norm <= limit)
         factor = _coefficient(norm, limit, eps)
         each = list(factor) if per == "leaf" else [factor] * len(leaves)
-        scaled = [_scale(g, f, m) for g, f, m in zip(leaves, each, chosen, strict=False)]
+        scaled = [None if g is None else _scale(g, f, m) for g, f, m in zip(leaves, each, chosen, strict=False)]
         new_state = ClipNormState(
             optax.safe_increment(state.count),
             state.clipped + jnp.any(over).astype(jnp.int32),
@@ -178,6 +178,11 @@ def clip_norm(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _selected(g: Any, chosen: Any) -> jax.Array:
+    """The entries that the norm is taken of; a leaf without a gradient counts as 0."""
+    return jnp.zeros((1,)) if g is None else jnp.where(chosen, g, jnp.zeros_like(g))
+
+
 def _coefficient(norm: jax.Array, limit: jax.Array, eps: Any) -> jax.Array:
     """1 within the threshold, C / (n + eps) above it, NaN for a norm that is not finite."""
     factor = jnp.where(norm <= limit, jnp.ones_like(norm), limit / (norm + eps))
@@ -186,7 +191,8 @@ def _coefficient(norm: jax.Array, limit: jax.Array, eps: Any) -> jax.Array:
 
 def _scale(g: jax.Array, factor: jax.Array, chosen: jax.Array) -> jax.Array:
     wide = trees.wide(g.dtype)
-    return jnp.where(chosen, (g.astype(wide) * factor.astype(wide)).astype(g.dtype), g)
+    scaled = (g.astype(wide) * factor.astype(wide)).astype(g.dtype)
+    return jnp.where(chosen & (factor != 1), scaled, g)  # a product with 1 would flush denormals
 
 
 def _checked(threshold: Any, select: selections.Selection | None) -> selections.Selection:

@@ -211,7 +211,7 @@ def quantize(
         arguments.bits(bits)
     x = jnp.asarray(x)
     x = trees.widened(x)
-    rounded = codes(x, step, bits, rounding=rounding, key=key)
+    rounded = jnp.where(jnp.isnan(x), x, codes(x, step, bits, rounding=rounding, key=key))
     limit = float(2**31 - 128) if bits is None else float(top(bits))
     rounded = jnp.clip(jnp.where(jnp.isnan(rounded), jnp.zeros_like(rounded), rounded), -limit, limit)
     return rounded.astype(code_dtype(bits))

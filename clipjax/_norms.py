@@ -17,7 +17,10 @@ def sums(x: jax.Array) -> jax.Array:
     """f[3]: the sums of x^2, (x 2^-90)^2 and (x 2^90)^2 in one pass; one is right wherever the norm is a float."""
     x = trees.widened(x)
     scales = (x.dtype.type(1), _SHRINK.astype(x.dtype), _GROW.astype(x.dtype))
-    return jnp.stack([jnp.sum(jnp.square(x * scale)) for scale in scales])
+    if x.size > 1:
+        return jnp.stack([jnp.sum(jnp.square(x * scale)) for scale in scales])
+    # XLA would reassociate (x c)^2 of a lone entry into x^2 c^2, and c^2 is 0 or infinite
+    return jnp.stack([jnp.sum(jnp.square(jax.lax.optimization_barrier(x * scale))) for scale in scales])
 
 
 def from_sums(total: jax.Array) -> jax.Array:
@@ -30,12 +33,6 @@ def from_sums(total: jax.Array) -> jax.Array:
     return jnp.where(plain < floor, jnp.where(jnp.isinf(grown), safe, small), safe)
 
 
-def power_sum(x: jax.Array, ord: float) -> jax.Array:
-    """The sum of |x|^p, or max|x| for p = inf."""
-    size = jnp.abs(trees.widened(x))
-    return jnp.max(size) if np.isinf(ord) else jnp.sum(size**ord)
-
-
 def norm(arrays: list[jax.Array], ord: float = 2) -> jax.Array:
     """The p-norm of all arrays together, f32 (f64 where one is); 0 for none."""
     arrays = [x for x in arrays if x.size]
@@ -45,5 +42,9 @@ def norm(arrays: list[jax.Array], ord: float = 2) -> jax.Array:
     if ord == 2:
         parts: Any = jnp.stack([sums(x.astype(dtype)) for x in arrays])
         return from_sums(parts.sum(axis=0))
-    parts = jnp.stack([power_sum(x.astype(dtype), ord) for x in arrays])
-    return parts.max() if np.isinf(ord) else parts.sum() ** (1 / ord)
+    sizes = [jnp.abs(x.astype(dtype)) for x in arrays]
+    largest = jnp.stack([x.max() for x in sizes]).max()
+    if np.isinf(ord):
+        return largest
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
+    return unit * jnp.stack([jnp.sum((x / unit) ** ord) for x in sizes]).sum() ** (1 / ord)

@@ -227,12 +227,12 @@ def _bring_back(
     A weight that the members before land on exactly 0 stays 0: where P would not send it there, the carry drops it.
     The projection is taken from the carried value alone, so that a compiled update needs no third array.
     """
-    kept = jax.tree.map(
-        lambda t, w, n: jnp.where((w == 0) & (n != 0) & jnp.isfinite(t), jnp.zeros_like(t), t),
-        target,
-        landed,
-        new,
-    )
+    if held.vanishes is None:
+        gone = jax.tree.map(lambda n: n == 0, new)
+    else:
+        gone = held.vanishes(target, projected, context)
+    drop = jax.tree.map(lambda w, g: (w == 0) & ~g, landed, gone)
+    kept = jax.tree.map(lambda d, t: jnp.where(d, jnp.zeros_like(t), t), drop, target)
     kept = jax.tree.map(lambda k, t: _keep(active, k, t), kept, target)
     new = _hold(held, kept, projected, context)
     return kept, jax.tree.map(lambda n, k: _keep(active, jnp.where(jnp.isfinite(k), n, k), k), new, kept)

@@ -139,7 +139,8 @@ def prune_mask(
                 chosen = selections.choose(select, units, key, context.count)
             pool = _pool(values, structure, finite, held, chosen)
             now = sparsity(context.count) if callable(sparsity) else sparsity
-            return pack(_cut(pool, _shares(now, target), scope == "global" and not _by_leaf(now)))
+            masks = _cut(pool, _shares(now, target), scope == "global" and not _by_leaf(now))
+            return pack(masks if held is None else jax.tree.map(jnp.logical_and, masks, held))
 
         mask = projecting.refreshed(context, start, every, stop, refresh, state.mask)
         new = PruneState(mask, seen)

@@ -24,7 +24,7 @@ class QuantizeState(NamedTuple):
     Attributes:
       step: f32 per step group, the distance of two levels.
       reach: f32 per step group, the largest |weight| that the members before have landed on at a refresh; no level
-        exceeds it. Infinite for unbounded codes.
+        exceeds it. Infinite before the first refresh, 0 for unbounded codes.
       bits: i32 per leaf, the width; 0 for unbounded codes.
     """
 
@@ -177,7 +177,15 @@ def fake_quantize(
 
         return trees.map_with_path(level, target)
 
-    held = Projection(init_fn, apply_fn, hold_fn)
+    def vanishes_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
+        def vanishes(path: str, x: jax.Array) -> jax.Array:
+            sure = rounding != "stochastic" and every_plan[path].bits != 1
+            return jnp.abs(x) <= state.step[path].astype(x.dtype) * (0.499 if sure else 0.0)
+
+        every_plan = plans(target)
+        return trees.map_with_path(vanishes, target)
+
+    held = Projection(init_fn, apply_fn, hold_fn, vanishes=vanishes_fn)
     chosen = _picks(bits, where)
     tx = projecting.project(held, carry=carry, inner=inner, start=start, where=chosen, key=key)
 
@@ -190,6 +198,9 @@ def fake_quantize(
 
 def quantized(params: Tree, opt_state: Any) -> Tree:
     """The integers behind quantized params: a `Quantized` at every leaf on a grid, other leaves untouched.
+
+    Where a weight has just moved to less than half of itself onto a grid whose step is a given number, it may be one
+    unit in its last place off its level until the next update.
 
     Args:
       params: the parameters that the optimizer state belongs to, outside of jit.
@@ -219,7 +230,7 @@ def quantized(params: Tree, opt_state: Any) -> Tree:
 
     def codes(path: str, leaf: Any) -> Any:
         for state in states:
-            if path in state.step:
+            if path in state.step and not jnp.any(jnp.isinf(state.reach[path])):  # infinite before the first refresh
                 return _integers(leaf, jnp.asarray(state.step[path]), int(state.bits[path]) or None)
         return leaf
 
@@ -238,7 +249,7 @@ def _integers(leaf: jax.Array, step: jax.Array, bits: int | None) -> Quantized:
 def _fit(plan: _Plan, x: jax.Array, landed: jax.Array, reach: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The step and the reach of one leaf at a refresh, from its nonzero finite weights as far as levels may show."""
     if plan.bits is None:
-        return plan.rule.fit(x, 0, plan.axes(x)), reach
+        return plan.rule.fit(x, 0, plan.axes(x)), jnp.zeros_like(reach)
     alive = (landed != 0) & jnp.isfinite(x) & jnp.isfinite(landed)
     size = jnp.where(alive, jnp.abs(landed), jnp.zeros_like(landed)).astype(jnp.float32)
     axes = plan.axes(x)
@@ -267,7 +278,7 @@ def _code_range(plan: _Plan, step: jax.Array, reach: jax.Array) -> tuple[jax.Arr
     top = float(grids.top(plan.bits))
     if plan.rule.limits is None:
         return -jnp.minimum(most, top), jnp.minimum(most, top)
-    low, high = (grids.multiples(jnp.abs(end).astype(step.dtype), step) for end in plan.rule.limits)
+    low, high = (grids.multiples(jnp.asarray(abs(end), step.dtype), step) for end in plan.rule.limits)
     surplus = jnp.maximum(low + high - 2 * top, 0)
     low, high = low - jnp.floor(surplus / 2), high - jnp.ceil(surplus / 2)
     return -jnp.minimum(low, most), jnp.minimum(high, most)
@@ -310,12 +321,8 @@ def _check_tree(bits: Any, params: Tree) -> None:
     found = {path for path, _ in trees.governed(params)}
     left = [path for path, _ in trees.governed(bits) if path not in found]
     remedy = "Take the tree from `choose_bits(params)`."
-    masked = any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked))
+    masked = trees.find(params, optax.MaskedNode)
     arguments.require(not left or masked or not found, "bits", "match the params by path", left, remedy)
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def _check_bits(bits: Any, step: Any) -> None:

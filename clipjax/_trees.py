@@ -6,6 +6,7 @@ member does not govern. `jax.tree.map` then visits the governed leaves alone.
 
 from __future__ import annotations
 
+import collections
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -67,13 +68,16 @@ def arrays(tree: Tree) -> tuple[list[Any], Any]:
 def paths(tree: Tree) -> list[str]:
     """The path of every leaf: keys joined by "/", the same in every container and at init and update."""
     keyed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-    return [_join(keys) for keys, _ in keyed]
+    under = collections.Counter(keys[:-1] for keys, _ in keyed)
+    under.update(keys[:i] for keys, _ in keyed for i in range(len(keys) - 1))
+    return [_join(keys, alone=under[keys[:-1]] == 1) for keys, _ in keyed]
 
 
-def _join(keys: tuple[Any, ...]) -> str:
+def _join(keys: tuple[Any, ...], *, alone: bool) -> str:
+    """The path without the field of a box: the only leaf under its parent."""
     last = keys[-1] if keys else None
     boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name in _BOX_FIELDS
-    return "/".join(_name(key) for key in (keys[:-1] if boxed and len(keys) > 1 else keys))
+    return "/".join(_name(key) for key in (keys[:-1] if boxed and alone and len(keys) > 1 else keys))
 
 
 def _name(key: Any) -> str:

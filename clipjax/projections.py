@@ -50,6 +50,8 @@ class Projection(NamedTuple):
         f64 parameters), None where a leaf is not governed.
       hold: `hold(target, state, context) -> new`: the same with the set as the state has it, nothing refreshed.
         Optional; without it `apply` is called and its state dropped.
+      vanishes: `vanishes(target, state, context) -> bool tree`: True only where P sends the target to 0: a cheaper
+        answer than `hold`. Optional.
       zeroing: True where P keeps an entry or sets it to 0, and nothing else: such updates are exact as they are.
     """
 
@@ -57,6 +59,7 @@ class Projection(NamedTuple):
     apply: Callable[[Tree, Any, Context], tuple[Tree, Any]]
     hold: Callable[[Tree, Any, Context], Tree] | None = None
     zeroing: bool = False
+    vanishes: Callable[[Tree, Any, Context], Tree] | None = None
 
 
 def stateless(fn: Callable[[Tree], Tree]) -> Projection:

@@ -86,7 +86,6 @@ def interval(lo: float, hi: float) -> Step:
     ok = arguments.finite((lo, hi)) and lo <= 0 <= hi and lo < hi
     remedy = "The grid holds 0, so that a pruned weight is on it: lo <= 0 <= hi and lo < hi."
     arguments.require(ok, "lo, hi", "be finite and enclose 0", (lo, hi), remedy)
-    low, high = grids.inside((lo, hi), jnp.float32)
 
     def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
         if isinstance(bits, int) and bits == 1:  # no zero: the levels -s and s must both lie inside
@@ -97,7 +96,7 @@ def interval(lo: float, hi: float) -> Step:
             spread = (np.float32(hi) - np.float32(lo)) / (2 * grids.top(bits))
         return fixed(spread).fit(x, bits, axes)
 
-    return Step(fit, follows=False, limits=(low, high))
+    return Step(fit, follows=False, limits=(float(np.float32(lo)), float(np.float32(hi))))
 
 
 def absmax() -> Step:

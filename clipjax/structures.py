@@ -36,7 +36,7 @@ def element() -> Structure:
     return Structure(lambda scores: scores, lambda path, leaf: None, whole=True)
 
 
-def unit(axis: int = -1, *, reduce: str = "mean", min_keep: int = 1) -> Structure:
+def unit(axis: int = -1, reduce: str = "mean", min_keep: int = 1) -> Structure:
     """Whole units: all weights that share an index of `axis`, e.g. a neuron's or an output channel's incoming weights.
 
     Sparsity counts units. A unit's score is the mean of its entries'.

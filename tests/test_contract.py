@@ -1,4 +1,4 @@
-"""Contract rules 1 and 6: every member is pure, of static shape, sweepable, and lands exactly (table: contract_members)."""
+"""Contract rules 1 and 6: every member is pure, of static shape, sweepable, and lands exactly."""
 
 import functools
 

@@ -91,19 +91,23 @@ def test_d4_reference_run():
     floats = None
     for before, grads, after, (params, state) in steps("D4", analysed):
         floats = before if floats is None else floats
-        floats = [z - RATE * clip(g, documents.CUT) for z, g in zip(floats, grads, strict=True)]
+        moves = [-RATE * clip(g, documents.CUT) for g in grads]
+        floats = [z + u for z, u in zip(floats, moves, strict=True)]
         integers = jax.tree.leaves(clipjax.quantized(params, state), is_leaf=lambda q: isinstance(q, clipjax.Quantized))
         assert [isinstance(q, clipjax.Quantized) for q in integers] == [p.ndim > 1 for p in before]
-        for z, q, new in zip(floats, integers, after, strict=True):
+        for p, u, z, q, new in zip(before, moves, floats, integers, after, strict=True):
             if z.ndim == 1:
                 np.testing.assert_allclose(new, z, rtol=1e-6, atol=1e-8)
                 continue
-            ratio = z / np.float32(q.step)
-            top = min(2 ** (q.bits - 1) - 1, np.abs(q.codes).max())
+            codes, s = np.asarray(q.codes), np.float32(q.step)
+            ratio = z / s
+            z[(p + u == 0) & (half_away(ratio) != 0)] = 0  # a weight that lands on exactly 0 without the grid stays 0
+            ratio = z / s
+            top = min(2 ** (q.bits - 1) - 1, np.abs(codes).max())
             clear = np.abs(np.abs(ratio) % 1 - 0.5) > 1e-3  # away from ties, where a fused multiply-add decides
-            np.testing.assert_array_equal(q.codes[clear], np.clip(half_away(ratio), -top, top)[clear])
-            assert np.abs(ratio - q.codes)[np.abs(ratio) <= top].max() <= 0.501
-            np.testing.assert_array_equal(new, np.asarray(q.codes, np.float32) * np.float32(q.step))
+            np.testing.assert_array_equal(codes[clear], np.clip(half_away(ratio), -top, top)[clear])
+            assert np.abs(ratio - codes)[np.abs(ratio) <= top].max() <= 0.501
+            np.testing.assert_array_equal(new, codes.astype(np.float32) * s)
             assert clipjax.dequantize(q.codes, q.step).dtype == jnp.float32
     kernels = [z for z in floats if z.ndim > 1]
     assert [k.shape for k in kernels] == [(3, 3, 1, 32), (3, 3, 32, 64), (3136, 128), (128, 10)]

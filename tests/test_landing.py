@@ -1,7 +1,8 @@
 """Contract rule 6, as a property: after every chained step each constraint holds exactly, in every form.
 
-One tree holds a leaf for each width from 1 to 8 bits, and every number is traced, so that a form compiles once per dtype
-and hundreds of cases run through it. Updates are applied inside the jit and outside it; both must agree bit for bit.
+One tree holds a leaf for each width from 1 to 8 bits, and every number is traced, so that a form compiles once per
+dtype and hundreds of cases run through it. Updates are applied inside the jit and outside it; both must agree bit for
+bit.
 """
 
 import functools

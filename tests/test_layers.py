@@ -1,4 +1,4 @@
-"""The shape of the package: modules import downwards only, stay small, need jax and optax alone, export what is public."""
+"""The shape of the package: modules import downwards only, stay small, need jax and optax alone, export the public."""
 
 import ast
 import pathlib
@@ -73,7 +73,8 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import jax.numpy as jnp, optax, clipjax
 tx = optax.chain(
-    clipjax.clip(1.0), optax.sgd(0.1), clipjax.clamp_weights(1.0), clipjax.prune_mask(0.5), clipjax.fake_quantize(2, step=0.5)
+    clipjax.clip(1.0), optax.sgd(0.1), clipjax.clamp_weights(1.0), clipjax.prune_mask(0.5),
+    clipjax.fake_quantize(2, step=0.5),
 )
 params = {{"kernel": jnp.ones((2, 2))}}
 updates, state = tx.update(params, tx.init(params), params)
@@ -82,7 +83,7 @@ print(sorted(optax.apply_updates(params, updates)["kernel"].ravel().tolist()))
 
 
 def test_core_needs_jax_and_optax_alone():
-    """Every extra refused, the whole chain still runs. `optax` itself may import what it lists; chex it no longer does."""
+    """Every extra refused, the whole chain still runs. `optax` itself may import what it lists."""
     done = subprocess.run(
         [sys.executable, "-c", ALONE], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120
     )
@@ -100,4 +101,4 @@ def test_all_is_what_is_public():
 @pytest.mark.parametrize("name", clipjax.__all__)
 def test_public_names_are_documented(name):
     value = getattr(clipjax, name)
-    assert value.__doc__ and value.__doc__[0].isupper() or isinstance(value, types.ModuleType)
+    assert (value.__doc__ and value.__doc__[0].isupper()) or isinstance(value, types.ModuleType)
