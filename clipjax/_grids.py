@@ -69,14 +69,14 @@ def interval(bound: Any) -> tuple[Any, Any]:
 def inside(bound: Any, dtype: Any) -> tuple[Any, Any]:
     """The ends of the interval as values of `dtype`, rounded inwards where they fall between two."""
     low, high = interval(bound)
-    ends = _toward(low, dtype, up=True), _toward(high, dtype, up=False)
+    ends = toward(low, dtype, up=True), toward(high, dtype, up=False)
     if arguments.known(low) and arguments.known(high):
         remedy = f"No value of {jnp.dtype(dtype).name} lies inside; widen the interval."
         arguments.require(np.all(ends[0] <= ends[1]), "bound", "hold a value of the leaf's dtype", bound, remedy)
     return ends
 
 
-def _toward(end: Any, dtype: Any, *, up: bool) -> Any:
+def toward(end: Any, dtype: Any, *, up: bool) -> Any:
     """`end`, read as f32 (f64 for f64 leaves), rounded up or down to a value of `dtype`."""
     xp: Any = np if arguments.known(end) else jnp
     wide = trees.wide(dtype)

@@ -156,9 +156,10 @@ def fake_quantize(
             return target, state
 
         def refresh(target: Tree, landed: Tree) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-            at = trees.by_path(landed)
+            at, shown = trees.by_path(landed), trees.by_path(context.params)
             fitted = {
-                path: _fit(every_plan[path], x, at[path], state.reach[path]) for path, x in trees.governed(target)
+                path: _fit(every_plan[path], x, at[path], state.reach[path], shown[path].dtype)
+                for path, x in trees.governed(target)
             }
             return {p: f[0] for p, f in fitted.items()}, {p: f[1] for p, f in fitted.items()}
 
@@ -199,8 +200,7 @@ def fake_quantize(
 def quantized(params: Tree, opt_state: Any) -> Tree:
     """The integers behind quantized params: a `Quantized` at every leaf on a grid, other leaves untouched.
 
-    Where a weight has just moved to less than half of itself onto a grid whose step is a given number, it may be one
-    unit in its last place off its level until the next update.
+    A weight that jumps to less than half of itself onto a grid of a given step may be one ulp late by one update.
 
     Args:
       params: the parameters that the optimizer state belongs to, outside of jit.
@@ -246,8 +246,8 @@ def _integers(leaf: jax.Array, step: jax.Array, bits: int | None) -> Quantized:
     return Quantized(code, step, jnp.zeros((), jnp.int32), bits, axis, None)
 
 
-def _fit(plan: _Plan, x: jax.Array, landed: jax.Array, reach: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The step and the reach of one leaf at a refresh, from its nonzero finite weights as far as levels may show."""
+def _fit(plan: _Plan, x: jax.Array, landed: jax.Array, reach: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The step and the reach of a leaf, from its nonzero finite weights; the reach is a value of the leaf's dtype."""
     if plan.bits is None:
         return plan.rule.fit(x, 0, plan.axes(x)), jnp.zeros_like(reach)
     alive = (landed != 0) & jnp.isfinite(x) & jnp.isfinite(landed)
@@ -255,6 +255,7 @@ def _fit(plan: _Plan, x: jax.Array, landed: jax.Array, reach: jax.Array) -> tupl
     axes = plan.axes(x)
     largest = jnp.max(size) if len(axes) == x.ndim else jnp.max(size, axis=axes, keepdims=True)
     reach = jnp.where(jnp.isinf(reach), largest, jnp.maximum(reach, largest))
+    reach = grids.toward(reach, dtype, up=False).astype(jnp.float32)
     shown = grids.limit(jnp.where(alive, x, jnp.zeros_like(x)).astype(jnp.float32), -reach, reach)
     return stepping.fit(plan.rule, shown, plan.bits, axes, reach), reach
 
@@ -280,6 +281,8 @@ def _code_range(plan: _Plan, step: jax.Array, reach: jax.Array) -> tuple[jax.Arr
         return -jnp.minimum(most, top), jnp.minimum(most, top)
     low, high = (grids.multiples(jnp.asarray(abs(end), step.dtype), step) for end in plan.rule.limits)
     surplus = jnp.maximum(low + high - 2 * top, 0)
+    if plan.bits == 1:
+        return -jnp.minimum(most, top), jnp.minimum(most, top)
     low, high = low - jnp.floor(surplus / 2), high - jnp.ceil(surplus / 2)
     return -jnp.minimum(low, most), jnp.minimum(high, most)
 

@@ -29,6 +29,7 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
+    Mutant("_projecting.py", "    return -p\n", "    return -0.5 * p\n", "contract_chain", "exactly_zero"),
     Mutant("_projecting.py", "jnp.abs(v) > jnp.abs(q), inward, u)", "jnp.abs(v) < 0, inward, u)", "projecting", "land"),
     Mutant(
         "_projecting.py",
@@ -44,7 +45,7 @@ MUTANTS = (
         "contract_numbers",
         "nonfinite_target and project_master",
     ),
-    Mutant("_projecting.py", "w == 0) & (n != 0)", "w == 1) & (n != 0)", "contract_chain", "beyond_the_grid"),
+    Mutant("_projecting.py", "(w == 0) & ~g", "(w == 1) & ~g", "contract_chain", "beyond_the_grid"),
     Mutant(
         "_projecting.py",
         "(new != landed) & jnp.isfinite(landed)",
@@ -77,13 +78,7 @@ MUTANTS = (
     Mutant("_selecting.py", "[::-1] - counts  # ties", "[::-1] - 0 * counts  # ties", "selecting", "keep"),
     Mutant("_selecting.py", "twice > divisor) |", "twice >= divisor) |", "selecting", "share"),
     Mutant("_selecting.py", "near & 1 == 1", "near & 1 == 0", "selecting", "share"),
-    Mutant(
-        "_pruning.py",
-        "jnp.where(m, w, jnp.zeros_like(w))",
-        "jnp.where(m, w, 1e-9 * w)",
-        "contract_chain",
-        "exactly_zero",
-    ),
+    Mutant("_pruning.py", "jnp.where(m, w, jnp.zeros_like(w))", "jnp.where(m, w, w)", "pruning", "once_and_holds"),
     Mutant("_pruning.py", "None if carry else trees.place(state.mask, target)", "None", "pruning", "nest"),
     Mutant("_pruning.py", "max(n - structure.min_keep, 0)", "max(n, 0)", "pruning", "min_keep"),
     Mutant("_pruning.py", "[selecting.protect(x, ~c)", "[selecting.protect(x, c)", "pruning", "select"),
@@ -110,7 +105,7 @@ MUTANTS = (
     ),
     Mutant("_grids.py", "2 ** (int(bits) - 1) - 1)", "2 ** (int(bits) - 1))", "grids", "codes"),
     Mutant("_grids.py", "jnp.asarray(1 + bits,", "jnp.asarray(0 * bits,", "grids", "short"),
-    Mutant("_grids.py", "jnp.floor(limit / step)", "jnp.floor(limit / step) + 1", "grids", "multiples"),
+    Mutant("_grids.py", "k * step > limit, k - 1, k)", "k * step > limit, k - 1, k - 1)", "grids", "multiples"),
     Mutant("_grids.py", "near.astype(wide) < exact if up", "near.astype(wide) > exact if up", "grids", "inwards"),
     Mutant("steps.py", "(size > 0).astype", "(size >= 0).astype", "steps", "mse"),
     Mutant("steps.py", "jnp.abs(x), axes) / grids.top(bits)", "jnp.abs(x), axes) / bits", "steps", "absmax"),
@@ -157,7 +152,7 @@ MUTANTS = (
         '("bias", "b", "scale", "offset")',
         '("b", "scale", "offset")',
         "contract_models",
-        "train_state and boxed",
+        "train_state and scanned",
     ),
 )
 
