@@ -107,7 +107,7 @@ def codes(x: jax.Array, step: Any, bits: int | None, *, rounding: str = "nearest
         return jnp.where(x < 0, jnp.ones_like(x) * -1, jnp.ones_like(x))
     # A select keeps the divisor elementwise: XLA rewrites a division by a broadcast scalar as a product with
     # its reciprocal, which rounds near-ties differently.
-    ratio = x / jnp.where(jnp.isfinite(x), jnp.asarray(step, x.dtype), jnp.ones_like(x))
+    ratio = x / jnp.where(x == x, jnp.asarray(step, x.dtype), jnp.ones_like(x))
     if rounding == "half_away":
         return jax.lax.round(ratio, jax.lax.RoundingMethod.AWAY_FROM_ZERO)
     if rounding == "stochastic":

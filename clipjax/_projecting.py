@@ -122,12 +122,18 @@ def project(
         new, projected = held.apply(target, state.projection, context)
         active = None if _always(start) else state.count >= start
         if carry:
-            target, new = _bring_back(held, target, landed, new, projected, context, active)
-            moved = jax.tree.map(_land_all, weights, _rounded(new, narrow))
+            if not inner:
+                target = _drop(held, target, floats(), weights, steps, new, projected, context, active)
+                new = _hold(held, target, projected, context)
+            new = jax.tree.map(lambda n, t: _keep(active, jnp.where(jnp.isfinite(t), n, t), t), new, target)
+            moved = jax.tree.map(land, weights, _rounded(new, narrow))
+        elif held.zeroing:
+            assert held.vanishes is not None
+            gone = held.vanishes(target, projected, context)
+            moved = jax.tree.map(functools.partial(_emptied, active), steps, weights, landed, gone)
         else:
             new = jax.tree.map(functools.partial(_keep, active), new, target)
-            emit = functools.partial(_land_changed, _drop if held.zeroing else land)
-            moved = jax.tree.map(emit, steps, weights, landed, new, _rounded(new, narrow))
+            moved = jax.tree.map(_land_changed, steps, weights, landed, new, _rounded(new, narrow))
         count = optax.safe_increment(state.count)
         carried = target if carry else ()
         return trees.merge(updates, moved, picks), ProjectState(count, carried, projected, inner_state)
@@ -184,58 +190,58 @@ def refreshed(context: Context, start: Any, every: Any, stop: Any, refresh: Any,
 
 
 def land(p: jax.Array, q: jax.Array) -> jax.Array:
-    """The update u for which p + u is q in floating point, or the nearest one toward zero where none is found.
+    """The update u for which p + u is q in floating point, or the nearest value toward zero where none is found.
 
-    u = q - p is exact for q = 0 and q/2 <= p <= 2q (Sterbenz). Elsewhere what p + u misses is added once. If p + u is
-    then still too far out, u moves by one unit in its last place: |p + u| <= |q| holds always. A weight that must move
-    by more than itself may so land inside the set, and on its value at the next update.
+    u = q - p is the float nearest to the exact difference, so no other u comes closer; it is exact for q = 0, for
+    q/2 <= p <= 2q (Sterbenz) and between levels of a short step. Where p + u still rounds to beyond q, u moves by one
+    unit in its last place: p + u then stays on the side of q, and |p + u| <= |q| holds always. A weight that must move
+    by more than itself may so land inside the set, and on its value at the next update. Infinity and NaN pass.
     """
+    kind = jnp.dtype(f"uint{8 * p.dtype.itemsize}")
     u = q - p
-    u = u + (q - (p + u))
-    v = p + u
-    unit = u.dtype.type(
-        jnp.finfo(u.dtype).eps
-    )  # u (1 - eps/2) is the float before u, u (1 + eps) is one of the next two
-    scale = jnp.where((v > 0) == (u > 0), u.dtype.type(1 - unit / 2), u.dtype.type(1 + unit))
-    inward = jnp.where(jnp.abs(p) * unit > jnp.abs(q), -p, u * scale)  # one unit of u may exceed q: then to 0
-    return jnp.where(jnp.abs(v) > jnp.abs(q), inward, u)
+    # p + u is 0 or has the sign of q, so that the larger one has the larger bits
+    move, reached, wanted = (jax.lax.bitcast_convert_type(x, kind) for x in (u, p + u, q))
+    apart = jax.lax.shift_right_arithmetic(move ^ wanted, kind.type(8 * kind.itemsize - 1))  # all ones: u must grow
+    inward = jax.lax.bitcast_convert_type(move - (apart | kind.type(1)), u.dtype)
+    return jnp.where(reached > wanted, inward, u)
 
 
-def _land_all(p: jax.Array, q: jax.Array) -> jax.Array:
-    """Land every entry; one whose value is not finite gets there by plain subtraction."""
-    return jnp.where(jnp.isfinite(q), land(p, q), q - p)
-
-
-def _land_changed(
-    lander: Any, u: jax.Array, p: jax.Array, landed: jax.Array, new: jax.Array, q: jax.Array
-) -> jax.Array:
+def _land_changed(u: jax.Array, p: jax.Array, landed: jax.Array, new: jax.Array, q: jax.Array) -> jax.Array:
     """The update as it came where P changes nothing, and where the target is not finite."""
-    changed = (new != landed) & jnp.isfinite(landed)
-    return jnp.where(changed, lander(p, q), u)
+    return jnp.where((new != landed) & jnp.isfinite(landed), land(p, q), u)
 
 
-def _drop(p: jax.Array, q: jax.Array) -> jax.Array:
-    """`land` for q = 0, where it is exact at once."""
-    return -p
+def _emptied(active: Any, u: jax.Array, p: jax.Array, landed: jax.Array, gone: jax.Array) -> jax.Array:
+    """`_land_changed` where all that P does is to set entries to 0: u = -p is exact at once."""
+    gone = gone if active is None else gone & active
+    return jnp.where(gone & jnp.isfinite(landed), -p, u)
 
 
-def _bring_back(
-    held: Projection, target: Tree, landed: Tree, new: Tree, projected: Any, context: Context, active: Any
-) -> tuple[Tree, Tree]:
-    """What the carry keeps, and its projection.
+def _drop(
+    held: Projection,
+    target: Tree,
+    floats: Tree,
+    weights: Tree,
+    steps: Tree,
+    new: Tree,
+    projected: Any,
+    context: Context,
+    active: Any,
+) -> Tree:
+    """The targets to carry and to project.
 
-    A weight that the members before land on exactly 0 stays 0: where P would not send it there, the carry drops it.
-    The projection is taken from the carried value alone, so that a compiled update needs no third array.
+    A weight that the members before land on exactly 0 stays 0: where P would not send it there, the carry is dropped.
+    The projection is then taken from the carried value alone, so that a compiled update needs no third array.
     """
     if held.vanishes is None:
         gone = jax.tree.map(lambda n: n == 0, new)
-    else:
-        gone = held.vanishes(target, projected, context)
-    drop = jax.tree.map(lambda w, g: (w == 0) & ~g, landed, gone)
-    kept = jax.tree.map(lambda d, t: jnp.where(d, jnp.zeros_like(t), t), drop, target)
-    kept = jax.tree.map(lambda k, t: _keep(active, k, t), kept, target)
-    new = _hold(held, kept, projected, context)
-    return kept, jax.tree.map(lambda n, k: _keep(active, jnp.where(jnp.isfinite(k), n, k), k), new, kept)
+    else:  # asked of the value that the target has where u = -p, which does not wait for u
+        gone = held.vanishes(jax.tree.map(jnp.subtract, floats, weights), projected, context)
+
+    def drop(t: jax.Array, p: jax.Array, u: jax.Array, g: jax.Array) -> jax.Array:
+        return _keep(active, jnp.where((u == -p) & ~g, jnp.zeros_like(t), t), t)
+
+    return jax.tree.map(drop, target, weights, steps, gone)
 
 
 def _explained(held: Projection, state: ProjectState, weights: Tree, narrow: Tree, before: Context, start: Any) -> Tree:
@@ -246,11 +252,12 @@ def _explained(held: Projection, state: ProjectState, weights: Tree, narrow: Tre
     shown = _hold(held, carried, state.projection, before._replace(landed=carried, refresh=False))
     active = None if _always(start) else state.count > start
 
-    def choose(z: jax.Array, n: jax.Array, w: jax.Array, p: jax.Array) -> jax.Array:
-        same = _keep(active, n, z).astype(p.dtype) == p
-        return jnp.where((same | (p == 0)) & jnp.isfinite(z), z, w)
+    def choose(z: jax.Array, n: jax.Array, w: jax.Array) -> jax.Array:
+        edited = (n != w) & (w != 0)
+        return jnp.where(edited | ~jnp.isfinite(z), w, z)
 
-    return jax.tree.map(choose, carried, shown, weights, narrow)
+    shown = jax.tree.map(functools.partial(_keep, active), shown, carried)
+    return jax.tree.map(choose, carried, _rounded(shown, narrow), weights)
 
 
 def _hold(held: Projection, target: Tree, state: Any, context: Context) -> Tree:

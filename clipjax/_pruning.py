@@ -147,7 +147,7 @@ def prune_mask(
         return _hold_mask(target, new, context), new
 
     return projecting.project(
-        Projection(init_fn, apply_fn, _hold_mask, zeroing=True),
+        Projection(init_fn, apply_fn, _hold_mask, zeroing=True, vanishes=_removed),
         carry=carry,
         inner=inner,
         start=start,
@@ -277,6 +277,11 @@ def _hold_mask(target: Tree, state: PruneState, context: Context) -> Tree:
     return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, masks)
 
 
+def _removed(target: Tree, state: PruneState, context: Context) -> Tree:
+    masks = trees.place(state.mask, target)
+    return jax.tree.map(lambda w, m: ~jnp.broadcast_to(m, w.shape), target, masks)
+
+
 def _held(mask: Tree) -> Projection:
     """The projection onto the zeros of a given mask."""
 
@@ -287,7 +292,7 @@ def _held(mask: Tree) -> Projection:
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
         return _hold_mask(target, state, context), state
 
-    return Projection(init_fn, apply_fn, _hold_mask, zeroing=True)
+    return Projection(init_fn, apply_fn, _hold_mask, zeroing=True, vanishes=_removed)
 
 
 def _as_mask(path: str, p: jax.Array, m: Any) -> jax.Array:

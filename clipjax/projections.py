@@ -50,9 +50,9 @@ class Projection(NamedTuple):
         f64 parameters), None where a leaf is not governed.
       hold: `hold(target, state, context) -> new`: the same with the set as the state has it, nothing refreshed.
         Optional; without it `apply` is called and its state dropped.
+      zeroing: True where P sets the entries that `vanishes` names to 0 and keeps all others: nothing to land on.
       vanishes: `vanishes(target, state, context) -> bool tree`: True only where P sends the target to 0: a cheaper
-        answer than `hold`. Optional.
-      zeroing: True where P keeps an entry or sets it to 0, and nothing else: such updates are exact as they are.
+        answer than `hold`. Optional without `zeroing`.
     """
 
     init: Callable[[Tree], Any]

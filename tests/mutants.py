@@ -29,23 +29,21 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
-    Mutant("_projecting.py", "    return -p\n", "    return -0.5 * p\n", "contract_chain", "exactly_zero"),
-    Mutant("_projecting.py", "jnp.abs(v) > jnp.abs(q), inward, u)", "jnp.abs(v) < 0, inward, u)", "projecting", "land"),
     Mutant(
-        "_projecting.py",
-        "((same | (p == 0)) & jnp.isfinite(z), z, w)",
-        "(jnp.isfinite(z), z, w)",
-        "projecting",
-        "edited",
+        "_projecting.py", "jnp.isfinite(landed), -p, u)", "jnp.isfinite(landed), -0.5 * p, u)", "contract_chain", "zero"
     ),
+    Mutant("_projecting.py", "gone & jnp.isfinite(landed), -p", "gone, -p", "pruning", "emitted_as_it_is"),
+    Mutant("_projecting.py", "reached > wanted, inward, u)", "reached < 0, inward, u)", "projecting", "land"),
+    Mutant("_projecting.py", "move - (apart | kind.type(1))", "move - kind.type(1)", "projecting", "land"),
+    Mutant("_projecting.py", "(n != w) & (w != 0)", "(w != w)", "projecting", "edited"),
     Mutant(
         "_projecting.py",
-        "& jnp.isfinite(z), z, w)",
-        ", z, w)",
+        "edited | ~jnp.isfinite(z), w, z)",
+        "edited, w, z)",
         "contract_numbers",
         "nonfinite_target and project_master",
     ),
-    Mutant("_projecting.py", "(w == 0) & ~g", "(w == 1) & ~g", "contract_chain", "beyond_the_grid"),
+    Mutant("_projecting.py", "(u == -p) & ~g", "(u == 1) & ~g", "contract_chain", "beyond_the_grid"),
     Mutant(
         "_projecting.py",
         "(new != landed) & jnp.isfinite(landed)",

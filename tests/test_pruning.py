@@ -306,3 +306,13 @@ def test_units_die_together():
     for name, units in (("a", 2), ("b", 3)):
         dead = zeros(params)[name]
         assert dead.all(0).sum() == units and dead.any(0).sum() == units
+
+
+def test_a_removed_weight_with_a_non_finite_target_is_emitted_as_it_is():
+    """Rule 5: what is not finite passes, so that an outer `apply_if_finite` or a NaN check sees it."""
+    tx = clipjax.prune_mask(0.5)
+    params = {"kernel": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
+    updates, state = tx.update({"kernel": jnp.zeros((1, 4))}, tx.init(params), params)
+    params = optax.apply_updates(params, updates)
+    updates, state = tx.update({"kernel": jnp.array([[jnp.inf, jnp.nan, -jnp.inf, 0.5]])}, state, params)
+    np.testing.assert_array_equal(optax.apply_updates(params, updates)["kernel"], [[np.inf, np.nan, -np.inf, 4.5]])
