@@ -1,13 +1,15 @@
 """clipjax makes a JAX model small while it trains, with nothing but Optax transformations."""
 
-from clipjax import projections, scores, selections, steps, structures, widths
+from clipjax import projections, scores, selections, steps, structures, thresholds, widths
 from clipjax._clamping import clamp_weights
 from clipjax._clipping import clip, clip_norm
+from clipjax._following import Rule
 from clipjax._grids import clamp, dequantize, quantize, round_to_step
 from clipjax._projecting import project, with_gradient
 from clipjax._pruning import make_mask, prune_mask
 from clipjax._quantizing import Quantized, fake_quantize, quantized
 from clipjax._reporting import Summary, report, summarize
+from clipjax._skipping import skip_spikes
 from clipjax._trees import per_leaf
 from clipjax.projections import Context, Projection
 from clipjax.steps import choose_step
@@ -19,6 +21,7 @@ __all__ = [
     "Context",
     "Projection",
     "Quantized",
+    "Rule",
     "Summary",
     "choose_bits",
     "choose_step",
@@ -39,9 +42,11 @@ __all__ = [
     "round_to_step",
     "scores",
     "selections",
+    "skip_spikes",
     "steps",
     "structures",
     "summarize",
+    "thresholds",
     "widths",
     "with_gradient",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 
 from clipjax import _arguments as arguments
+from clipjax import _following as following
 from clipjax import _grids as grids
 from clipjax import _norms as norms
 from clipjax import _trees as trees
@@ -23,11 +25,15 @@ class ClipState(NamedTuple):
 
     Attributes:
       count: i32, updates so far.
-      threshold: f32, the threshold of the last update.
+      threshold: f32, the threshold of the last update; NaN for a rule, which has one for every entry.
+      rule: the state of a rule, a value for every entry; () without one.
+      carry: f32 like the gradients, what was cut and comes back; () without carry.
     """
 
     count: jax.Array  # type: ignore[assignment]
     threshold: jax.Array
+    rule: Any
+    carry: Any
 
 
 class ClipNormState(NamedTuple):
@@ -38,8 +44,10 @@ class ClipNormState(NamedTuple):
       clipped: i32, updates that were rescaled (any leaf of them).
       nonfinite: i32, updates whose norm was not finite (any leaf of them).
       norm_pre: f32, the norm before the clip.
-      threshold: f32, the threshold of the last update.
+      threshold: f32, the threshold of the last update; infinite where nothing was clipped by a rule that has none.
       coefficient: f32, what the last update was multiplied by.
+      rule: the state of a rule; () without one.
+      carry: f32 like the gradients, what was cut and comes back; () without carry.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -48,16 +56,26 @@ class ClipNormState(NamedTuple):
     norm_pre: jax.Array
     threshold: jax.Array
     coefficient: jax.Array
+    rule: Any
+    carry: Any
 
 
-def clip(threshold: Any, *, select: selections.Selection | None = None) -> optax.GradientTransformationExtraArgs:
+def clip(
+    threshold: Any, *, select: selections.Selection | None = None, carry: bool = False
+) -> optax.GradientTransformationExtraArgs:
     r"""Clip every gradient entry: :math:`\tilde g = \mathrm{clip}(g, -C, C)` (D1, D3, D4).
 
-    NaN stays NaN and ±inf becomes ±C. The dtype of the gradient is kept.
+    NaN stays NaN and ±inf becomes ±C. The dtype of the gradient is kept. With ``carry=True`` what was cut is added to
+    the next gradient (U-Clip): :math:`\tilde g = \mathrm{clip}(g + \Delta, -C, C)`,
+    :math:`\Delta \leftarrow g + \Delta - \tilde g`, so that clipping does not bias the sum of the gradients.
+
+    It keeps no norms and counts nothing: that would cost a pass over the gradients. `clip_norm(math.inf)` records.
 
     Args:
-      threshold: C >= 0, a number (may be traced) or a schedule count -> C.
+      threshold: C >= 0, a number (may be traced), a schedule count -> C, or a rule of `clipjax.thresholds` such as
+        `spam()`, which then follows the magnitude of every entry with a state of its own.
       select: which entries may be clipped, redrawn at every update; all by default.
+      carry: add what was cut to the next gradient, 4 bytes a parameter. Static.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -75,26 +93,66 @@ def clip(threshold: Any, *, select: selections.Selection | None = None) -> optax
 
     References:
       D1, section 3.3; D3, section 3, step 5; D4, section 3.1.
+      Elesedy and Hutter, "U-Clip: On-Average Unbiased Stochastic Gradient Clipping", 2023,
+      https://arxiv.org/abs/2302.02971.
     """
-    select = _checked(threshold, select)
+    select = _checked(threshold, select, carry)
+    rule = threshold if isinstance(threshold, following.Rule) else None
+    if rule is not None:
+        sizes = [jnp.size(x) for x in jax.tree.leaves(rule.init())]
+        remedy = "Every entry keeps a state of its own: use a rule of scalars such as `spam()`, or `clip_norm`."
+        arguments.require(max(sizes, default=1) == 1, "threshold", "remember single numbers", sizes, remedy)
 
     def init_fn(params: Tree) -> ClipState:
-        return ClipState(jnp.zeros((), jnp.int32), jnp.asarray(np.inf, jnp.float32))
+        def each(field: jax.Array) -> Tree:
+            return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=field.dtype) + field, params)
+
+        history = () if rule is None else jax.tree.map(each, rule.init())
+        limit = jnp.asarray(np.inf if rule is None else np.nan, jnp.float32)
+        return ClipState(jnp.zeros((), jnp.int32), limit, history, _nothing(params) if carry else ())
 
     def update_fn(updates: Tree, state: ClipState, params: Tree = None, **extra: Any) -> Any:
         _real(updates)
-        limit = jnp.asarray(arguments.schedule(threshold)(state.count), jnp.float32)
-        chosen = selections.choose(select, updates, None, state.count)
-        clipped = jax.tree.map(lambda g, m: _clip(g, limit, m), updates, chosen)
-        return clipped, ClipState(optax.safe_increment(state.count), limit)
+        total = _total(updates, state.carry)
+        chosen = selections.choose(select, total, None, state.count)
+        if rule is None:
+            limit, history = following.follow(threshold, state.count, state.threshold, (), zeros=True)
+            clipped = jax.tree.map(lambda x, m: _clip(x, limit, m), total, chosen)
+        else:
+            limits, history = _entry_limits(rule, state, total)
+            limit, clipped = state.threshold, jax.tree.map(_clip, total, limits, chosen)
+        emitted, left = _emit(clipped, updates, total, state.carry, itertools.repeat(True))
+        return emitted, ClipState(optax.safe_increment(state.count), limit, history, left)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _clip(g: jax.Array, limit: jax.Array, chosen: jax.Array) -> jax.Array:
-    largest = jnp.asarray(jnp.finfo(g.dtype).max, jnp.float32)  # a narrower dtype may not hold the threshold
-    bound = jnp.where(jnp.isinf(limit), limit, jnp.minimum(limit, largest)).astype(g.dtype)
-    return jnp.where(chosen, grids.limit(g, -bound, bound), g)
+def _entry_limits(rule: following.Rule, state: ClipState, total: Tree) -> tuple[Tree, Any]:
+    """The limit of every entry, and the state of the rule: the tree of its own state, each number as a tree of arrays.
+
+    The magnitudes of entries may be 0, unlike norms.
+    """
+    shape: Any = jax.tree.structure(rule.init())
+    fields = [trees.flatten(field) for field in shape.flatten_up_to(state.rule)]
+    leaves, treedef = trees.flatten(total)
+    limits: list[Any] = []
+    columns: list[list[Any]] = []
+    for x, *column in zip(leaves, *(values for values, _ in fields), strict=True):
+        limit = None
+        if x is not None:
+            history = shape.unflatten(column)
+            limit, history = following.follow(rule, state.count, jnp.abs(x), history, zeros=True)
+            column = jax.tree.leaves(history)
+        limits.append(limit)
+        columns.append(column)
+    values = [structure.unflatten([column[i] for column in columns]) for i, (_, structure) in enumerate(fields)]
+    return treedef.unflatten(limits), shape.unflatten(values)
+
+
+def _clip(x: jax.Array, limit: jax.Array, chosen: jax.Array) -> jax.Array:
+    largest = jnp.asarray(jnp.finfo(x.dtype).max, jnp.float32)  # a narrower dtype may not hold the threshold
+    bound = jnp.where(jnp.isinf(limit), limit, jnp.minimum(limit, largest)).astype(x.dtype)
+    return jnp.where(chosen, grids.limit(x, -bound, bound), x)
 
 
 def clip_norm(
@@ -104,6 +162,8 @@ def clip_norm(
     ord: float = 2,
     eps: Any = 0.0,
     select: selections.Selection | None = None,
+    carry: bool = False,
+    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale gradients whose norm exceeds a threshold.
 
@@ -111,14 +171,20 @@ def clip_norm(
 
     The norm is accumulated in f32 across leaves and is right wherever it is representable. Updates within the
     threshold are returned bit for bit, others are multiplied by one scalar in f32. A non-finite norm is counted and
-    gives NaN in all that it governs. An infinite threshold only records.
+    gives NaN in all that it governs. An infinite threshold only records. A rule keeps norms that are not finite, and
+    norms of exactly 0, out of its history.
 
     Args:
-      threshold: C >= 0, a number (may be traced) or a schedule count -> C.
-      per: "global", one norm for all leaves, or "leaf", one for each.
-      ord: p > 0, infinity included.
+      threshold: C >= 0, a number (may be traced), a schedule count -> C, or a rule of `clipjax.thresholds` that
+        follows the norms before the clip.
+      per: "global", one norm for all leaves, or "leaf", one for each, a rule then having a state for each.
+      ord: p > 0, infinity included. Static.
       eps: added to the norm in the quotient; may be traced.
       select: which entries the norm is taken of and may be rescaled; all by default.
+      carry: add what was cut to the next gradient, 4 bytes a parameter, see `clip`. Static.
+      axis_name: inside `shard_map`, the name or names of the mesh axes to add up across. An array counts as sharded
+        over those that it varies over; where `shard_map(check_vma=False)` does not tell, over all of them. `per_leaf`
+        names the axes of each leaf (None or () for replicated ones). Under plain `jit` nothing is needed.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -138,7 +204,7 @@ def clip_norm(
     References:
       Pascanu et al., 2013, https://arxiv.org/abs/1211.5063. D3, section 2, item 2.
     """
-    select = _checked(threshold, select)
+    select = _checked(threshold, select, carry)
     arguments.choice(per, "per", ("global", "leaf"))
     arguments.static(ord, "ord")
     arguments.require(arguments.is_number(ord) and ord > 0, "ord", "be a number > 0", ord, "2 is the usual norm.")
@@ -149,38 +215,65 @@ def clip_norm(
         # arrays of their own: donation refuses shared ones
         count, clipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
         norm, limit, factor = (jnp.full(shape, x, jnp.float32) for x in (0.0, jnp.inf, 1.0))
-        return ClipNormState(count, clipped, nonfinite, norm, limit, factor)
+        history = following.begin(threshold, norm)
+        left = _nothing(params) if carry else ()
+        return ClipNormState(count, clipped, nonfinite, norm, limit, factor, history, left)
 
     def update_fn(updates: Tree, state: ClipNormState, params: Tree = None, **extra: Any) -> Any:
         _real(updates)
-        leaves, treedef = trees.flatten(updates)
-        chosen, _ = trees.flatten(selections.choose(select, updates, None, state.count))
-        picked = [_selected(g, m) for g, m in zip(leaves, chosen, strict=True)]
-        if per == "leaf":
-            norm = jnp.stack([norms.norm([x], ord) for x in picked] or [jnp.zeros(())])
-        else:
-            norm = norms.norm(picked, ord)
-        limit = jnp.full_like(norm, arguments.schedule(threshold)(state.count))
-        over = ~(norm <= limit)
-        factor = _coefficient(norm, limit, eps)
-        each = list(factor) if per == "leaf" else [factor] * len(leaves)
-        scaled = [None if g is None else _scale(g, f, m) for g, f, m in zip(leaves, each, chosen, strict=False)]
+        total = _total(updates, state.carry)
+        chosen = selections.choose(select, total, None, state.count)
+        norm = _norm(total, chosen, per, ord, axis_name)
+        limit, history = following.follow(threshold, state.count, norm, state.rule, zeros=False)
+        factor = _coefficient(norm, limit.astype(norm.dtype), eps)
+        leaves, treedef = trees.flatten(total)
+        factors = list(factor)[: len(leaves)] if per == "leaf" else [factor] * len(leaves)
+        rows = zip(leaves, factors, trees.flatten(chosen)[0], strict=True)
+        scaled = treedef.unflatten([None if x is None else _scale(x, f, m) for x, f, m in rows])
+        emitted, left = _emit(scaled, updates, total, state.carry, [jnp.isfinite(f) for f in factors])
         new_state = ClipNormState(
             optax.safe_increment(state.count),
-            state.clipped + jnp.any(over).astype(jnp.int32),
+            state.clipped + jnp.any(~(norm <= limit)).astype(jnp.int32),
             state.nonfinite + jnp.any(~jnp.isfinite(norm)).astype(jnp.int32),
             norm.astype(jnp.float32),
-            limit.astype(jnp.float32),
+            limit,
             factor.astype(jnp.float32),
+            history,
+            left,
         )
-        return treedef.unflatten(scaled), new_state
+        return emitted, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _selected(g: Any, chosen: Any) -> jax.Array:
-    """The entries that the norm is taken of; a leaf without a gradient counts as 0."""
-    return jnp.zeros((1,)) if g is None else jnp.where(chosen, g, jnp.zeros_like(g))
+def _norm(total: Tree, chosen: Tree, per: str, ord: float, axis_name: Any) -> jax.Array:
+    """The norm of the chosen entries: one, or one per leaf, where a leaf without a gradient counts as 0."""
+    leaves, _ = trees.flatten(total)
+    masks, _ = trees.flatten(chosen)
+    picked = [
+        jnp.zeros((1,)) if x is None else jnp.where(m, x, jnp.zeros_like(x)) for x, m in zip(leaves, masks, strict=True)
+    ]
+    axes = None if axis_name is None else _axes(axis_name, trees.paths(total), picked)
+    if per == "leaf":
+        return norms.norm(picked, ord, axes=axes, each=True) if picked else jnp.zeros((1,))
+    return norms.norm(picked, ord, axes=axes)
+
+
+def _axes(axis_name: Any, paths: list[str], leaves: list[jax.Array]) -> list[tuple[str, ...]]:
+    """The axes that each leaf is sharded over."""
+
+    def names(value: Any) -> tuple[str, ...]:
+        return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+    if isinstance(axis_name, trees.PerLeaf):
+        return [names(axis_name.fn(path, x)) for path, x in zip(paths, leaves, strict=True)]
+    told = {name for name in names(axis_name) if name in _varies(jax.lax.axis_index(name))}
+    return [tuple(n for n in names(axis_name) if n not in told or n in _varies(x)) for x in leaves]
+
+
+def _varies(x: jax.Array) -> frozenset[str]:
+    """The manual axes over which an array is known to differ."""
+    return jax.typeof(x).mat.varying
 
 
 def _coefficient(norm: jax.Array, limit: jax.Array, eps: Any) -> jax.Array:
@@ -189,16 +282,45 @@ def _coefficient(norm: jax.Array, limit: jax.Array, eps: Any) -> jax.Array:
     return jnp.where(jnp.isfinite(norm), factor, jnp.full_like(norm, math.nan))
 
 
-def _scale(g: jax.Array, factor: jax.Array, chosen: jax.Array) -> jax.Array:
-    wide = trees.wide(g.dtype)
-    scaled = (g.astype(wide) * factor.astype(wide)).astype(g.dtype)
-    return jnp.where(chosen & (factor != 1), scaled, g)  # a product with 1 would flush denormals
+def _scale(x: jax.Array, factor: jax.Array, chosen: jax.Array) -> jax.Array:
+    wide = trees.wide(x.dtype)
+    scaled = (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
+    return jnp.where(chosen & (factor != 1), scaled, x)  # a product with 1 would flush denormals
 
 
-def _checked(threshold: Any, select: selections.Selection | None) -> selections.Selection:
-    arguments.non_negative(threshold, "threshold", "Use math.inf to record without clipping.")
-    if threshold is None or isinstance(threshold, str):
-        raise TypeError(f"`threshold` must be a number or a schedule, got {threshold!r}. Give C >= 0.")
+def _nothing(params: Tree) -> Tree:
+    """The carry before anything was cut."""
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=trees.wide(p.dtype)), params)
+
+
+def _total(updates: Tree, carry: Tree) -> Tree:
+    """The gradients with what was cut before, in computing dtype; as they are without a carry."""
+    if isinstance(carry, tuple) and not carry:
+        return updates
+    leaves, treedef = trees.flatten(updates)
+    pairs = zip(leaves, trees.flatten(carry)[0], strict=True)
+    return treedef.unflatten([None if g is None else trees.widened(g) + c for g, c in pairs])
+
+
+def _emit(limited: Tree, updates: Tree, total: Tree, carry: Tree, finite: Any) -> tuple[Tree, Tree]:
+    """The limited gradients in their own dtype, and what was cut; where something is not finite the carry stays."""
+    emitted = jax.tree.map(lambda x, g: x.astype(g.dtype), limited, updates)
+    if isinstance(carry, tuple) and not carry:
+        return emitted, ()
+    held, treedef = trees.flatten(carry)
+    columns = zip(held, trees.flatten(total)[0], trees.flatten(emitted)[0], finite, strict=False)
+    return emitted, treedef.unflatten([_left(*column) for column in columns])
+
+
+def _left(old: Any, total: Any, emitted: Any, finite: Any) -> Any:
+    if total is None:
+        return old
+    return jnp.where(finite & jnp.isfinite(total), total - trees.widened(emitted), old)
+
+
+def _checked(threshold: Any, select: selections.Selection | None, carry: Any) -> selections.Selection:
+    following.check(threshold)
+    arguments.static(carry, "carry")
     select = selections.everything() if select is None else select
     selections.check(select)
     return select

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,41 +11,67 @@ import numpy as np
 
 from clipjax import _trees as trees
 
-_SHRINK, _GROW = np.float32(2.0**-90), np.float32(2.0**90)
+_SHRINK, _GROW, _FLOOR = np.float32(2.0**-90), np.float32(2.0**90), np.float32(2.0**-100)
 
 
-def sums(x: jax.Array) -> jax.Array:
-    """f[3]: the sums of x^2, (x 2^-90)^2 and (x 2^90)^2 in one pass; one is right wherever the norm is a float."""
-    x = trees.widened(x)
-    scales = (x.dtype.type(1), _SHRINK.astype(x.dtype), _GROW.astype(x.dtype))
-    if x.size > 1:
-        return jnp.stack([jnp.sum(jnp.square(x * scale)) for scale in scales])
-    # XLA would reassociate (x c)^2 of a lone entry into x^2 c^2, and c^2 is 0 or infinite
-    return jnp.stack([jnp.sum(jnp.square(jax.lax.optimization_barrier(x * scale))) for scale in scales])
+def norm(
+    arrays: list[jax.Array], ord: float = 2, *, axes: Sequence[tuple[str, ...]] | None = None, each: bool = False
+) -> jax.Array:
+    """The p-norm of all arrays together, or f[arrays] with the one of each; f32, f64 where an array is.
 
-
-def from_sums(total: jax.Array) -> jax.Array:
-    """The 2-norm of everything that went into the sums."""
-    plain, shrunk, grown = total[..., 0], total[..., 1], total[..., 2]
-    floor = np.float32(2.0**-100)
-    small = jnp.sqrt(grown) * _SHRINK
-    large = jnp.sqrt(shrunk) * _GROW
-    safe = jnp.where(jnp.isinf(plain), large, jnp.sqrt(plain))
-    return jnp.where(plain < floor, jnp.where(jnp.isinf(grown), safe, small), safe)
-
-
-def norm(arrays: list[jax.Array], ord: float = 2) -> jax.Array:
-    """The p-norm of all arrays together, f32 (f64 where one is); 0 for none."""
-    arrays = [x for x in arrays if x.size]
+    Args:
+      arrays: of any shapes; none have the norm 0.
+      ord: p > 0, infinity included.
+      axes: for each array, the axes of a surrounding `shard_map` that it is sharded over, to add up across.
+      each: one norm per array instead of one for all.
+    """
     if not arrays:
-        return jnp.zeros(())
+        return jnp.zeros((0,) if each else ())
     dtype = trees.widest(arrays)
+    wide = [x.astype(dtype) for x in arrays]
+    over = [()] * len(arrays) if axes is None else list(axes)
+
+    def total(part: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The sum of a part of every array, over all its shards."""
+        parts = [jax.lax.psum(part(x), at) if at else part(x) for x, at in zip(wide, over, strict=True)]
+        return jnp.stack(parts) if each else jnp.stack(parts).sum()
+
     if ord == 2:
-        parts: Any = jnp.stack([sums(x.astype(dtype)) for x in arrays])
-        return from_sums(parts.sum(axis=0))
-    sizes = [jnp.abs(x.astype(dtype)) for x in arrays]
-    largest = jnp.stack([x.max() for x in sizes]).max()
+        return _two_norm(total)
+    tops = [jnp.max(jnp.abs(x), initial=0) for x in wide]
+    tops = [jax.lax.pmax(top, at) if at else top for top, at in zip(tops, over, strict=True)]
+    largest = jnp.stack(tops) if each else jnp.stack(tops).max()
     if np.isinf(ord):
         return largest
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
-    return unit * jnp.stack([jnp.sum((x / unit) ** ord) for x in sizes]).sum() ** (1 / ord)
+    # up to 2^126, where the reciprocal that XLA may multiply with is still a normal number
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), jnp.minimum(largest, 2.0**126), jnp.ones_like(largest))
+    units = iter(unit) if each else iter([unit] * len(wide))
+    return unit * total(lambda x: jnp.sum((jnp.abs(x) / next(units)) ** ord)) ** (1 / ord)
+
+
+def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array]) -> jax.Array:
+    """The 2-norm from the sums of x², (x 2⁻⁹⁰)² and (x 2⁹⁰)²: one of them is right wherever the norm is a float.
+
+    Accelerators take the three in one pass. A CPU would pass three times, so it takes the others only where the first
+    has left the range in which it is right.
+    """
+
+    def squares(scale: Any) -> jax.Array:
+        return total(lambda x: jnp.sum(jnp.square(_scaled(x, scale))))
+
+    def pick(plain: jax.Array) -> jax.Array:
+        shrunk, grown = squares(_SHRINK), squares(_GROW)
+        safe = jnp.where(jnp.isinf(plain), jnp.sqrt(shrunk) * _GROW, jnp.sqrt(plain))
+        return jnp.where((plain < _FLOOR) & ~jnp.isinf(grown), jnp.sqrt(grown) * _SHRINK, safe)
+
+    def rescue(plain: jax.Array) -> jax.Array:
+        return jax.lax.cond(jnp.all((plain >= _FLOOR) & ~jnp.isinf(plain)), jnp.sqrt, pick, plain)
+
+    return jax.lax.platform_dependent(squares(None), cpu=rescue, default=pick)
+
+
+def _scaled(x: jax.Array, scale: Any) -> jax.Array:
+    if scale is None:
+        return x
+    # XLA would reassociate (x c)^2 of a lone entry into x^2 c^2, and c^2 is 0 or infinite
+    return jax.lax.optimization_barrier(x * scale.astype(x.dtype)) if x.size == 1 else x * scale.astype(x.dtype)

@@ -17,6 +17,7 @@ from clipjax._clipping import ClipNormState, ClipState
 from clipjax._projecting import ProjectState
 from clipjax._pruning import PruneState
 from clipjax._quantizing import QuantizeState
+from clipjax._skipping import SkipState
 from clipjax._typing import Tree
 
 Entries = dict[str, jax.Array]
@@ -55,7 +56,7 @@ def report(opt_state: Any, per_leaf: bool = False) -> Entries:
 
 def _members(opt_state: Any) -> Iterator[tuple[str, Any]]:
     """Every member's own state with its kind, in the order in which they act."""
-    kinds = (ClipState, ClipNormState, ProjectState)
+    kinds = (ClipState, ClipNormState, SkipState, ProjectState)
     for found in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds)):
         if isinstance(found, ProjectState):
             yield from _members(found.inner)
@@ -63,9 +64,13 @@ def _members(opt_state: Any) -> Iterator[tuple[str, Any]]:
             state = found if kind == "project" else found.projection
             yield kind, jax.tree.map(jnp.asarray, state)
         elif isinstance(found, kinds):
-            kind = "clip" if isinstance(found, ClipState) else "clip_norm"
-            yield kind, jax.tree.map(jnp.asarray, found)
+            if isinstance(found, SkipState):
+                yield from _members(found.inner)
+                found = found._replace(inner=())
+            yield _GRADIENT[type(found)], jax.tree.map(jnp.asarray, found)
 
+
+_GRADIENT: dict[type, str] = {ClipState: "clip", ClipNormState: "clip_norm", SkipState: "skip_spikes"}
 
 _PROJECTIONS: dict[type, str] = {
     ClampState: "clamp_weights",
@@ -89,7 +94,14 @@ def _clip_norm(state: ClipNormState, per_leaf: bool) -> Entries:
     if per_leaf:
         wide = {key: value for key, value in values.items() if value.ndim}
         entries |= {f"{key}/{i}": x for key, value in wide.items() for i, x in enumerate(value)}
-    return entries | {"clipped": state.clipped, "nonfinite": state.nonfinite}
+    share = state.clipped / jnp.maximum(state.count, 1)
+    return entries | {"clipped": state.clipped, "fraction_clipped": share, "nonfinite": state.nonfinite}
+
+
+def _skip(state: SkipState, per_leaf: bool) -> Entries:
+    share = state.skipped / jnp.maximum(state.count, 1)
+    entries = {"norm_pre": state.norm_pre, "threshold": state.threshold, "skipped": state.skipped}
+    return entries | {"fraction_skipped": share, "nonfinite": state.nonfinite}
 
 
 def _clamp(state: ClampState, per_leaf: bool) -> Entries:
@@ -134,6 +146,7 @@ def _project(state: ProjectState, per_leaf: bool) -> Entries:
 _ENTRIES: dict[str, Any] = {
     "clip": _clip,
     "clip_norm": _clip_norm,
+    "skip_spikes": _skip,
     "clamp_weights": _clamp,
     "prune_mask": _prune,
     "fake_quantize": _quantize,

@@ -1,0 +1,345 @@
+"""Thresholds that follow the history of what they limit, for `clip_norm`, `skip_spikes` and `clip`.
+
+A `Rule` is a pair of pure functions on a norm. Written for one norm, it serves the norm of the whole tree, of every
+leaf, or the magnitude of every entry: the member keeps a state for each and maps the rule over them. The member also
+keeps norms that are not finite, and norms of exactly 0, out of every history, and reads a threshold that is not
+positive as none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipjax import _arguments as arguments
+from clipjax._following import Rule
+
+
+class _Moments(NamedTuple):
+    """Mean and variance of the norms so far, and how many there were."""
+
+    seen: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+
+
+def zscore(z: Any = 2.5, decay: Any = 0.97, warmup: Any = 25, eps: Any = 1e-6, mode: str = "adaptive") -> Rule:
+    r"""Clip norms that lie z standard deviations above their moving average (ZClip).
+
+    .. math:: \zeta = (n - \mu) / (\sigma + \epsilon), \quad
+        C = \mu + (z^2 / \zeta)\, \sigma \ \text{where}\ \zeta > z
+
+    The first `warmup` norms pass unclipped; μ and σ² start as their mean and population variance. Then, with
+    :math:`\tilde n = \min(n, C)`, :math:`\mu \leftarrow \beta \mu + (1 - \beta) \tilde n` and
+    :math:`\sigma^2 \leftarrow \beta \sigma^2 + (1 - \beta) (\tilde n - \mu)^2` against the new μ.
+
+    Args:
+      z: z > 0, standard deviations; may be traced, as may `decay`, `warmup` and `eps`.
+      decay: β in [0, 1).
+      warmup: norms before the first clip, at least 1.
+      eps: added to σ in the quotient.
+      mode: "adaptive" as above: the further out, the harder; "mean" clips outliers to μ; "percentile" always holds
+        norms below μ + z σ.
+
+    Returns:
+      A `Rule`.
+
+    Raises:
+      ValueError: for z <= 0, a decay outside [0, 1), warmup < 1, a negative eps, or an unknown mode.
+
+    Example:
+      >>> rule = zscore(z=2.0, warmup=2)
+      >>> state = rule.init()
+      >>> for norm in (1.0, 3.0, 6.0):
+      ...     threshold, state = rule.update(jnp.float32(norm), state)
+      >>> round(float(threshold), 4)  # μ = 2, σ = 1, ζ = 4: 2 + (2²/4) 1
+      3.0
+
+    References:
+      Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025, https://arxiv.org/abs/2504.02507.
+      D3, section 5: which values to clip.
+    """
+    _positive(z, "z", "It counts standard deviations; 2.5 is usual.")
+    arguments.fraction(decay, "decay", "It is the weight of the past, e.g. 0.97.")
+    arguments.whole(warmup, "warmup", low=1, remedy="The first mean needs a norm.")
+    arguments.non_negative(eps, "eps", "It is added to a standard deviation.")
+    arguments.choice(mode, "mode", ("adaptive", "mean", "percentile"))
+
+    def limit(norm: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
+        if mode == "percentile":
+            return mean + z * deviation
+        score = (norm - mean) / (deviation + eps)
+        outlier = mean if mode == "mean" else mean + z * (z * deviation / jnp.where(score > z, score, 1.0))
+        return jnp.where(score > z, outlier, jnp.inf)
+
+    def update(norm: jax.Array, state: _Moments) -> tuple[jax.Array, _Moments]:
+        seen, mean, variance = state
+        warm = seen < warmup
+        threshold = jnp.where(warm, jnp.inf, limit(norm, mean, jnp.sqrt(variance)))
+        clipped = jnp.minimum(norm, threshold)
+        first = _welford(norm, state)
+        new_mean = decay * mean + (1 - decay) * clipped
+        later = decay * variance + (1 - decay) * jnp.square(clipped - new_mean)
+        moments = jnp.where(warm, first.mean, new_mean), jnp.where(warm, first.variance, later)
+        return threshold, _Moments(_more(seen), *moments)
+
+    return Rule(lambda: _Moments(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(())), update)
+
+
+def _welford(norm: jax.Array, state: _Moments) -> _Moments:
+    """Mean and population variance with one norm more."""
+    seen = state.seen.astype(norm.dtype)
+    mean = state.mean + (norm - state.mean) / (seen + 1)
+    variance = (state.variance * seen + (norm - state.mean) * (norm - mean)) / (seen + 1)
+    return _Moments(state.seen + 1, mean, variance)
+
+
+class _Average(NamedTuple):
+    """A moving average, and how many norms went into it."""
+
+    seen: jax.Array
+    average: jax.Array
+
+
+def ema_ratio(ratio: Any = 1.05, decay: Any = 0.98, warmup: Any = 100, warmup_max: Any = 1.0) -> Rule:
+    r"""Hold norms below a multiple of their moving average (AdaGC, with ``per="leaf"``).
+
+    .. math:: C = \lambda \gamma, \quad \gamma \leftarrow \beta \gamma + (1 - \beta) \min(n, C)
+
+    During the warm-up C is `warmup_max`, and γ the smallest clipped norm so far.
+
+    Args:
+      ratio: λ > 0; may be traced, as may the others.
+      decay: β in [0, 1).
+      warmup: norms in the warm-up, at least 1.
+      warmup_max: C > 0 during the warm-up; infinity clips nothing there.
+
+    Returns:
+      A `Rule`.
+
+    Raises:
+      ValueError: for a ratio or `warmup_max` that is not positive, a decay outside [0, 1), or warmup < 1.
+
+    Example:
+      >>> rule = ema_ratio(ratio=1.5, decay=0.5, warmup=1)
+      >>> state = rule.init()
+      >>> for norm in (0.5, 2.0):
+      ...     threshold, state = rule.update(jnp.float32(norm), state)
+      >>> float(threshold), float(state.average)
+      (0.75, 0.625)
+
+    References:
+      Wang et al., "AdaGC: Improving Training Stability for LLM Pretraining", 2025, https://arxiv.org/abs/2502.11034.
+      D3, section 5.
+    """
+    _positive(ratio, "ratio", "It multiplies the average norm; 1.05 is usual.")
+    arguments.fraction(decay, "decay", "It is the weight of the past, e.g. 0.98.")
+    arguments.whole(warmup, "warmup", low=1, remedy="The average starts from the norms of the warm-up.")
+    _positive(warmup_max, "warmup_max", "It is the threshold of the warm-up; use math.inf for none.")
+
+    def update(norm: jax.Array, state: _Average) -> tuple[jax.Array, _Average]:
+        seen, average = state
+        warm = seen < warmup
+        threshold = jnp.where(warm, warmup_max, ratio * average)
+        clipped = jnp.minimum(norm, threshold)
+        least = jnp.where(seen == 0, clipped, jnp.minimum(average, clipped))
+        return threshold, _Average(_more(seen), jnp.where(warm, least, decay * average + (1 - decay) * clipped))
+
+    return Rule(lambda: _Average(jnp.zeros((), jnp.int32), jnp.zeros(())), update)
+
+
+class _Window(NamedTuple):
+    """The last norms in a ring buffer, and how many there were in all."""
+
+    seen: jax.Array
+    norms: jax.Array
+
+
+def percentile(q: Any = 10.0, window: int = 1000) -> Rule:
+    """Hold norms below a percentile of their history (AutoClip).
+
+    C is the q-th percentile, linearly interpolated, of the last `window` norms before the clip, the current one
+    included.
+
+    Args:
+      q: 0 to 100; may be traced.
+      window: length of the history, at least 1; 4 bytes each. Static.
+
+    Returns:
+      A `Rule`.
+
+    Raises:
+      ValueError: for q outside [0, 100] or window < 1.
+
+    Example:
+      >>> rule = percentile(50, window=10)
+      >>> state = rule.init()
+      >>> for norm in (1.0, 2.0, 9.0):
+      ...     threshold, state = rule.update(jnp.float32(norm), state)
+      >>> float(threshold)
+      2.0
+
+    References:
+      Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks", 2020,
+      https://arxiv.org/abs/2007.14469. D3, section 5.
+    """
+    if arguments.known(q):
+        value = arguments.numeric(q, "q", "Give a percentile.")
+        arguments.require(0 <= value <= 100, "q", "lie in [0, 100]", q, "AutoClip uses 10.")
+    empty = _ring(window)
+
+    def update(norm: jax.Array, state: _Window) -> tuple[jax.Array, _Window]:
+        state = _pushed(norm, state)
+        ordered = jnp.sort(state.norms)  # a few numbers; what is not filled yet is infinite
+        place = (jnp.minimum(state.seen, window) - 1) * jnp.asarray(q, jnp.float32) / 100
+        low = jnp.floor(place).astype(jnp.int32)
+        below, above = ordered[low], ordered[jnp.minimum(low + 1, window - 1)]
+        part = place - low
+        return below + jnp.where(part > 0, part * (above - below), 0.0), state
+
+    return Rule(empty, update)
+
+
+def mean_sigma(k: Any = 3.0, window: int = 128) -> Rule:
+    r"""Hold norms below :math:`\mu + k \sigma` of the last norms (Levanter's window).
+
+    μ and σ are mean and population standard deviation of the last `window` norms before the clip, the current one not
+    among them. Nothing is clipped until the window is full.
+
+    Args:
+      k: standard deviations, at least 0; may be traced.
+      window: length of the history, at least 1; 4 bytes each. Static.
+
+    Returns:
+      A `Rule`.
+
+    Raises:
+      ValueError: for a negative k or window < 1.
+
+    Example:
+      >>> rule = mean_sigma(k=2.0, window=2)
+      >>> state = rule.init()
+      >>> for norm in (1.0, 3.0, 9.0):
+      ...     threshold, state = rule.update(jnp.float32(norm), state)
+      >>> float(threshold)
+      4.0
+
+    References:
+      Levanter, `levanter.optim.skipstep`, https://github.com/stanford-crfm/levanter. D3, section 5.
+    """
+    arguments.non_negative(k, "k", "It counts standard deviations.")
+    empty = _ring(window)
+
+    def update(norm: jax.Array, state: _Window) -> tuple[jax.Array, _Window]:
+        full = state.seen >= window
+        past = jnp.where(full, state.norms, 0.0)
+        return jnp.where(full, past.mean() + k * past.std(), jnp.inf), _pushed(norm, state)
+
+    return Rule(empty, update)
+
+
+def _ring(window: Any) -> Callable[[], _Window]:
+    arguments.static(window, "window")
+    arguments.whole(window, "window", low=1, remedy="It is the number of norms to remember.")
+    return lambda: _Window(jnp.zeros((), jnp.int32), jnp.full((int(window),), jnp.inf))
+
+
+def _pushed(norm: jax.Array, state: _Window) -> _Window:
+    """The window with the oldest norm replaced; selected by position, which works under any vmap without a scatter."""
+    window = state.norms.size
+    here = jnp.arange(window) == state.seen % window
+    seen = jnp.where(state.seen >= 2 * window - 1, state.seen - window + 1, state.seen + 1)  # never overflows
+    return _Window(seen, jnp.where(here, norm, state.norms))
+
+
+def quantile_track(q: Any, init: Any = 1.0, lr: Any = 0.2) -> Rule:
+    r"""Move the threshold until a fraction q of the norms lies within it (Andrew et al.).
+
+    .. math:: C \leftarrow C \exp(-\eta (b - q)), \quad b = [n \le C]
+
+    No history but C itself.
+
+    Args:
+      q: fraction of norms to leave unclipped, 0 to 1; may be traced, as may the others.
+      init: the first C > 0.
+      lr: η > 0.
+
+    Returns:
+      A `Rule`.
+
+    Raises:
+      ValueError: for q outside [0, 1], or an `init` or `lr` that is not positive.
+
+    Example:
+      >>> rule = quantile_track(0.5, init=1.0, lr=0.2)
+      >>> threshold, state = rule.update(jnp.float32(3.0), rule.init())
+      >>> float(threshold), round(float(state), 4)  # too low: up by exp(0.2 · 0.5)
+      (1.0, 1.1052)
+
+    References:
+      Andrew et al., "Differentially Private Learning with Adaptive Clipping", 2021, https://arxiv.org/abs/1905.03871.
+    """
+    if arguments.known(q):
+        value = arguments.numeric(q, "q", "Give a fraction.")
+        arguments.require(0 <= value <= 1, "q", "lie in [0, 1]", q, "It is the fraction left unclipped.")
+    _positive(init, "init", "It is the first threshold.")
+    _positive(lr, "lr", "It is the step in the logarithm of the threshold; 0.2 is usual.")
+
+    def update(norm: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        unclipped = (norm <= state).astype(state.dtype)
+        return state, state * jnp.exp(-lr * (unclipped - q))
+
+    return Rule(lambda: jnp.asarray(init, jnp.float32), update)
+
+
+def spam(theta: Any = 5000.0, decay: Any = 0.999) -> Rule:
+    r"""Clip entries far above their own second moment (SPAM's spike-aware clipping), for `clip`.
+
+    .. math:: |g| \le \sqrt{\theta v}, \quad v \leftarrow \beta v + (1 - \beta) \tilde g^2
+
+    v is the average of the squared *clipped* gradient, as Adam would have it, without bias correction; it starts at 0
+    and clips nothing until it has seen a gradient. Costs 4 bytes a parameter.
+
+    Args:
+      theta: θ > 0; may be traced, as may `decay`.
+      decay: β in [0, 1).
+
+    Returns:
+      A `Rule`.
+
+    Raises:
+      ValueError: for a theta that is not positive or a decay outside [0, 1).
+
+    Example:
+      >>> rule = spam(theta=4.0, decay=0.75)
+      >>> threshold, state = rule.update(jnp.float32(2.0), jnp.float32(1.0))
+      >>> float(threshold), float(state)
+      (2.0, 1.75)
+
+    References:
+      Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025,
+      https://arxiv.org/abs/2501.06842. D3, section 5.
+    """
+    _positive(theta, "theta", "It multiplies the second moment; SPAM uses 5000.")
+    arguments.fraction(decay, "decay", "It is the weight of the past, e.g. 0.999.")
+
+    def update(norm: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        threshold = jnp.sqrt(theta * state)
+        clipped = jnp.where(threshold > 0, jnp.minimum(norm, threshold), norm)
+        return threshold, decay * state + (1 - decay) * jnp.square(clipped)
+
+    return Rule(lambda: jnp.zeros(()), update)
+
+
+def _more(seen: jax.Array) -> jax.Array:
+    """Count up, and stay at the largest number."""
+    return jnp.where(seen < jnp.iinfo(jnp.int32).max, seen + 1, seen)
+
+
+def _positive(value: Any, name: str, remedy: str) -> None:
+    if arguments.known(value):
+        number = arguments.numeric(value, name, remedy)
+        arguments.require(number > 0, name, "be a number > 0", value, remedy)
