@@ -8,13 +8,13 @@ positive as none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from clipjax import _arguments as arguments
+from clipjax import _windows as windows
 from clipjax._following import Rule
 
 
@@ -151,13 +151,6 @@ def ema_ratio(ratio: Any = 1.05, decay: Any = 0.98, warmup: Any = 100, warmup_ma
     return Rule(lambda: _Average(jnp.zeros((), jnp.int32), jnp.zeros(())), update)
 
 
-class _Window(NamedTuple):
-    """The last norms in a ring buffer, and how many there were in all."""
-
-    seen: jax.Array
-    norms: jax.Array
-
-
 def percentile(q: Any = 10.0, window: int = 1000) -> Rule:
     """Hold norms below a percentile of their history (AutoClip).
 
@@ -189,18 +182,17 @@ def percentile(q: Any = 10.0, window: int = 1000) -> Rule:
     if arguments.known(q):
         value = arguments.numeric(q, "q", "Give a percentile.")
         arguments.require(0 <= value <= 100, "q", "lie in [0, 100]", q, "AutoClip uses 10.")
-    empty = _ring(window)
+    _length(window)
 
-    def update(norm: jax.Array, state: _Window) -> tuple[jax.Array, _Window]:
-        state = _pushed(norm, state)
-        ordered = jnp.sort(state.norms)  # a few numbers; what is not filled yet is infinite
-        place = (jnp.minimum(state.seen, window) - 1) * jnp.asarray(q, jnp.float32) / 100
+    def update(norm: jax.Array, state: windows.Sorted) -> tuple[jax.Array, windows.Sorted]:
+        state = windows.insert(state, norm)
+        last = jnp.minimum(state.window.seen, window) - 1
+        place = last.astype(jnp.float32) * jnp.asarray(q, jnp.float32) / 100
         low = jnp.floor(place).astype(jnp.int32)
-        below, above = ordered[low], ordered[jnp.minimum(low + 1, window - 1)]
-        part = place - low
-        return below + jnp.where(part > 0, part * (above - below), 0.0), state
+        below, above = (windows.at(state.ordered, i) for i in (low, jnp.minimum(low + 1, last)))
+        return below + (place - low.astype(jnp.float32)) * (above - below), state
 
-    return Rule(empty, update)
+    return Rule(lambda: windows.Sorted(windows.empty(window), windows.empty(window).norms), update)
 
 
 def mean_sigma(k: Any = 3.0, window: int = 128) -> Rule:
@@ -231,28 +223,14 @@ def mean_sigma(k: Any = 3.0, window: int = 128) -> Rule:
       Levanter, `levanter.optim.skipstep`, https://github.com/stanford-crfm/levanter. D3, section 5.
     """
     arguments.non_negative(k, "k", "It counts standard deviations.")
-    empty = _ring(window)
+    _length(window)
 
-    def update(norm: jax.Array, state: _Window) -> tuple[jax.Array, _Window]:
+    def update(norm: jax.Array, state: windows.Window) -> tuple[jax.Array, windows.Window]:
         full = state.seen >= window
         past = jnp.where(full, state.norms, 0.0)
-        return jnp.where(full, past.mean() + k * past.std(), jnp.inf), _pushed(norm, state)
+        return jnp.where(full, past.mean() + k * past.std(), jnp.inf), windows.push(state, norm)
 
-    return Rule(empty, update)
-
-
-def _ring(window: Any) -> Callable[[], _Window]:
-    arguments.static(window, "window")
-    arguments.whole(window, "window", low=1, remedy="It is the number of norms to remember.")
-    return lambda: _Window(jnp.zeros((), jnp.int32), jnp.full((int(window),), jnp.inf))
-
-
-def _pushed(norm: jax.Array, state: _Window) -> _Window:
-    """The window with the oldest norm replaced; selected by position, which works under any vmap without a scatter."""
-    window = state.norms.size
-    here = jnp.arange(window) == state.seen % window
-    seen = jnp.where(state.seen >= 2 * window - 1, state.seen - window + 1, state.seen + 1)  # never overflows
-    return _Window(seen, jnp.where(here, norm, state.norms))
+    return Rule(lambda: windows.empty(window), update)
 
 
 def quantile_track(q: Any, init: Any = 1.0, lr: Any = 0.2) -> Rule:
@@ -337,6 +315,11 @@ def spam(theta: Any = 5000.0, decay: Any = 0.999) -> Rule:
 def _more(seen: jax.Array) -> jax.Array:
     """Count up, and stay at the largest number."""
     return jnp.where(seen < jnp.iinfo(jnp.int32).max, seen + 1, seen)
+
+
+def _length(window: Any) -> None:
+    arguments.static(window, "window")
+    arguments.whole(window, "window", low=1, remedy="It is the number of norms to remember.")
 
 
 def _positive(value: Any, name: str, remedy: str) -> None:

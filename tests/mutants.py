@@ -76,7 +76,8 @@ MUTANTS = (
     Mutant("_selecting.py", "[::-1] - counts  # ties", "[::-1] - 0 * counts  # ties", "selecting", "keep"),
     Mutant("_selecting.py", "twice > divisor) |", "twice >= divisor) |", "selecting", "share"),
     Mutant("_selecting.py", "near & 1 == 1", "near & 1 == 0", "selecting", "share"),
-    Mutant("_pruning.py", "jnp.where(m, w, jnp.zeros_like(w))", "jnp.where(m, w, w)", "pruning", "once_and_holds"),
+    Mutant("_pruning.py", "jnp.where(m, w, jnp.zeros_like(w))", "jnp.where(m, w, w)", "pruning", "carry"),
+    Mutant("_pruning.py", "~jnp.broadcast_to(m, w.shape)", "jnp.zeros(w.shape, bool)", "pruning", "once_and_holds"),
     Mutant("_pruning.py", "None if carry else trees.place(state.mask, target)", "None", "pruning", "nest"),
     Mutant("_pruning.py", "max(n - structure.min_keep, 0)", "max(n, 0)", "pruning", "min_keep"),
     Mutant("_pruning.py", "[selecting.protect(x, ~c)", "[selecting.protect(x, c)", "pruning", "select"),
@@ -119,15 +120,9 @@ MUTANTS = (
     ),
     Mutant("_clamping.py", "jnp.where(chosen, new, w)", "new", "documents", "d3_strategies"),
     Mutant(
-        "_clipping.py", "grids.limit(g, -bound, bound)", "grids.limit(g, -bound, 2 * bound)", "documents", "d1_clips"
+        "_clipping.py", "grids.limit(x, -bound, bound)", "grids.limit(x, -bound, 2 * bound)", "documents", "d1_clips"
     ),
-    Mutant(
-        "_clipping.py",
-        "schedule(threshold)(state.count), jnp.float32)",
-        "schedule(threshold)(state.count + 1), jnp.float32)",
-        "clipping",
-        "schedule",
-    ),
+    Mutant("_following.py", "schedule(threshold)(count)", "schedule(threshold)(count + 1)", "clipping", "schedule"),
     Mutant("_clipping.py", "limit / (norm + eps)", "limit / (norm - eps)", "clipping", "clip_norm_matches"),
     Mutant(
         "_clipping.py",
@@ -136,13 +131,10 @@ MUTANTS = (
         "clipping",
         "non_finite",
     ),
-    Mutant(
-        "_norms.py",
-        "jnp.isinf(plain), large",
-        "jnp.isnan(plain), large",
-        "norms clipping",
-        "huge or large or over or range",
-    ),
+    Mutant("_norms.py", "jnp.sqrt(shrunk) * _GROW", "jnp.sqrt(plain)", "clipping", "range or over"),
+    Mutant("_norms.py", "(plain >= _FLOOR) & ~jnp.isinf(plain)", "plain >= 0", "clipping", "range or over"),
+    Mutant("_norms.py", "jax.lax.psum(part(x), at) if at", "part(x) if at", "clipping_sharded", "shard_map"),
+    Mutant("_norms.py", "jax.lax.pmax(top, at) if at", "top if at", "clipping_sharded", "shard_map"),
     Mutant("_trees.py", "and leaf.size > 0", "", "contract_numbers", "empty_scalar and (prune_once or quantize_axis)"),
     Mutant("_trees.py", '_BOX_FIELDS = ("value", "raw_value")', "_BOX_FIELDS = ()", "contract_models", "nnx_optimizer"),
     Mutant(
