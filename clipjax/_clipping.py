@@ -285,7 +285,7 @@ def _coefficient(norm: jax.Array, limit: jax.Array, eps: Any) -> jax.Array:
 def _scale(x: jax.Array, factor: jax.Array, chosen: jax.Array) -> jax.Array:
     wide = trees.wide(x.dtype)
     scaled = (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
-    return jnp.where(chosen & (factor != 1), scaled, x)  # a product with 1 would flush denormals
+    return jnp.where(chosen, jnp.where(factor != 1, scaled, x), x)  # a product with 1 would flush denormals
 
 
 def _nothing(params: Tree) -> Tree:

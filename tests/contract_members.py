@@ -5,36 +5,16 @@ what holds of the params after every step. `tests/test_contract*.py` run each ro
 """
 
 import operator
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from contract_gradients import GRADIENT_MEMBERS
+from contract_row import KEY, row
 
 import clipjax
 from clipjax import projections, scores, selections, steps, structures
-
-
-class Member(NamedTuple):
-    name: str
-    side: str  # "gradient": before the optimizer; "weight": after it; "inner": around it
-    build: Callable[..., Any]  # build(optimizer, **numbers)
-    numbers: dict[str, tuple[Any, Any]] = {}
-    holds: Callable[[Any, Any], None] | None = None  # holds(params, state) asserts
-    gradient: bool = False  # stands inside `with_gradient`
-
-    def tx(self, optimizer=None, wrap=None, **numbers):
-        """The member beside or around its optimizer, `wrap` around the member alone."""
-        numbers = {name: values[0] for name, values in self.numbers.items()} | numbers
-        wrap = wrap or (lambda tx: tx)
-        if self.side == "inner":
-            tx = wrap(self.build(optimizer or optax.adam(0.05), **numbers))
-        else:
-            pair = [optimizer or optax.sgd(0.25), wrap(self.build(None, **numbers))]
-            tx = optax.chain(*(pair if self.side == "weight" else reversed(pair)))
-        return clipjax.with_gradient(tx) if self.gradient else tx
 
 
 def named(tree):
@@ -125,43 +105,13 @@ def nowhere_negative(params, state):
     assert all((x >= 0).all() for _, x in named(params))
 
 
-def row(name, side, build, holds=None, gradient=False, **numbers):
-    return Member(name, side, build, numbers, holds, gradient)
-
-
-KEY = (jax.random.key(1), jax.random.key(7))
 TIMES = {"start": (0, 1), "every": (2, 1), "stop": (3, 2)}
 HALF = {"sparsity": (0.5, 0.75)}
 ramp = optax.polynomial_schedule(0.0, 0.5, 3, 3)
 by_name = clipjax.per_leaf(lambda path, leaf: 0.2 if path.endswith("bias") else 0.25)
 
 MEMBERS = [
-    row("clip", "gradient", lambda _, threshold: clipjax.clip(threshold), threshold=(0.05, 0.5)),
-    row("clip_schedule", "gradient", lambda _: clipjax.clip(lambda count: 0.05 * (1 + count))),
-    row(
-        "clip_random",
-        "gradient",
-        lambda _, threshold, p, key: clipjax.clip(threshold, select=selections.bernoulli(p, key=key)),
-        threshold=(0.05, 0.5),
-        p=(0.5, 0.9),
-        key=KEY,
-    ),
-    row("clip_leaves", "gradient", lambda _, key: clipjax.clip(0.05, select=selections.leaves(0.5, key=key)), key=KEY),
-    row("clip_largest", "gradient", lambda _: clipjax.clip(0.05, select=selections.largest(0.25))),
-    row(
-        "clip_norm",
-        "gradient",
-        lambda _, threshold, eps: clipjax.clip_norm(threshold, eps=eps),
-        threshold=(0.1, 1.0),
-        eps=(0.0, 1e-3),
-    ),
-    row(
-        "clip_norm_leaf",
-        "gradient",
-        lambda _, threshold: clipjax.clip_norm(threshold, per="leaf"),
-        threshold=(0.1, 1.0),
-    ),
-    row("clip_norm_schedule", "gradient", lambda _: clipjax.clip_norm(lambda count: 0.1 * (1 + count), ord=1)),
+    *GRADIENT_MEMBERS,
     row("clamp", "weight", lambda _, bound: clipjax.clamp_weights(bound), bounded(-0.2, 0.2), bound=(0.2, 0.1)),
     row("clamp_before", "weight", lambda _, bound: clipjax.clamp_weights(bound, when="before"), bound=(0.2, 0.1)),
     row(
@@ -296,7 +246,7 @@ GIVEN = row(
     "prune_mask", "weight", lambda _, start: clipjax.prune_mask(mask=MASK, start=start), held_zeros, start=(0, 1)
 )
 ALL = [*MEMBERS, GIVEN]
-WEIGHT = [m for m in ALL if m.side != "gradient"]
+WEIGHT = [m for m in ALL if m.side in ("weight", "inner")]
 GRADIENT = [m for m in ALL if m.side == "gradient"]
 
 name_of = operator.attrgetter("name")

@@ -19,10 +19,7 @@ SPECS = {"dense": {"kernel": P("data", "model"), "bias": P("model")}, "out": {"k
 MOVES = ("all-gather", "all-to-all", "collective-permute", " sort(", "custom-call")
 
 # What a partition may change: sums run in another order, so that steps and norms may differ in the last bits.
-ANOTHER_ORDER = {
-    "clip_norm": "the sum of squares",
-    "clip_norm_leaf": "the sum of squares",
-    "clip_norm_schedule": "the sum of absolute values",
+ANOTHER_ORDER = {member.name: "the sum of powers" for member in members.GRADIENT if "norm" in member.name} | {
     "project_norm": "the sum of squares",
     "prune_units": "the mean of a unit",
     "prune_select": "the mean of a unit",

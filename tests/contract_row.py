@@ -1,0 +1,36 @@
+"""A row of the contract's table: how a member is built, what of it may be traced, what holds after every step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import clipjax
+
+
+class Member(NamedTuple):
+    name: str
+    side: str  # "gradient": before the optimizer; "around" it; "weight": after it; "inner": after and around it
+    build: Callable[..., Any]  # build(optimizer, **numbers)
+    numbers: dict[str, tuple[Any, Any]] = {}
+    holds: Callable[[Any, Any], None] | None = None  # holds(params, state) asserts
+    gradient: bool = False  # stands inside `with_gradient`
+
+    def tx(self, optimizer=None, wrap=None, **numbers):
+        """The member beside or around its optimizer, `wrap` around the member alone."""
+        numbers = {name: values[0] for name, values in self.numbers.items()} | numbers
+        wrap = wrap or (lambda tx: tx)
+        if self.side in ("inner", "around"):
+            tx = wrap(self.build(optimizer or optax.adam(0.05), **numbers))
+        else:
+            pair = [optimizer or optax.sgd(0.25), wrap(self.build(None, **numbers))]
+            tx = optax.chain(*(pair if self.side == "weight" else reversed(pair)))
+        return clipjax.with_gradient(tx) if self.gradient else tx
+
+
+def row(name, side, build, holds=None, gradient=False, **numbers):
+    return Member(name, side, build, numbers, holds, gradient)
+
+
+KEY = (jax.random.key(1), jax.random.key(7))
