@@ -171,8 +171,8 @@ def clip_norm(
 
     The norm is accumulated in f32 across leaves and is right wherever it is representable. Updates within the
     threshold are returned bit for bit, others are multiplied by one scalar in f32. A non-finite norm is counted and
-    gives NaN in all that it governs. An infinite threshold only records. A rule keeps norms that are not finite, and
-    norms of exactly 0, out of its history.
+    gives NaN in all that it governs. An infinite threshold only records, norms that are finite. A rule keeps norms that
+    are not finite, and norms of exactly 0, out of its history.
 
     Args:
       threshold: C >= 0, a number (may be traced), a schedule count -> C, or a rule of `clipjax.thresholds` that
@@ -233,7 +233,7 @@ def clip_norm(
         emitted, left = _emit(scaled, updates, total, state.carry, [jnp.isfinite(f) for f in factors])
         new_state = ClipNormState(
             optax.safe_increment(state.count),
-            state.clipped + jnp.any(~(norm <= limit)).astype(jnp.int32),
+            state.clipped + jnp.any(jnp.isfinite(norm) & (norm > limit)).astype(jnp.int32),
             state.nonfinite + jnp.any(~jnp.isfinite(norm)).astype(jnp.int32),
             norm.astype(jnp.float32),
             limit,
@@ -253,27 +253,10 @@ def _norm(total: Tree, chosen: Tree, per: str, ord: float, axis_name: Any) -> ja
     picked = [
         jnp.zeros((1,)) if x is None else jnp.where(m, x, jnp.zeros_like(x)) for x, m in zip(leaves, masks, strict=True)
     ]
-    axes = None if axis_name is None else _axes(axis_name, trees.paths(total), picked)
+    axes = None if axis_name is None else norms.sharded_over(axis_name, trees.paths(total), picked)
     if per == "leaf":
         return norms.norm(picked, ord, axes=axes, each=True) if picked else jnp.zeros((1,))
     return norms.norm(picked, ord, axes=axes)
-
-
-def _axes(axis_name: Any, paths: list[str], leaves: list[jax.Array]) -> list[tuple[str, ...]]:
-    """The axes that each leaf is sharded over."""
-
-    def names(value: Any) -> tuple[str, ...]:
-        return () if value is None else (value,) if isinstance(value, str) else tuple(value)
-
-    if isinstance(axis_name, trees.PerLeaf):
-        return [names(axis_name.fn(path, x)) for path, x in zip(paths, leaves, strict=True)]
-    told = {name for name in names(axis_name) if name in _varies(jax.lax.axis_index(name))}
-    return [tuple(n for n in names(axis_name) if n not in told or n in _varies(x)) for x in leaves]
-
-
-def _varies(x: jax.Array) -> frozenset[str]:
-    """The manual axes over which an array is known to differ."""
-    return jax.typeof(x).mat.varying
 
 
 def _coefficient(norm: jax.Array, limit: jax.Array, eps: Any) -> jax.Array:

@@ -75,3 +75,20 @@ def _scaled(x: jax.Array, scale: Any) -> jax.Array:
         return x
     # XLA would reassociate (x c)^2 of a lone entry into x^2 c^2, and c^2 is 0 or infinite
     return jax.lax.optimization_barrier(x * scale.astype(x.dtype)) if x.size == 1 else x * scale.astype(x.dtype)
+
+
+def sharded_over(axis_name: Any, paths: list[str], leaves: list[jax.Array]) -> list[tuple[str, ...]]:
+    """The axes of a surrounding `shard_map` that each leaf is sharded over, of those that `axis_name` names."""
+
+    def names(value: Any) -> tuple[str, ...]:
+        return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+    if isinstance(axis_name, trees.PerLeaf):
+        return [names(axis_name.fn(path, x)) for path, x in zip(paths, leaves, strict=True)]
+    told = {name for name in names(axis_name) if name in _varies(jax.lax.axis_index(name))}
+    return [tuple(n for n in names(axis_name) if n not in told or n in _varies(x)) for x in leaves]
+
+
+def _varies(x: jax.Array) -> frozenset[str]:
+    """The manual axes over which an array is known to differ."""
+    return jax.typeof(x).mat.varying

@@ -36,7 +36,9 @@ class SkipState(NamedTuple):
     inner: Any
 
 
-def skip_spikes(inner: optax.GradientTransformation, threshold: Any) -> optax.GradientTransformationExtraArgs:
+def skip_spikes(
+    inner: optax.GradientTransformation, threshold: Any, *, axis_name: Any = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Leave out updates whose gradient norm exceeds a threshold or is not finite.
 
     .. math:: u = \mathrm{inner}(g) \ \text{if}\ \lVert g \rVert_2 \le C,\ \text{else}\ 0
@@ -47,7 +49,10 @@ def skip_spikes(inner: optax.GradientTransformation, threshold: Any) -> optax.Gr
     Args:
       inner: what to skip, usually the optimizer.
       threshold: C >= 0, a number (may be traced), a schedule count -> C, or a rule of `clipjax.thresholds`, which sees
-        the norms of skipped updates too; infinity skips only what is not finite.
+        the norms of skipped updates too; infinity skips only what is not finite. A rule that is fed clipped norms
+        (`zscore`, `ema_ratio`) does not recover from a lasting rise of the norm, and skips all that follows;
+        `mean_sigma`, `percentile` and `quantile_track` do.
+      axis_name: inside `shard_map`, the mesh axes to add up across, as in `clip_norm`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -79,7 +84,10 @@ def skip_spikes(inner: optax.GradientTransformation, threshold: Any) -> optax.Gr
         return SkipState(count, skipped, nonfinite, norm, limit, following.begin(threshold, norm), inside.init(params))
 
     def update_fn(updates: Tree, state: SkipState, params: Tree = None, **extra: Any) -> tuple[Tree, SkipState]:
-        norm = norms.norm([g for g in jax.tree.leaves(updates) if trees.floating(g)]).astype(jnp.float32)
+        named = [(path, g) for path, g in trees.governed(updates) if trees.floating(g)]
+        paths, leaves = [path for path, _ in named], [g for _, g in named]
+        axes = None if axis_name is None else norms.sharded_over(axis_name, paths, leaves)
+        norm = norms.norm(leaves, axes=axes).astype(jnp.float32)
         limit, history = following.follow(threshold, state.count, norm, state.rule, zeros=False)
         good = jnp.isfinite(norm) & (norm <= limit)
         # selects, not a branch: they fuse with the optimizer, and a donated state stays where it is

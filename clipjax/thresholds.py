@@ -159,7 +159,7 @@ def percentile(q: Any = 10.0, window: int = 1000) -> Rule:
 
     Args:
       q: 0 to 100; may be traced.
-      window: length of the history, at least 1; 4 bytes each. Static.
+      window: length of the history, at least 1; 8 bytes each. Static.
 
     Returns:
       A `Rule`.

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -110,6 +111,18 @@ def test_shard_map_without_types_takes_every_leaf_as_sharded():
     placed = {"split": jax.device_put(grads["split"], NamedSharding(mesh(), P("data")))}
     _, new = jax.jit(update)(placed, state)
     np.testing.assert_allclose(new.norm_pre, np.linalg.norm(grads["split"]), rtol=1e-6)
+
+
+def test_shard_map_skips_on_all_devices_or_none():
+    """The norm is that of all shards, so that every device decides the same."""
+    tx = clipjax.skip_spikes(optax.sgd(1.0), 5.0, axis_name="data")
+    state = tx.init(jnp.zeros(8))
+    specs = (P("data"), jax.tree.map(lambda _: P(), state))
+    update = jax.jit(jax.shard_map(tx.update, mesh=mesh(), in_specs=specs, out_specs=specs))
+    for grads, skipped in ((jnp.arange(8.0), 1), (jnp.arange(8.0) / 10, 0)):
+        updates, new = update(jax.device_put(grads, NamedSharding(mesh(), P("data"))), state)
+        assert int(new.skipped) == skipped
+        np.testing.assert_array_equal(updates, np.zeros(8) if skipped else -grads)
 
 
 def test_shard_map_element_clip_needs_no_axis():
