@@ -124,7 +124,7 @@ def block(height: int, width: int) -> Structure:
         return jnp.pad(x, pad).reshape(*x.shape[:-2], tall, height, wide, width).sum((-3, -1))
 
     def reduce(scores: jax.Array) -> jax.Array:
-        return totals(scores) / totals(jnp.ones(scores.shape[-2:], scores.dtype))
+        return totals(scores) / totals(jnp.ones((1,) * (scores.ndim - 2) + scores.shape[-2:], scores.dtype))
 
     def expand(units: jax.Array, leaf: jax.Array) -> jax.Array:
         rows, columns = leaf.shape[-2:]

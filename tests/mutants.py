@@ -105,8 +105,8 @@ MUTANTS = (
     Mutant("structures.py", "(rank < n)", "(rank <= n)", "structures", "n_of_m"),
     Mutant(
         "structures.py",
-        "totals(scores) / totals(jnp.ones(",
-        "totals(scores) / height / width * totals(0 + jnp.zeros(",
+        "totals(scores) / totals(jnp.ones((1,)",
+        "totals(scores) / (height * width) + 0 * totals(jnp.ones((1,)",
         "structures",
         "block",
     ),
