@@ -5,13 +5,15 @@ from clipjax._clamping import clamp_weights
 from clipjax._clipping import clip, clip_norm
 from clipjax._following import Rule
 from clipjax._grids import clamp, dequantize, quantize, round_to_step
+from clipjax._masks import make_mask
 from clipjax._projecting import project, with_gradient
-from clipjax._pruning import make_mask, prune_mask
+from clipjax._pruning import prune_mask
 from clipjax._quantizing import Quantized, fake_quantize, quantized
 from clipjax._reporting import Summary, report, summarize
 from clipjax._skipping import skip_spikes
 from clipjax._trees import per_leaf
 from clipjax.projections import Context, Projection
+from clipjax.scores import snip, synflow
 from clipjax.steps import choose_step
 from clipjax.widths import choose_bits
 
@@ -43,9 +45,11 @@ __all__ = [
     "scores",
     "selections",
     "skip_spikes",
+    "snip",
     "steps",
     "structures",
     "summarize",
+    "synflow",
     "thresholds",
     "widths",
     "with_gradient",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from clipjax import _arguments as arguments
+from clipjax import _landing as landing
 from clipjax import _trees as trees
 from clipjax import selections
 from clipjax._typing import Tree, Where
@@ -90,8 +91,10 @@ def project(
         weights = trees.restrict(params, picks)
         floats = jax.tree.map(_fresh, weights) if carry else ()
         seen = trees.merge(params, floats, picks) if carry and inner else params
-        count = jnp.zeros((), jnp.int32)
-        return ProjectState(count, floats, held.init(weights), inside.init(seen))
+        count, inner_state = jnp.zeros((), jnp.int32), inside.init(seen)
+        if inner and held.survives is not None and not carry:
+            _moments(inside, lambda moment: moment, inner_state)
+        return ProjectState(count, floats, held.init(weights), inner_state)
 
     def update_fn(
         updates: Tree, state: ProjectState, params: Tree | None = None, **extra: Any
@@ -101,7 +104,8 @@ def project(
         picks = trees.pick(where, params)
         narrow = trees.restrict(params, picks)
         weights = jax.tree.map(trees.widened, narrow)
-        context = _context(state.count, narrow, extra.get("grad"), key, _refresh(extra))
+        grad = extra.get("grad", updates if inner else None)  # what arrives at `inner` is the gradient
+        context = _context(state.count, narrow, grad, key, _refresh(extra))
         before = context._replace(count=state.count - 1, key=selections.key_at(key, state.count - 1))
 
         def floats() -> Tree:
@@ -126,14 +130,16 @@ def project(
                 target = _drop(held, target, floats(), weights, steps, new, projected, context, active)
                 new = _hold(held, target, projected, context)
             new = jax.tree.map(lambda n, t: _keep(active, jnp.where(jnp.isfinite(t), n, t), t), new, target)
-            moved = jax.tree.map(land, weights, _rounded(new, narrow))
-        elif held.zeroing:
-            assert held.vanishes is not None
-            gone = held.vanishes(target, projected, context)
-            moved = jax.tree.map(functools.partial(_emptied, active), steps, weights, landed, gone)
+            moved = jax.tree.map(landing.land, weights, _rounded(new, narrow))
+        elif held.survives is not None:
+            kept = held.survives(target, state.projection, projected)
+            moved = jax.tree.map(functools.partial(landing.emptied, active), steps, weights, landed, kept)
         else:
             new = jax.tree.map(functools.partial(_keep, active), new, target)
-            moved = jax.tree.map(_land_changed, steps, weights, landed, new, _rounded(new, narrow))
+            moved = jax.tree.map(landing.changed, steps, weights, landed, new, _rounded(new, narrow))
+        if inner and held.survives is not None and not carry:
+            kept = held.survives(target, state.projection, projected)
+            inner_state = _forget(inside, inner_state, params, trees.merge(params, kept, picks), picks, active)
         count = optax.safe_increment(state.count)
         carried = target if carry else ()
         return trees.merge(updates, moved, picks), ProjectState(count, carried, projected, inner_state)
@@ -189,32 +195,28 @@ def refreshed(context: Context, start: Any, every: Any, stop: Any, refresh: Any,
     return jax.lax.cond(due, lambda: refresh(*again()), lambda: old)
 
 
-def land(p: jax.Array, q: jax.Array) -> jax.Array:
-    """The update u for which p + u is q in floating point, or the nearest value toward zero where none is found.
+def _forget(inner: Any, state: Any, params: Tree, kept: Tree, picks: list[bool], active: Any) -> Any:
+    """The inner state without moments of what P has set to 0; factored moments, of another shape, stay."""
+    alive = trees.merge(jax.tree.map(lambda p: True, params), kept, picks)
 
-    u = q - p is the float nearest to the exact difference, so no other u comes closer; it is exact for q = 0, for
-    q/2 <= p <= 2q (Sterbenz) and between levels of a short step. Where p + u still rounds to beyond q, u moves by one
-    unit in its last place: p + u then stays on the side of q, and |p + u| <= |q| holds always. A weight that must move
-    by more than itself may so land inside the set, and on its value at the next update. Infinity and NaN pass.
-    """
-    kind = jnp.dtype(f"uint{8 * p.dtype.itemsize}")
-    u = q - p
-    # p + u is 0 or has the sign of q, so that the larger one has the larger bits
-    move, reached, wanted = (jax.lax.bitcast_convert_type(x, kind) for x in (u, p + u, q))
-    apart = jax.lax.shift_right_arithmetic(move ^ wanted, kind.type(8 * kind.itemsize - 1))  # all ones: u must grow
-    inward = jax.lax.bitcast_convert_type(move - (apart | kind.type(1)), u.dtype)
-    return jnp.where(reached > wanted, inward, u)
+    def clear(moment: Any, keep: Any) -> Any:
+        if keep is True or jnp.shape(moment) != jnp.shape(keep):
+            return moment
+        gone = ~keep if active is None else ~keep & active
+        return jnp.where(gone, jnp.zeros_like(moment), moment)
+
+    return _moments(inner, lambda m, k: m if isinstance(m, optax.MaskedNode) else clear(m, k), state, alive)
 
 
-def _land_changed(u: jax.Array, p: jax.Array, landed: jax.Array, new: jax.Array, q: jax.Array) -> jax.Array:
-    """The update as it came where P changes nothing, and where the target is not finite."""
-    return jnp.where((new != landed) & jnp.isfinite(landed), land(p, q), u)
-
-
-def _emptied(active: Any, u: jax.Array, p: jax.Array, landed: jax.Array, gone: jax.Array) -> jax.Array:
-    """`_land_changed` where all that P does is to set entries to 0: u = -p is exact at once."""
-    gone = gone if active is None else gone & active
-    return jnp.where(gone & jnp.isfinite(landed), -p, u)
+def _moments(inner: Any, fn: Any, state: Any, *rest: Tree) -> Any:
+    """Map over the arrays of an optimizer's state that belong to params."""
+    try:
+        return optax.tree.map_params(inner, fn, state, *rest, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    except Exception as error:
+        raise ValueError(
+            "`inner` must be an optimizer in whose state `optax.tree.map_params` finds the moments of each param,"
+            f" got one where it fails: {error}. Chain `prune_mask` behind it instead."
+        ) from error
 
 
 def _drop(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from clipjax import _arguments as arguments
+from clipjax import _masks as masks
 from clipjax import _projecting as projecting
 from clipjax import _selecting as selecting
 from clipjax import _trees as trees
@@ -17,8 +18,6 @@ from clipjax import selections, structures
 from clipjax._typing import Tree, Where
 from clipjax.projections import Context, Projection
 
-SCOPES = ("global", "leaf")
-
 
 class PruneState(NamedTuple):
     """State of `prune_mask` inside its `ProjectState`.
@@ -26,10 +25,12 @@ class PruneState(NamedTuple):
     Attributes:
       mask: bool arrays, True keeps, one entry per unit (they broadcast to the weights); None at leaves not governed.
       score: the state of the score.
+      grow: the state of the score by which removed weights grow again; () without `regrow`.
     """
 
     mask: Any
     score: Any
+    grow: Any
 
 
 def prune_mask(
@@ -45,6 +46,7 @@ def prune_mask(
     carry: bool = False,
     inner: optax.GradientTransformation | None = None,
     regrow: Any = None,
+    grow: scoring.Score | None = None,
     select: selections.Selection | None = None,
     mask: Tree = None,
     key: Any = None,
@@ -54,21 +56,31 @@ def prune_mask(
     A refresh removes exactly round(sparsity * n) of n weights (units), earlier positions being kept among equals.
     Refreshes happen at updates c >= `start` with (c - start) divisible by `every`, and at `stop`; a constant sparsity
     without `every` fires once, at `start`. What is removed stays removed, unless `carry=True` keeps the float weights
-    (straight-through pruning). No sort, no gather: a refresh is a few counting passes.
+    (straight-through pruning), or `regrow` exchanges a part of what is kept. No sort, no gather: a refresh is a few
+    counting passes.
+
+    With `inner=optimizer` the moments of removed weights are 0, and a weight that grows again starts at 0 without any:
+    every array of the optimizer's state that has the shape of its param is cleared; factored moments stay.
 
     Args:
-      sparsity: fraction of zeros in [0, 1), a number (may be traced), a schedule count -> fraction, or `per_leaf`
-        (with scope="leaf"). None only with `mask`.
+      sparsity: fraction of zeros in [0, 1), a number (may be traced), a schedule count -> fraction, `per_leaf`, or a
+        tree of fractions at the paths of the leaves. None with `mask`, and for a structure that fixes it.
       score: which weights matter, `scores.magnitude()` by default.
       structure: what is removed together, `structures.element()` by default.
-      scope: "global" compares all picked leaves together as they are; "leaf" prunes each to the sparsity.
+      scope: "global" compares all picked leaves together as they are; "leaf" prunes each to the sparsity; "erk" each to
+        one that follows from its shape (Erdős–Rényi-kernel): the density is in proportion to sum(shape) / prod(shape),
+        at most 1, and all leaves together keep 1 - sparsity.
       where: `where(path, leaf) -> bool`; by default arrays of rank >= 2 not named bias, b, scale or offset.
       start: first update that prunes; may be traced.
       every: updates between two refreshes; may be traced. 100 for a schedule.
       stop: the last refresh; may be traced. A schedule needs it.
       carry: keep the float weights, 4 bytes a weight: a weight that was cut can come back.
-      inner: a transformation that sees the float weights, see `project`.
-      regrow: reserved for rules that let removed weights grow again; needs `inner`.
+      inner: a transformation that sees the float weights, see `project`. The gradient that it gets is also the `grad`
+        of scores, unless the caller passes another.
+      regrow: the fraction of kept weights that each refresh exchanges, in [0, 1) or a schedule, e.g.
+        `optax.cosine_decay_schedule(0.3, stop)`; needs `inner`. 0 exchanges none, but lets weights grow back when the
+        sparsity falls (AC/DC).
+      grow: which removed weights grow first: `scores.gradient(decay=0.0)` by default (RigL); `scores.random()` is SET.
       select: which entries (units) are candidates, redrawn at each refresh; sparsity then counts candidates.
       mask: a tree of bool arrays, True keeps, that is held as it is; may be traced. Leaves without one pass.
       key: PRNG key for random scores and selections; folded with the count.
@@ -79,8 +91,8 @@ def prune_mask(
 
     Raises:
       ValueError: for a sparsity outside [0, 1), a schedule without `stop`, stop < start, every < 1, an unknown scope,
-        regrow without inner, neither or both of sparsity and mask; at init for a mask of the wrong shape; at update
-        for missing `params`, or a missing `grad` of a gradient score.
+        regrow without inner, with carry or n_of_m, neither or both of sparsity and mask; at init for a mask of the
+        wrong shape; at update for missing `params`, or a missing `grad` of a gradient score.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -91,21 +103,19 @@ def prune_mask(
       [[0.5, 0.0], [0.0, -2.0]]
 
     References:
-      D2, section 2.2; D0, section 2.2; Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878.
+      D2, section 2.2; D0, section 2.2; Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878. Evci et al., "Rigging the
+      Lottery", 2020, https://arxiv.org/abs/1911.11134. Mocanu et al., SET, 2018, https://arxiv.org/abs/1707.04780.
     """
-    _check_cycle(sparsity, start, every, stop, mask)
-    arguments.choice(scope, "scope", SCOPES)
-    arguments.static(carry, "carry")
-    score = scoring.magnitude() if score is None else score
     structure = structures.element() if structure is None else structure
-    arguments.instance(score, scoring.Score, "score", "Call a factory: `scores.magnitude()`.")
-    _check_structure(structure)
+    score = scoring.magnitude() if score is None else score
+    grow = scoring.gradient(decay=0.0) if grow is None else grow
+    for name, value in (("score", score), ("grow", grow)):
+        arguments.instance(value, scoring.Score, name, "Call a factory: `scores.magnitude()`.")
+    arguments.static(carry, "carry")
     if select is not None:
         selections.check(select)
-    if regrow is not None:
-        remedy = "It resets the moments of what grows again, so it must own the optimizer: `inner=optax.adam(1e-3)`."
-        arguments.require(inner is not None, "inner", "be given with `regrow`", inner, remedy)
-        raise ValueError(f"`regrow` must be None in this version, got {regrow!r}. Use `carry=True` to regrow.")
+    _check_regrow(regrow, structure, carry, inner)
+    _check_cycle(sparsity, structure, scope, start, every, stop, mask)
     if mask is not None:
         given = {path for path, m in trees.governed(mask) if m is not True}
 
@@ -115,39 +125,58 @@ def prune_mask(
         return projecting.project(_held(mask), carry=carry, inner=inner, start=start, where=masked, key=key)
     if every is None and callable(sparsity):
         every = 100
+    scope = masks.effective(sparsity, scope)
 
-    def pack(masks: Tree) -> Any:
-        return masks if structure.whole else trees.by_path(masks)
+    def pack(units: Tree) -> Any:
+        return units if structure.whole else trees.by_path(units)
 
     def init_fn(params: Tree) -> PruneState:
         trees.map_with_path(structure.check, params)
-        if not callable(sparsity):
-            _shares(sparsity, params)
-        masks = jax.tree.map(lambda p: structure.reduce(jnp.zeros_like(p, jnp.float32)) == 0, params)
-        return PruneState(pack(masks), score.init(params))
+        units = jax.tree.map(lambda p: structure.reduce(jnp.zeros_like(p, jnp.float32)) == 0, params)
+        if masks.varies(sparsity):
+            masks.shares(sparsity, scope, [], params)
+        return PruneState(pack(units), score.init(params), () if regrow is None else grow.init(params))
 
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
         seen = score.observe(target, state.score, context)
+        growing = state.grow if regrow is None else grow.observe(target, state.grow, context)
 
         def refresh(target: Tree, landed: Tree) -> Any:
             values = score.score(target, seen, context)
-            finite = jax.tree.map(jnp.isfinite, target)
-            held = None if carry else trees.place(state.mask, target)
-            chosen = None
+            old = trees.place(state.mask, target)
+            ready = {"finite": jax.tree.map(jnp.isfinite, target)}
             if select is not None:
                 units = jax.tree.map(structure.reduce, values)
-                chosen = selections.choose(select, units, key, context.count)
-            pool = _pool(values, structure, finite, held, chosen)
+                ready["chosen"] = selections.choose(select, units, key, context.count)
             now = sparsity(context.count) if callable(sparsity) else sparsity
-            masks = _cut(pool, _shares(now, target), scope == "global" and not _by_leaf(now))
-            return pack(masks if held is None else jax.tree.map(jnp.logical_and, masks, held))
+            units = masks.pool(values, structure, held=None if carry else old, **ready)
+            removed = masks.removals(now, scope, units, target)
+            if regrow is None:
+                kept = masks.cut(units, structure, removed, scope)
+                return pack(kept if carry else jax.tree.map(jnp.logical_and, kept, old))
+            share = regrow(context.count) if callable(regrow) else regrow
+            stay = masks.cut(units, structure, _before_growth(removed, units, old, share, scope), scope)
+            units = masks.pool(grow.score(target, growing, context), structure, safe=stay, **ready)
+            return pack(masks.cut(units, structure, removed, scope))
 
         mask = projecting.refreshed(context, start, every, stop, refresh, state.mask)
-        new = PruneState(mask, seen)
-        return _hold_mask(target, new, context), new
+        new = PruneState(mask, seen, growing)
+        kept = survives(target, state, new)
+        return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, kept), new
+
+    def survives(target: Tree, before: PruneState, after: PruneState) -> Tree:
+        """What grows again starts at zero: its weight, and its moments."""
+        units = trees.place(after.mask, target)
+        if regrow is not None:
+            units = jax.tree.map(jnp.logical_and, units, trees.place(before.mask, target))
+        return jax.tree.map(lambda w, m: jnp.broadcast_to(structure.expand(m, w), w.shape), target, units)
+
+    def hold_fn(target: Tree, state: PruneState, context: Context) -> Tree:
+        kept = survives(target, state, state)
+        return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, kept)
 
     return projecting.project(
-        Projection(init_fn, apply_fn, _hold_mask, zeroing=True, vanishes=_removed),
+        Projection(init_fn, apply_fn, hold_fn, survives=survives),
         carry=carry,
         inner=inner,
         start=start,
@@ -156,130 +185,15 @@ def prune_mask(
     )
 
 
-def make_mask(
-    scores: Tree,
-    sparsity: Any = None,
-    *,
-    structure: structures.Structure | None = None,
-    scope: str = "global",
-) -> Tree:
-    """Masks that remove exactly round(sparsity * n) of the lowest scores; True keeps.
-
-    Among equal scores the earlier position is kept (tree order, then row-major). NaN scores go first.
-
-    Args:
-      scores: a tree of real arrays; every leaf takes part. Integers are compared as f32.
-      sparsity: fraction in [0, 1), a number (may be traced) or `per_leaf` (with scope="leaf").
-      structure: what is removed together, `structures.element()` by default.
-      scope: "global" compares all leaves together, "leaf" each alone.
-
-    Returns:
-      A tree of bool arrays of the shapes of `scores`.
-
-    Raises:
-      ValueError: for a sparsity outside [0, 1), None where the structure needs one, an unknown scope.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> make_mask({"a": jnp.array([3.0, 1.0]), "b": jnp.array([1.0, 2.0])}, 0.5)["b"].tolist()
-      [False, True]
-
-    References:
-      D2, section 2.2, step 2.
-    """
-    structure = structures.element() if structure is None else structure
-    _check_structure(structure)
-    arguments.choice(scope, "scope", SCOPES)
-    remedy = "Give the fraction of zeros, e.g. 0.9."
-    arguments.require(sparsity is not None, "sparsity", "be given for this structure", sparsity, remedy)
-    if not isinstance(sparsity, trees.PerLeaf):
-        arguments.fraction(sparsity, "sparsity", "It is the fraction of zeros, e.g. 0.9.")
-    scores = jax.tree.map(jnp.asarray, scores)
-    filled = jax.tree.map(lambda x: x if x.size else None, scores)
-    trees.map_with_path(structure.check, filled)
-    pool = _pool(filled, structure, None, None, None)
-    masks = _cut(pool, _shares(sparsity, filled), scope == "global" and not _by_leaf(sparsity))
-    leaves, treedef = trees.flatten(scores)
-    pairs = zip(leaves, trees.flatten(masks)[0], strict=True)
-    return treedef.unflatten(
-        [
-            None if x is None else jnp.ones(x.shape, bool) if m is None else jnp.broadcast_to(m, x.shape)
-            for x, m in pairs
-        ]
-    )
-
-
-class _Pool(NamedTuple):
-    """The units of all governed leaves, ready to be compared."""
-
-    keys: list[jax.Array]
-    sizes: list[Any]
-    treedef: Any
-
-
-def _pool(values: Tree, structure: structures.Structure, finite: Tree, held: Tree, chosen: Tree) -> _Pool:
-    """Order the units: those already gone lowest, those that may not go out of reach.
-
-    Entries whose target is not finite count as 0 in their unit, and on their own may not go.
-    """
-    scores, treedef = jax.tree.flatten(values)
-    if not scores:
-        return _Pool([], [], treedef)
-    dtype = trees.widest(scores)
-    scores = [x.astype(dtype) for x in scores]
-    if finite is not None:
-        alive = jax.tree.leaves(finite)
-        scores = [jnp.where(f, x, jnp.zeros_like(x)) for x, f in zip(scores, alive, strict=True)]
-    units = [structure.reduce(x) for x in scores]
-    gone = [None] * len(units) if held is None else [~m for m in jax.tree.leaves(held)]
-    keys = [selecting.order(u, gone=g) for u, g in zip(units, gone, strict=True)]
-    sizes: list[Any] = [u.size for u in units]
-    if structure.min_keep:
-        spare = [max(n - structure.min_keep, 0) for n in sizes]
-        best = selecting.keep(keys, jnp.asarray(spare, jnp.uint32), pooled=False)
-        keys = [selecting.protect(x, b) for x, b in zip(keys, best, strict=True)]
-    if finite is not None and structure.whole:
-        keys = [selecting.protect(x, ~f) for x, f in zip(keys, alive, strict=True)]
-    if chosen is not None:
-        picked = [jnp.broadcast_to(c, u.shape) for c, u in zip(jax.tree.leaves(chosen), units, strict=True)]
-        keys = [selecting.protect(x, ~c) for x, c in zip(keys, picked, strict=True)]
-        sizes = [jnp.sum(c, dtype=jnp.uint32) for c in picked]
-    return _Pool(keys, sizes, treedef)
-
-
-def _cut(pool: _Pool, shares: list[Any], pooled: bool) -> Tree:
-    """Masks without the lowest units of the pool, or of each leaf."""
-    if not pool.keys:
-        return pool.treedef.unflatten([])
-    if pooled:
-        removed = [selecting.share(shares[0], sum(pool.sizes))] * len(shares)
-    else:
-        removed = [selecting.share(s, n) for s, n in zip(shares, pool.sizes, strict=True)]
-    free = selecting.open_count(pool.keys)
-    free = jnp.full_like(free, free.sum(dtype=jnp.uint32)) if pooled else free
-    return pool.treedef.unflatten(selecting.keep(pool.keys, jnp.minimum(jnp.stack(removed), free), pooled=pooled))
-
-
-def _shares(sparsity: Any, tree: Tree) -> list[Any]:
-    """The sparsity of every governed leaf."""
-    shares = [trees.resolve(sparsity, path, leaf) for path, leaf in trees.governed(tree)]
-    for share in shares:
-        arguments.fraction(share, "sparsity", "It is the fraction of zeros, e.g. 0.9.")
-    return shares
-
-
-def _by_leaf(sparsity: Any) -> bool:
-    return isinstance(sparsity, trees.PerLeaf)
-
-
-def _hold_mask(target: Tree, state: PruneState, context: Context) -> Tree:
-    masks = trees.place(state.mask, target)
-    return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, masks)
-
-
-def _removed(target: Tree, state: PruneState, context: Context) -> Tree:
-    masks = trees.place(state.mask, target)
-    return jax.tree.map(lambda w, m: ~jnp.broadcast_to(m, w.shape), target, masks)
+def _before_growth(removed: list[Any], units: masks.Pool, old: Tree, share: Any, scope: str) -> list[Any]:
+    """How many units go before others grow in their place: the share of those that stay is exchanged."""
+    alive = jnp.stack([jnp.sum(m, dtype=jnp.uint32) for m in jax.tree.leaves(old)])
+    sizes = jnp.stack([jnp.asarray(n, jnp.uint32) for n in units.sizes])
+    if scope == "global":
+        alive, sizes = (jnp.full_like(x, x.sum(dtype=jnp.uint32)) for x in (alive, sizes))
+    kept = sizes - jnp.minimum(jnp.stack([jnp.asarray(n, jnp.uint32) for n in removed]), sizes)
+    grown = jnp.stack([selecting.share(jnp.asarray(share, jnp.float32), n) for n in kept])
+    return list(sizes - jnp.minimum(kept - grown, alive))
 
 
 def _held(mask: Tree) -> Projection:
@@ -287,12 +201,18 @@ def _held(mask: Tree) -> Projection:
 
     def init_fn(params: Tree) -> PruneState:
         given = trees.match(mask, params)
-        return PruneState(trees.map_with_path(_as_mask, params, given), ())
+        return PruneState(trees.map_with_path(_as_mask, params, given), (), ())
+
+    def survives(target: Tree, before: PruneState, after: PruneState) -> Tree:
+        return trees.place(after.mask, target)
+
+    def hold_fn(target: Tree, state: PruneState, context: Context) -> Tree:
+        return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, survives(target, state, state))
 
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
-        return _hold_mask(target, state, context), state
+        return hold_fn(target, state, context), state
 
-    return Projection(init_fn, apply_fn, _hold_mask, zeroing=True, vanishes=_removed)
+    return Projection(init_fn, apply_fn, hold_fn, survives=survives)
 
 
 def _as_mask(path: str, p: jax.Array, m: Any) -> jax.Array:
@@ -304,18 +224,29 @@ def _as_mask(path: str, p: jax.Array, m: Any) -> jax.Array:
     return jnp.zeros_like(p, dtype=bool) | m.reshape((1,) * (p.ndim - m.ndim) + m.shape)
 
 
-def _check_cycle(sparsity: Any, start: Any, every: Any, stop: Any, mask: Tree) -> None:
-    one = (sparsity is None) != (mask is None)
-    remedy = "Give a fraction of zeros, or `mask=` to hold a given tree."
-    arguments.require(one, "sparsity", "be given, or else `mask`, not both", sparsity, remedy)
-    if not _by_leaf(sparsity):
-        arguments.fraction(sparsity, "sparsity", "It is the fraction of zeros, e.g. 0.9.")
+def _check_cycle(sparsity: Any, structure: Any, scope: str, start: Any, every: Any, stop: Any, mask: Tree) -> None:
     arguments.times(start, every, stop)
+    if mask is not None:
+        remedy = "Give a fraction of zeros, or `mask=` to hold a given tree."
+        arguments.require(sparsity is None, "sparsity", "be left out with `mask`", sparsity, remedy)
+        return
+    masks.check(sparsity, structure, scope)
     if callable(sparsity):
         arguments.require(
             stop is not None, "stop", "be given with a schedule", stop, "It is the update that refreshes last."
         )
 
 
-def _check_structure(structure: Any) -> None:
-    arguments.instance(structure, structures.Structure, "structure", "Call a factory: `structures.unit()`.")
+def _check_regrow(regrow: Any, structure: Any, carry: bool, inner: Any) -> None:
+    if regrow is None:
+        return
+    remedy = "It resets the moments of what grows again, so it must own the optimizer: `inner=optax.adam(1e-3)`."
+    arguments.require(inner is not None, "inner", "be given with `regrow`", inner, remedy)
+    arguments.require(
+        not carry, "carry", "be False with `regrow`", carry, "With a carry weights come back by themselves."
+    )
+    if not callable(regrow):
+        remedy = "It is the fraction of kept weights to exchange, e.g. 0.3, or a schedule."
+        arguments.fraction(regrow, "regrow", remedy)
+    fixed = isinstance(structure, structures.Structure) and structure.keep is not None
+    arguments.require(not fixed, "regrow", "be None for n_of_m", regrow, "Use `carry=True` to let weights come back.")

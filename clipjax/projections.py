@@ -50,16 +50,18 @@ class Projection(NamedTuple):
         f64 parameters), None where a leaf is not governed.
       hold: `hold(target, state, context) -> new`: the same with the set as the state has it, nothing refreshed.
         Optional; without it `apply` is called and its state dropped.
-      zeroing: True where P sets the entries that `vanishes` names to 0 and keeps all others: nothing to land on.
       vanishes: `vanishes(target, state, context) -> bool tree`: True only where P sends the target to 0: a cheaper
-        answer than `hold`. Optional without `zeroing`.
+        answer than `hold`. Optional.
+      survives: `survives(target, before, after) -> bool tree`, from the state before and after the update, for a P that
+        keeps these entries and sets all others to 0, which needs no landing. The moments of an inner optimizer are set
+        to 0 with them.
     """
 
     init: Callable[[Tree], Any]
     apply: Callable[[Tree, Any, Context], tuple[Tree, Any]]
     hold: Callable[[Tree, Any, Context], Tree] | None = None
-    zeroing: bool = False
     vanishes: Callable[[Tree, Any, Context], Tree] | None = None
+    survives: Callable[[Tree, Any, Any], Tree] | None = None
 
 
 def stateless(fn: Callable[[Tree], Tree]) -> Projection:

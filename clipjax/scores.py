@@ -139,6 +139,149 @@ def taylor(decay: float = 0.9) -> Score:
     return _averaged(lambda weight, grad: jnp.abs(weight * grad), decay)
 
 
+def movement(decay: float = 0.9) -> Score:
+    r""":math:`-w g`, averaged over updates: weights that move toward zero go first, whatever their size.
+
+    Args:
+      decay: β in [0, 1) of the average; 0 takes the last value alone and stores nothing.
+
+    Returns:
+      A `Score`.
+
+    Raises:
+      ValueError: for a decay outside [0, 1), and at update where no gradient is at hand.
+
+    References:
+      Sanh et al., "Movement Pruning", 2020, https://arxiv.org/abs/2005.07683. D2.
+    """
+    return _averaged(lambda weight, grad: -weight * grad, decay)
+
+
+def fisher(decay: float = 0.9) -> Score:
+    r""":math:`w^2 \, \overline{g^2} / 2`, with the gradient's square averaged over updates: the Fisher diagonal.
+
+    It estimates what the loss gains when a weight is removed, to second order.
+
+    Args:
+      decay: β in [0, 1) of the average of g²; 0 takes the last square alone and stores nothing.
+
+    Returns:
+      A `Score`.
+
+    Raises:
+      ValueError: for a decay outside [0, 1), and at update where no gradient is at hand.
+
+    References:
+      Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018,
+      https://arxiv.org/abs/1801.05787. D2.
+    """
+    squares = _averaged(lambda weight, grad: jnp.square(grad), decay)
+
+    def score(target: Tree, state: Tree, context: Context) -> Tree:
+        squared = squares.score(target, state, context)
+        return jax.tree.map(lambda w, f: jnp.square(w) * f.astype(w.dtype) / 2, target, squared)
+
+    return Score(squares.init, squares.observe, score)
+
+
+def external(scores: Tree) -> Score:
+    """Scores that are given: from `snip`, `synflow`, or anything else that ranks weights.
+
+    Args:
+      scores: a tree of arrays at the paths of the weights, and of their shapes; may be larger, and traced.
+
+    Returns:
+      A `Score`.
+
+    Raises:
+      ValueError: at init, where a weight has no score of its shape.
+
+    Example:
+      >>> import clipjax, jax.numpy as jnp
+      >>> tx = clipjax.prune_mask(0.5, score=external({"kernel": jnp.array([[1.0, 9.0]])}))
+      >>> params = {"kernel": jnp.array([[5.0, 0.25]])}
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> (params["kernel"] + updates["kernel"]).tolist()
+      [[0.0, 0.5]]
+    """
+
+    def given(target: Tree) -> Tree:
+        found = trees.match(scores, target)
+
+        def check(path: str, leaf: Any, score: Any) -> Any:
+            shape = None if score is None else jnp.shape(score)
+            remedy = f"Leaf {path!r} has shape {leaf.shape}; leave it out with `where`, or give it scores."
+            arguments.require(shape == leaf.shape, "scores", "have the shape of every picked leaf", shape, remedy)
+            return score
+
+        leaves, treedef = trees.flatten(target)
+        at = zip(trees.paths(target), leaves, trees.flatten(found)[0], strict=True)
+        return treedef.unflatten([None if x is None else check(path, x, score) for path, x, score in at])
+
+    def init(params: Tree) -> tuple[()]:
+        given(params)
+        return ()
+
+    def score(target: Tree, state: Any, context: Context) -> Tree:
+        return jax.tree.map(lambda w, x: jnp.asarray(x).astype(w.dtype), target, given(target))
+
+    return Score(init, lambda target, state, context: state, score)
+
+
+def snip(loss_fn: Callable[[Tree], jax.Array], params: Tree) -> Tree:
+    r""":math:`|w \, \partial L / \partial w|` at these params: SNIP's connection sensitivity, before any training.
+
+    Args:
+      loss_fn: params -> scalar loss, on a batch of its own.
+      params: a tree of arrays.
+
+    Returns:
+      A tree of scores for `external` or `make_mask`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> snip(lambda w: jnp.sum(w**2), jnp.array([1.0, -3.0])).tolist()
+      [2.0, 18.0]
+
+    References:
+      Lee et al., "SNIP: Single-shot Network Pruning", 2019, https://arxiv.org/abs/1810.02340.
+    """
+    return jax.tree.map(lambda w, g: jnp.abs(w * g), params, jax.grad(loss_fn)(params))
+
+
+def synflow(apply_fn: Callable[[Tree, Any], Any], params: Tree, inputs: Any) -> Tree:
+    r""":math:`|w| \, \partial R / \partial |w|`, R the summed outputs of the net with all weights positive.
+
+    No data enters: the inputs are all ones. Prune in many small rounds, or whole layers die (`make_mask` in a loop with
+    the sparsity rising exponentially).
+
+    Args:
+      apply_fn: (params, inputs) -> outputs.
+      params: a tree of arrays.
+      inputs: arrays whose shapes and dtypes the network takes; their values do not matter.
+
+    Returns:
+      A tree of scores for `external` or `make_mask`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> synflow(lambda w, x: x @ w, jnp.array([[1.0], [-3.0]]), jnp.zeros((1, 2))).tolist()
+      [[1.0], [3.0]]
+
+    References:
+      Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow", 2020,
+      https://arxiv.org/abs/2006.05467.
+    """
+    ones = jax.tree.map(jnp.ones_like, inputs)
+    sizes = jax.tree.map(jnp.abs, params)
+
+    def flow(sizes: Tree) -> jax.Array:
+        outputs = jax.tree.leaves(apply_fn(sizes, ones))
+        return jnp.stack([jnp.sum(x) for x in outputs]).sum()
+
+    return jax.tree.map(jnp.multiply, sizes, jax.grad(flow)(sizes))
+
+
 def _averaged(value: Callable[[jax.Array, jax.Array], jax.Array], decay: float) -> Score:
     arguments.fraction(decay, "decay", "It is the weight of the past; 0 keeps no average.")
     smooth = not (arguments.known(decay) and float(decay) == 0)

@@ -9,7 +9,8 @@ import pytest
 
 import clipjax
 from clipjax import projections
-from clipjax._projecting import land, refreshed
+from clipjax._landing import land
+from clipjax._projecting import refreshed
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -100,3 +100,60 @@ def test_missing_gradient_raises(grad):
     score = scores.gradient(0.0)
     with pytest.raises(ValueError, match="with_gradient"):
         score.score(W, (), context(grad))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.75])
+def test_movement_and_fisher_average(decay):
+    """Sanh et al.: the average of −w·g. Theis et al.: w² · average of g², halved."""
+    states = {kind: getattr(scores, kind)(decay).init(W) for kind in ("movement", "fisher")}
+    moved, squared = (jax.tree.map(np.zeros_like, W) for _ in range(2))
+    for i in range(4):
+        grads = jax.tree.map(lambda w, i=i: np.float32(np.sin(w * (i + 1))), W)
+        moved = jax.tree.map(lambda m, w, g: decay * m - (1 - decay) * w * g, moved, W, grads)
+        squared = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g * g, squared, grads)
+        for kind, expected in (("movement", moved), ("fisher", jax.tree.map(lambda w, f: w * w * f / 2, W, squared))):
+            score = getattr(scores, kind)(decay)
+            states[kind] = score.observe(W, states[kind], context(grads))
+            got = score.score(W, states[kind], context(grads))
+            assert (states[kind] == ()) == (decay == 0)
+            for name in W:
+                np.testing.assert_allclose(got[name], expected[name], rtol=2e-5, atol=1e-7)
+
+
+def test_external_hands_out_what_it_was_given_by_path():
+    given = {"b": W["b"] * 2, "a": W["a"] * 3, "more": np.ones(2, np.float32)}
+    got = value(scores.external(given))
+    for name in W:
+        np.testing.assert_array_equal(got[name], given[name])
+
+
+def test_external_of_another_shape_names_the_leaf():
+    with pytest.raises(ValueError, match=r"`scores` must have the shape of every picked leaf, got \(1, 4\).*'a'"):
+        scores.external({"a": W["a"][:1], "b": W["b"]}).init(W)
+
+
+def dense(params, x):
+    return jnp.maximum(x @ params["a"], 0) @ params["b"]
+
+
+def test_snip_is_weight_times_gradient():
+    """Lee et al., 2019, equation 6, without the constant that normalizes it."""
+    net = {"a": jnp.asarray(W["a"]), "b": jnp.asarray(RNG.normal(size=(4, 2)), jnp.float32)}
+    x = jnp.asarray(RNG.normal(size=(6, 3)), jnp.float32)
+    got = scores.snip(lambda p: jnp.mean(jnp.square(dense(p, x))), net)
+    h = np.maximum(np.asarray(x) @ W["a"], 0)
+    out = h @ np.asarray(net["b"])
+    d = 2 * out / out.size
+    grads = {"b": h.T @ d, "a": np.asarray(x).T @ ((d @ np.asarray(net["b"]).T) * (h > 0))}
+    for name in net:
+        np.testing.assert_allclose(got[name], np.abs(np.asarray(net[name]) * grads[name]), rtol=1e-4, atol=1e-6)
+
+
+def test_synflow_conserves_flow_from_layer_to_layer():
+    """Tanaka et al., 2020, theorem 1: without biases the scores of each layer add up to the same flow R."""
+    net = {"a": jnp.asarray(W["a"]), "b": jnp.asarray(RNG.normal(size=(4, 2)), jnp.float32)}
+    got = scores.synflow(dense, net, jnp.zeros((1, 3)))
+    flow = np.abs(W["a"]).sum(0) @ np.abs(np.asarray(net["b"]))
+    for name in net:
+        np.testing.assert_allclose(float(jnp.sum(got[name])), flow.sum(), rtol=1e-5)
+    np.testing.assert_allclose(got["a"], np.abs(W["a"]) * np.abs(np.asarray(net["b"])).sum(1), rtol=1e-5)

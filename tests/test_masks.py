@@ -1,0 +1,79 @@
+"""Allocation: how the sparsity of a tree becomes that of its leaves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_pruning_cycles import erdos_renyi
+
+import clipjax
+from clipjax import structures
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+# LeNet-300-100, LeNet-5, and a tree with a leaf so small that it has to be dense.
+NETS = {
+    "lenet_300_100": {"a": (784, 300), "b": (300, 100), "c": (100, 10)},
+    "lenet_5": {"a": (5, 5, 1, 20), "b": (5, 5, 20, 50), "c": (800, 500), "d": (500, 10)},
+    "small": {"a": (2, 2), "b": (3, 2), "c": (64, 64)},
+    "one": {"a": (7, 5)},
+}
+
+
+def removed(masks):
+    return {name: int((~mask).sum()) for name, mask in masks.items()}
+
+
+def scores_of(net):
+    keys = jax.random.split(jax.random.key(0), len(NETS[net]))
+    return {name: jax.random.uniform(k, shape) for k, (name, shape) in zip(keys, NETS[net].items(), strict=True)}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9, 0.98])
+@pytest.mark.parametrize("net", NETS)
+def test_erk_gives_rigls_layer_sparsities(net, sparsity):
+    """Evci et al., 2020, `get_sparsities_erdos_renyi` with erk_power_scale 1; all leaves together keep 1 − s."""
+    shapes = NETS[net]
+    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+    expected = erdos_renyi(sparsity, shapes, sizes)
+    got = removed(clipjax.make_mask(scores_of(net), sparsity, scope="erk"))
+    assert got == {name: round(expected[name] * sizes[name]) for name in shapes}
+    assert abs(sum(got.values()) - sparsity * sum(sizes.values())) <= len(shapes)
+
+
+def test_erk_of_lenet_300_100_in_numbers():
+    """At 95 %: 0.0345, 0.0934 and 0.77 of the three layers stay, from 1/300 + 1/784, 1/100 + 1/300, 1/10 + 1/100."""
+    scores = scores_of("lenet_300_100")
+    masks = clipjax.make_mask(scores, 0.95, scope="erk")
+    raw = {"a": 1084 / 235200, "b": 400 / 30000, "c": 110 / 1000}
+    scale = 0.05 * 266200 / (1084 + 400 + 110)
+    for name, mask in masks.items():
+        np.testing.assert_allclose(float(mask.mean(dtype=jnp.float32)), scale * raw[name], atol=5e-4)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.9])
+def test_erk_traced_is_within_one_of_static(sparsity):
+    """A schedule's value is f32: a leaf may round the other way."""
+    scores = scores_of("lenet_300_100")
+    static = removed(clipjax.make_mask(scores, sparsity, scope="erk"))
+    traced = removed(jax.jit(lambda s: clipjax.make_mask(scores, s, scope="erk"))(jnp.float32(sparsity)))
+    assert all(abs(static[name] - traced[name]) <= 1 for name in scores)
+
+
+def test_tree_of_targets_is_matched_by_path():
+    scores = {"enc": {"a": jnp.arange(10.0)}, "b": jnp.arange(20.0)}
+    masks = clipjax.make_mask(scores, {"b": 0.25, "enc": {"a": 0.5}, "more": 0.1})
+    assert int((~masks["enc"]["a"]).sum()) == 5 and int((~masks["b"]).sum()) == 5
+
+
+def test_tree_of_targets_without_a_leaf_names_it():
+    with pytest.raises(ValueError, match=r"`sparsity` must name every picked leaf, got \['b'\]"):
+        clipjax.make_mask({"a": jnp.ones(3), "b": jnp.ones(3)}, {"a": 0.5})
+
+
+def test_structure_that_fixes_the_sparsity_wants_none():
+    scores = {"a": jnp.arange(8.0).reshape(4, 2)}
+    mask = clipjax.make_mask(scores, structure=structures.n_of_m(1, 2))["a"]
+    np.testing.assert_array_equal(mask, np.array([[0, 0], [1, 1], [0, 0], [1, 1]], bool))
+    with pytest.raises(ValueError, match=r"`sparsity` must be None for n_of_m, got 0\.5"):
+        clipjax.make_mask(scores, 0.5, structure=structures.n_of_m(1, 2))
