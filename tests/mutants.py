@@ -30,7 +30,7 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant(
-        "_projecting.py", "jnp.isfinite(landed), -p, u)", "jnp.isfinite(landed), -0.5 * p, u)", "contract_chain", "zero"
+        "_landing.py", "jnp.isfinite(landed), -p, u)", "jnp.isfinite(landed), -0.5 * p, u)", "contract_chain", "zero"
     ),
     Mutant("_landing.py", "gone & jnp.isfinite(landed), -p", "gone, -p", "pruning", "emitted_as_it_is"),
     Mutant("_landing.py", "reached > wanted, inward, u)", "reached < 0, inward, u)", "projecting", "land"),
@@ -153,6 +153,26 @@ MUTANTS = (
         "_clipping.py", "grids.limit(x, -bound, bound)", "grids.limit(x, -bound, 2 * bound)", "documents", "d1_clips"
     ),
     Mutant("_following.py", "schedule(threshold)(count)", "schedule(threshold)(count + 1)", "clipping", "schedule"),
+    Mutant("_following.py", "finite & (measure > 0)", "finite", "following", "zero"),
+    Mutant(
+        "_following.py",
+        "jnp.where(at, new.astype(old.dtype), old)",
+        "new.astype(old.dtype)",
+        "following",
+        "nan or zero",
+    ),
+    Mutant("_following.py", "jnp.where(limit > 0, limit, jnp.inf)", "limit", "following", "positive or spam"),
+    Mutant("thresholds.py", "jnp.square(clipped - new_mean)", "jnp.square(clipped - mean)", "thresholds", "zscore"),
+    Mutant("thresholds.py", "jnp.minimum(average, clipped)", "clipped", "thresholds", "ema_ratio"),
+    Mutant("thresholds.py", "-lr * (unclipped - q)", "lr * (unclipped - q)", "thresholds", "quantile_track"),
+    Mutant("thresholds.py", "past.mean() + k * past.std()", "past.mean() + k * past.var()", "thresholds", "mean_sigma"),
+    Mutant(
+        "_windows.py", "(rest < norm) & (index < last)", "(rest <= norm) & (index <= last)", "thresholds", "percentile"
+    ),
+    Mutant("_skipping.py", "jnp.where(good, new, old)", "new", "skipping", "inner or nan"),
+    Mutant("_skipping.py", "jnp.isfinite(norm) & (norm <= limit)", "(norm <= limit)", "skipping", "inf"),
+    Mutant("_clipping.py", "finite & jnp.isfinite(total), total", "total == total, total", "following", "carry"),
+    Mutant("_clipping.py", "total - trees.widened(emitted), old", "old, old", "following", "carry"),
     Mutant("_clipping.py", "limit / (norm + eps)", "limit / (norm - eps)", "clipping", "clip_norm_matches"),
     Mutant(
         "_clipping.py",
