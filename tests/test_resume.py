@@ -1,0 +1,81 @@
+"""Stop in the middle of a schedule, restore with Orbax in a fresh process: the rest is bit for bit the same."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import clipjax
+from clipjax import scores
+
+STEPS, HALF = 12, 5
+RAMP = optax.polynomial_schedule(0.0, 0.8, 3, 9)
+CHAINS = {
+    "schedule": lambda: clipjax.with_gradient(
+        optax.chain(
+            clipjax.clip_norm(clipjax.thresholds.percentile(50, window=4)),
+            optax.adam(1e-2),
+            clipjax.clamp_weights(0.5),
+            clipjax.prune_mask(RAMP, score=scores.taylor(), every=2, stop=9),
+            clipjax.fake_quantize(4, start=3, every=3, stop=10),
+        )
+    ),
+    "rigl": lambda: clipjax.prune_mask(
+        0.8, every=2, stop=9, inner=optax.adamw(1e-2), regrow=0.3, key=jax.random.key(3)
+    ),
+}
+
+
+def params():
+    rng = np.random.default_rng(0)
+    return {"kernel": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32), "bias": jnp.zeros(8)}
+
+
+def run(name, params, state, first, last):
+    tx = CHAINS[name]()
+
+    @jax.jit
+    def step(params, state, i):
+        grads = jax.tree.map(lambda p: jnp.sin(17 * p + i.astype(p.dtype)), params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(first, last):
+        params, state = step(params, state, jnp.int32(i))
+    return params, state
+
+
+def resume(name, folder):
+    """What the fresh process does: restore, go on, save."""
+    template = {"params": params(), "state": CHAINS[name]().init(params())}
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.restore(folder / "half", template)
+        new, state = run(name, saved["params"], saved["state"], HALF, STEPS)
+        checkpointer.save(folder / "end", {"params": new, "state": state})
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_resume_in_a_fresh_process_is_bit_equal(name, tmp_path):
+    start = params()
+    half, state = run(name, start, CHAINS[name]().init(start), 0, HALF)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "half", {"params": half, "state": state})
+        checkpointer.wait_until_finished()
+        command = [sys.executable, "-W", "ignore", __file__, name, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        new, state = run(name, half, state, HALF, STEPS)
+        expected = {"params": new, "state": state}
+        restored = checkpointer.restore(tmp_path / "end", expected)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    assert int((half["kernel"] == 0).sum()) > 0 and int((new["kernel"] == 0).sum()) >= 102
+
+
+if __name__ == "__main__":
+    resume(sys.argv[1], pathlib.Path(sys.argv[2]))
