@@ -10,6 +10,7 @@ from clipjax._projecting import project, with_gradient
 from clipjax._pruning import prune_mask
 from clipjax._quantizing import Quantized, fake_quantize, quantized
 from clipjax._reporting import Summary, report, summarize
+from clipjax._shrinking import Shrunk, shrink
 from clipjax._skipping import skip_spikes
 from clipjax._trees import per_leaf
 from clipjax.projections import Context, Projection
@@ -24,6 +25,7 @@ __all__ = [
     "Projection",
     "Quantized",
     "Rule",
+    "Shrunk",
     "Summary",
     "choose_bits",
     "choose_step",
@@ -44,6 +46,7 @@ __all__ = [
     "round_to_step",
     "scores",
     "selections",
+    "shrink",
     "skip_spikes",
     "snip",
     "steps",

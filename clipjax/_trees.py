@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from clipjax._typing import Tree, Where
 
 _BOX_FIELDS = ("value", "raw_value")  # where Linen's and NNX's boxes keep their array
-_NOT_WEIGHTS = ("bias", "b", "scale", "offset")
+NOT_WEIGHTS = ("bias", "b", "scale", "offset")
 
 
 class PerLeaf(NamedTuple):
@@ -95,7 +95,7 @@ def floating(leaf: Any) -> bool:
 
 def weights(path: str, leaf: Any) -> bool:
     """Matrices and kernels: rank >= 2 and not named like a bias or a normalization's scale."""
-    return leaf.ndim >= 2 and path.rsplit("/", 1)[-1] not in _NOT_WEIGHTS
+    return leaf.ndim >= 2 and path.rsplit("/", 1)[-1] not in NOT_WEIGHTS
 
 
 def everything(path: str, leaf: Any) -> bool:

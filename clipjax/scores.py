@@ -229,7 +229,7 @@ def external(scores: Tree) -> Score:
 
 
 def snip(loss_fn: Callable[[Tree], jax.Array], params: Tree) -> Tree:
-    r""":math:`|w \, \partial L / \partial w|` at these params: SNIP's connection sensitivity, before any training.
+    r"""SNIP's connection sensitivity, before any training: :math:`|w \, \partial L / \partial w|` at these params.
 
     Args:
       loss_fn: params -> scalar loss, on a batch of its own.
@@ -250,7 +250,7 @@ def snip(loss_fn: Callable[[Tree], jax.Array], params: Tree) -> Tree:
 
 
 def synflow(apply_fn: Callable[[Tree, Any], Any], params: Tree, inputs: Any) -> Tree:
-    r""":math:`|w| \, \partial R / \partial |w|`, R the summed outputs of the net with all weights positive.
+    r"""SynFlow: :math:`|w| \, \partial R / \partial |w|`, R the summed outputs of the net with all weights positive.
 
     No data enters: the inputs are all ones. Prune in many small rounds, or whole layers die (`make_mask` in a loop with
     the sparsity rising exponentially).

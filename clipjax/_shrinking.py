@@ -1,0 +1,250 @@
+"""Shrinking: dead units leave the arrays for real, and the outputs stay what they are.
+
+A pruned unit is a slice of zeros that still costs memory and time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from clipjax import _arguments as arguments
+from clipjax import _trees as trees
+from clipjax._typing import Tree
+
+
+class Shrunk(NamedTuple):
+    """What `shrink` returns; unpacks as three values.
+
+    Attributes:
+      variables: the tree with smaller arrays.
+      opt_state: the optimizer state that belongs to it, None where none was given.
+      widths: the number of units left, keyed by the path of every owner as its group writes it.
+    """
+
+    variables: Any
+    opt_state: Any
+    widths: dict[str, int]
+
+
+class _Member(NamedTuple):
+    """One leaf of a group: how the group writes it, its path, its axis counted from the end, its array and size."""
+
+    written: str
+    path: str
+    axis: int
+    leaf: Any
+    size: int
+
+
+Cuts = dict[str, dict[int, np.ndarray]]  # path -> axis counted from the end -> the indices that stay
+
+
+def shrink(variables: Tree, groups: Sequence[Mapping[str, int | tuple[int, ...]]], opt_state: Any = None) -> Shrunk:
+    r"""Remove dead units: smaller arrays, the same outputs, and an optimizer state that fits.
+
+    A group names the leaves, and their axis, that hold the entries of the same n units. Its first leaf owns them, and
+    so does every other weight of it (rank >= 2, not named bias, b, scale or offset) that is cut along the same axis
+    counted from the end: layers whose outputs are added, multiplied or attended to. With W_o the owners, the units
+
+    .. math:: K = \{u : \exists o,\ W_o[\dots, u, \dots] \ne 0\}, \qquad X \leftarrow X[\dots, K, \dots]
+
+    stay, in order, in all leaves X of the group. Deadness is judged on the arrays as they are given. Where the
+    owner's axis is its last one, another leaf may have m * n entries (the kernel after a flattened NHWC map): entry i
+    belongs to unit i % n.
+
+    Arrays of the optimizer state are found by the end of their path and cut where they have the leaf's size: moments,
+    carries, masks, steps; a size of 1 stays. Cut after the last refresh of `prune_mask`: its sparsity would count the
+    units that are left. The outputs are the same where a unit whose weights, bias, scale and offset are 0 gives 0:
+    the activation maps 0 to 0 (not sigmoid), and no statistic runs over the units (BatchNorm, not LayerNorm).
+
+    Args:
+      variables: params, or Linen variables with their collections, or an `nnx.State`; concrete arrays.
+      groups: dicts path -> axis, or a tuple of axes. A path may leave out the collection: "bn/mean" is
+        "batch_stats/bn/mean". A leaf may be in several groups with different axes.
+      opt_state: any optimizer state that belongs to the variables.
+
+    Returns:
+      `Shrunk(variables, opt_state, widths)`; build the model again with these widths.
+
+    Raises:
+      ValueError: if a cut unit still has a non-zero bias, scale or offset; for an unknown or ambiguous path, an axis
+        that does not exist or that is cut twice, sizes that do not match, a group with no unit alive, and a state
+        array that does not have the shape of its leaf (factored moments).
+      TypeError: for traced arrays, and for groups that are not dicts of paths.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {
+      ...     "hidden": {"kernel": jnp.array([[1.0, 0.0, 2.0]]), "bias": jnp.array([0.5, 0.0, 0.0])},
+      ...     "out": {"kernel": jnp.array([[3.0], [4.0], [5.0]])},
+      ... }
+      >>> small, _, widths = shrink(params, [{"hidden/kernel": -1, "hidden/bias": 0, "out/kernel": 0}])
+      >>> small["out"]["kernel"].tolist(), widths
+      ([[3.0], [5.0]], {'hidden/kernel': 2})
+
+    References:
+      D0, section 2.2, steps 1 and 2: a "node" is a unit's incoming weights.
+    """
+    _check(variables, groups, opt_state)
+    leaves, treedef = trees.flatten(variables)
+    paths = trees.paths(variables)
+    cuts: Cuts = {}
+    widths: dict[str, int] = {}
+    for group in groups:
+        members = [_find(written, axis, paths, leaves) for written, axes in group.items() for axis in _each(axes)]
+        owners = _owners(members)
+        keep = _alive(owners)
+        widths |= {owner.written: len(keep) for owner in owners}
+        for member in members:
+            _note(cuts, member, _indices(keep, member, owners[0]))
+    new = [_take(x, cuts.get(path, {})) for path, x in zip(paths, leaves, strict=True)]
+    state = _follow(opt_state, _shapes(paths, leaves), cuts)
+    return Shrunk(treedef.unflatten(new), state, widths)
+
+
+def _each(axes: Any) -> tuple[Any, ...]:
+    return tuple(axes) if isinstance(axes, tuple | list) else (axes,)
+
+
+def _find(written: str, axis: int, paths: list[str], leaves: list[Any]) -> _Member:
+    """The leaf that a group means: by its whole path, else by its path inside of a Linen collection."""
+    hits = [i for i, path in enumerate(paths) if path == written]
+    if not hits and any(path.startswith("params/") for path in paths):
+        hits = [i for i, path in enumerate(paths) if path.partition("/")[2] == written]
+    hits = [i for i in hits if hasattr(leaves[i], "shape")]
+    if len(hits) != 1:
+        near = difflib.get_close_matches(written, paths, n=5, cutoff=0.0)
+        remedy = f"Write the whole path, one of {[paths[i] for i in hits]}." if hits else f"Did you mean one of {near}?"
+        arguments.require(False, "groups", "name one array by each path", written, remedy)
+    path, leaf = paths[hits[0]], leaves[hits[0]]
+    ok = -leaf.ndim <= operator.index(axis) < leaf.ndim
+    arguments.require(ok, "groups", "name an axis that exists", axis, f"Leaf {path!r} has shape {leaf.shape}.")
+    return _Member(written, path, axis if axis < 0 else axis - leaf.ndim, leaf, int(leaf.shape[axis]))
+
+
+def _owners(members: list[_Member]) -> list[_Member]:
+    """The first leaf, and the other weights that are cut along the same axis counted from the end."""
+    first = members[0]
+    owners = [m for m in members if m is first or (m.axis == first.axis and trees.weights(m.path, m.leaf))]
+    for owner in owners:
+        remedy = f"It is cut along the same axis as {first.path!r} and must have its size, {first.size}."
+        arguments.require(owner.size == first.size, owner.path, "have the units of its group", owner.size, remedy)
+    return owners
+
+
+def _alive(owners: list[_Member]) -> np.ndarray:
+    """The units with a weight that is not 0, NaN included, in at least one owner."""
+    alive = np.zeros(owners[0].size, bool)
+    for owner in owners:
+        others = tuple(a for a in range(-owner.leaf.ndim, 0) if a != owner.axis)
+        alive |= np.asarray(jnp.any(jnp.asarray(owner.leaf) != 0, axis=others))
+    remedy = "Prune with `structures.unit(min_keep=1)`, or take the layer out of the model."
+    arguments.require(alive.any(), owners[0].path, "have a unit alive", f"{alive.size} dead units", remedy)
+    return np.flatnonzero(alive)
+
+
+def _indices(keep: np.ndarray, member: _Member, owner: _Member) -> np.ndarray:
+    """The indices of a leaf's axis that belong to the units that stay."""
+    repeats, rest = divmod(member.size, owner.size)
+    # A flattened map has the units as its fastest index only where they are the last axis of the features.
+    ok = not rest and (repeats == 1 or owner.axis == -1)
+    rule = f"have {owner.size} entries along the axis of its units" + ", or a multiple" * (owner.axis == -1)
+    arguments.require(ok, member.path, rule, member.size, f"Its units are those of {owner.path!r}.")
+    kept = (np.arange(repeats)[:, None] * owner.size + keep).ravel()
+    if member.path.rsplit("/", 1)[-1] in trees.NOT_WEIGHTS:
+        _check_silent(np.delete(np.arange(member.size), kept), member, owner)
+    return kept
+
+
+def _check_silent(cut: np.ndarray, member: _Member, owner: _Member) -> None:
+    """A bias, scale or offset of a unit that is cut must be 0, else the outputs change."""
+    others = tuple(a for a in range(-member.leaf.ndim, 0) if a != member.axis)
+    loud = np.flatnonzero(np.asarray(jnp.any(jnp.asarray(member.leaf) != 0, axis=others)))
+    units = sorted({int(i) % owner.size for i in np.intersect1d(cut, loud)})
+    remedy = (
+        f"The weights of these units in {owner.path!r} are 0, but cutting them would change the outputs: set them"
+        f" to zero in {member.path!r} too, or prune it with the same units."
+    )
+    arguments.require(not units, member.path, "be 0 in the units that are cut", units, remedy)
+
+
+def _note(cuts: Cuts, member: _Member, kept: np.ndarray) -> None:
+    """Remember a cut; one axis of a leaf belongs to one group."""
+    axes = cuts.setdefault(member.path, {})
+    remedy = "Put all leaves that share these units into one group."
+    arguments.require(member.axis not in axes, member.path, "be cut once along each axis", member.axis, remedy)
+    axes[member.axis] = kept
+
+
+def _take(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
+    """The array without what is cut; an axis of size 1 stays."""
+    for axis, kept in axes.items():
+        if x.shape[axis] != 1:
+            x = _pick(x, axis, kept)
+    return x
+
+
+def _pick(x: Any, axis: int, kept: np.ndarray) -> Any:
+    """The entries that stay, sharded as before; an axis whose new size does not divide is replicated."""
+    index: Any = (..., kept, *[slice(None)] * (-1 - axis))
+    sharding = getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return x[index]
+    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    picked = np.asarray(x)[index]
+    if picked.shape[axis] % (x.shape[axis] // sharding.shard_shape(x.shape)[axis]):
+        spec[axis] = None
+    return jax.device_put(picked, sharding.update(spec=PartitionSpec(*spec)))
+
+
+def _shapes(paths: list[str], leaves: list[Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Path and shape of every array, keyed by what the path of its state may end with: also by Linen's params."""
+    named = [(path, x.shape) for path, x in zip(paths, leaves, strict=True) if hasattr(x, "shape")]
+    inner = {path.removeprefix("params/"): (path, shape) for path, shape in named if path.startswith("params/")}
+    return inner | {path: (path, shape) for path, shape in named}
+
+
+def _follow(opt_state: Any, shapes: dict[str, tuple[str, tuple[int, ...]]], cuts: Cuts) -> Any:
+    """The state, every array in it cut as the leaf is that its path ends with, the longest one first."""
+    leaves, treedef = trees.flatten(opt_state)
+
+    def follow(path: str, x: Any) -> Any:
+        parts = path.split("/")
+        tails = ("/".join(parts[i:]) for i in range(len(parts)))
+        leaf = [shapes[tail] for tail in tails if tail in shapes]
+        if not hasattr(x, "shape") or not any(name in cuts for name, _ in leaf):
+            return x
+        for name, shape in leaf:
+            if _fits(x.shape, shape):
+                return _take(x, cuts.get(name, {}))
+        remedy = f"It cannot be cut as {leaf[0][0]!r} of shape {leaf[0][1]}: start anew with `tx.init(params)`."
+        arguments.require(x.size <= 1, f"opt_state/{path}", "have the shape of its leaf", x.shape, remedy)
+        return x
+
+    return treedef.unflatten([follow(path, x) for path, x in zip(trees.paths(opt_state), leaves, strict=True)])
+
+
+def _fits(shape: tuple[int, ...], like: tuple[int, ...]) -> bool:
+    """True for the leaf's own shape, one that broadcasts to it at full rank, and a stack of either."""
+    tail = shape[len(shape) - len(like) :]
+    return len(shape) >= len(like) and all(a in (1, b) for a, b in zip(tail, like, strict=True))
+
+
+def _check(variables: Tree, groups: Any, opt_state: Any) -> None:
+    if any(arguments.traced(x) for x in jax.tree.leaves((variables, opt_state))):
+        raise TypeError(
+            "`variables` and `opt_state` must be concrete, got traced arrays. Call `shrink` outside of jit."
+        )
+    if not isinstance(groups, Sequence) or not all(isinstance(group, Mapping) and group for group in groups):
+        raise TypeError(
+            f"`groups` must be a list of dicts path -> axis, got {groups!r}."
+            ' Write `[{"conv/kernel": -1, "conv/bias": 0, "out/kernel": 0}]`.'
+        )
