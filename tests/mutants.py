@@ -91,7 +91,7 @@ MUTANTS = (
         "pruning_cycles",
         "rigl",
     ),
-    Mutant("_pruning.py", "jnp.minimum(kept - grown, alive)", "kept - grown", "pruning_cycles", "acdc"),
+    Mutant("_pruning.py", "jnp.minimum(kept - grown, alive)", "kept - grown", "pruning_cycles", "falling"),
     Mutant("_masks.py", "max(n - structure.min_keep, 0)", "max(n, 0)", "pruning", "min_keep"),
     Mutant("_masks.py", "[selecting.protect(x, ~c)", "[selecting.protect(x, c)", "pruning", "select"),
     Mutant("_masks.py", "[selecting.protect(x, ~f)", "[selecting.protect(x, f & False)", "pruning", "non_finite"),

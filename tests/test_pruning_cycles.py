@@ -279,6 +279,19 @@ def test_acdc_compresses_and_decompresses():
     assert removed.tolist() == [96, 96, 0, 0, 96, 96, 96, 96]
 
 
+def test_falling_sparsity_grows_by_the_growth_score():
+    """Where more may stay than are left, the growth score chooses, not the position."""
+    tx = clipjax.prune_mask(
+        lambda count: jnp.where(count == 0, 0.75, 0.5), every=1, stop=1, inner=optax.sgd(0.0), regrow=0.0
+    )
+    params = {"kernel": jnp.array([[4.0, -3.0, 2.0, 1.0]])}
+    state = tx.init(params)
+    for grad in ([0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 5.0, 9.0]):
+        updates, state = tx.update({"kernel": jnp.array([grad])}, state, params)
+        params = optax.apply_updates(params, updates)
+    assert state.projection.mask["kernel"].tolist() == [[True, False, False, True]]
+
+
 def test_lottery_ticket_rewinds_to_the_first_weights():
     """Frankle and Carbin, 2019: the mask of trained weights on the weights of the start."""
     trained = jax.tree.map(lambda x: x[-1], train(optax.with_extra_args_support(optax.sgd(0.1)))[0])
