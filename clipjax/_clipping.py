@@ -99,9 +99,9 @@ def clip(
     select = _checked(threshold, select, carry)
     rule = threshold if isinstance(threshold, following.Rule) else None
     if rule is not None:
-        sizes = [jnp.size(x) for x in jax.tree.leaves(rule.init())]
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(rule.init())]
         remedy = "Every entry keeps a state of its own: use a rule of scalars such as `spam()`, or `clip_norm`."
-        arguments.require(max(sizes, default=1) == 1, "threshold", "remember single numbers", sizes, remedy)
+        arguments.require(not any(shapes), "threshold", "remember single numbers", shapes, remedy)
 
     def init_fn(params: Tree) -> ClipState:
         def each(field: jax.Array) -> Tree:
@@ -112,7 +112,7 @@ def clip(
         return ClipState(jnp.zeros((), jnp.int32), limit, history, _nothing(params) if carry else ())
 
     def update_fn(updates: Tree, state: ClipState, params: Tree = None, **extra: Any) -> Any:
-        _real(updates)
+        norms.check_real(updates)
         total = _total(updates, state.carry)
         chosen = selections.choose(select, total, None, state.count)
         if rule is None:
@@ -220,7 +220,7 @@ def clip_norm(
         return ClipNormState(count, clipped, nonfinite, norm, limit, factor, history, left)
 
     def update_fn(updates: Tree, state: ClipNormState, params: Tree = None, **extra: Any) -> Any:
-        _real(updates)
+        norms.check_real(updates)
         total = _total(updates, state.carry)
         chosen = selections.choose(select, total, None, state.count)
         norm = _norm(total, chosen, per, ord, axis_name)
@@ -287,12 +287,18 @@ def _total(updates: Tree, carry: Tree) -> Tree:
 
 def _emit(limited: Tree, updates: Tree, total: Tree, carry: Tree, finite: Any) -> tuple[Tree, Tree]:
     """The limited gradients in their own dtype, and what was cut; where something is not finite the carry stays."""
-    emitted = jax.tree.map(lambda x, g: x.astype(g.dtype), limited, updates)
     if isinstance(carry, tuple) and not carry:
-        return emitted, ()
+        return limited, ()
+    emitted = jax.tree.map(lambda x, g: _narrowed(x, g.dtype), limited, updates)
     held, treedef = trees.flatten(carry)
     columns = zip(held, trees.flatten(total)[0], trees.flatten(emitted)[0], finite, strict=False)
     return emitted, treedef.unflatten([_left(*column) for column in columns])
+
+
+def _narrowed(x: jax.Array, dtype: Any) -> jax.Array:
+    """A value in the dtype of the gradient; a finite one stays finite, what does not fit is left to the carry."""
+    largest = jnp.asarray(jnp.finfo(dtype).max).astype(x.dtype)
+    return jnp.where(jnp.isfinite(x), grids.limit(x, -largest, largest), x).astype(dtype)
 
 
 def _left(old: Any, total: Any, emitted: Any, finite: Any) -> Any:
@@ -307,13 +313,3 @@ def _checked(threshold: Any, select: selections.Selection | None, carry: Any) ->
     select = selections.everything() if select is None else select
     selections.check(select)
     return select
-
-
-def _real(updates: Tree) -> None:
-    """Refuse what cannot be clipped."""
-    for path, g in zip(trees.paths(updates), trees.flatten(updates)[0], strict=True):
-        if g is not None and not jnp.issubdtype(g.dtype, jnp.floating):
-            raise TypeError(
-                f"`updates` must be real floats, got {g.dtype} at {path!r}. Split complex gradients with"
-                " `optax.contrib.split_real_and_imaginary`, and mask integer leaves with `optax.masked`."
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,10 @@ import numpy as np
 
 from clipjax import _trees as trees
 
-_SHRINK, _GROW, _FLOOR = np.float32(2.0**-90), np.float32(2.0**90), np.float32(2.0**-100)
+# Powers of two that keep the squares of the largest and of the smallest floats in range, and what is small.
+_SHRINK: dict[str, Any] = {"float32": np.float32(2.0**-90), "float64": np.float64(2.0**-600)}
+_GROW: dict[str, Any] = {"float32": np.float32(2.0**90), "float64": np.float64(2.0**600)}
+_FLOOR: dict[str, Any] = {"float32": np.float32(2.0**-100), "float64": np.float64(2.0**-900)}
 
 
 def norm(
@@ -37,35 +41,42 @@ def norm(
         return jnp.stack(parts) if each else jnp.stack(parts).sum()
 
     if ord == 2:
-        return _two_norm(total)
+        return _two_norm(total, dtype.name)
     tops = [jnp.max(jnp.abs(x), initial=0) for x in wide]
     tops = [jax.lax.pmax(top, at) if at else top for top, at in zip(tops, over, strict=True)]
     largest = jnp.stack(tops) if each else jnp.stack(tops).max()
     if np.isinf(ord):
         return largest
-    # up to 2^126, where the reciprocal that XLA may multiply with is still a normal number
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), jnp.minimum(largest, 2.0**126), jnp.ones_like(largest))
-    units = iter(unit) if each else iter([unit] * len(wide))
-    return unit * total(lambda x: jnp.sum((jnp.abs(x) / next(units)) ** ord)) ** (1 / ord)
+    # a quarter of both: the reciprocal that XLA may multiply with is then a normal number
+    part = jnp.where(largest > 1, 0.25, 1.0).astype(dtype)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest)) * part
+    parts = iter(zip(unit, part, strict=True)) if each else itertools.repeat((unit, part))
+
+    def powers(x: jax.Array) -> jax.Array:
+        unit, part = next(parts)
+        return jnp.sum((jnp.abs(x) * part / unit) ** ord)
+
+    return unit / part * total(powers) ** (1 / ord)
 
 
-def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array]) -> jax.Array:
-    """The 2-norm from the sums of x², (x 2⁻⁹⁰)² and (x 2⁹⁰)²: one of them is right wherever the norm is a float.
+def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dtype: str) -> jax.Array:
+    """The 2-norm from the sums of x², (x/c)² and (x c)² for a large c: one is right wherever the norm is a float.
 
     Accelerators take the three in one pass. A CPU would pass three times, so it takes the others only where the first
     has left the range in which it is right.
     """
+    shrink, grow, floor = (table[dtype] for table in (_SHRINK, _GROW, _FLOOR))
 
     def squares(scale: Any) -> jax.Array:
         return total(lambda x: jnp.sum(jnp.square(_scaled(x, scale))))
 
     def pick(plain: jax.Array) -> jax.Array:
-        shrunk, grown = squares(_SHRINK), squares(_GROW)
-        safe = jnp.where(jnp.isinf(plain), jnp.sqrt(shrunk) * _GROW, jnp.sqrt(plain))
-        return jnp.where((plain < _FLOOR) & ~jnp.isinf(grown), jnp.sqrt(grown) * _SHRINK, safe)
+        shrunk, grown = squares(shrink), squares(grow)
+        safe = jnp.where(jnp.isinf(plain), jnp.sqrt(shrunk) * grow, jnp.sqrt(plain))
+        return jnp.where((plain < floor) & ~jnp.isinf(grown), jnp.sqrt(grown) * shrink, safe)
 
     def rescue(plain: jax.Array) -> jax.Array:
-        return jax.lax.cond(jnp.all((plain >= _FLOOR) & ~jnp.isinf(plain)), jnp.sqrt, pick, plain)
+        return jax.lax.cond(jnp.all((plain >= floor) & ~jnp.isinf(plain)), jnp.sqrt, pick, plain)
 
     return jax.lax.platform_dependent(squares(None), cpu=rescue, default=pick)
 
@@ -74,7 +85,17 @@ def _scaled(x: jax.Array, scale: Any) -> jax.Array:
     if scale is None:
         return x
     # XLA would reassociate (x c)^2 of a lone entry into x^2 c^2, and c^2 is 0 or infinite
-    return jax.lax.optimization_barrier(x * scale.astype(x.dtype)) if x.size == 1 else x * scale.astype(x.dtype)
+    return jax.lax.optimization_barrier(x * scale) if x.size == 1 else x * scale
+
+
+def check_real(updates: Any) -> None:
+    """Refuse gradients that have no norm here."""
+    for path, g in zip(trees.paths(updates), trees.flatten(updates)[0], strict=True):
+        if g is not None and not jnp.issubdtype(g.dtype, jnp.floating):
+            raise TypeError(
+                f"`updates` must be real floats, got {g.dtype} at {path!r}. Split complex gradients with"
+                " `optax.contrib.split_real_and_imaginary`, and mask integer leaves with `optax.masked`."
+            )
 
 
 def sharded_over(axis_name: Any, paths: list[str], leaves: list[jax.Array]) -> list[tuple[str, ...]]:

@@ -59,6 +59,7 @@ def skip_spikes(
 
     Raises:
       ValueError: for a negative or NaN threshold.
+      TypeError: for complex or integer gradients, at update.
 
     Example:
       >>> import jax.numpy as jnp
@@ -84,7 +85,8 @@ def skip_spikes(
         return SkipState(count, skipped, nonfinite, norm, limit, following.begin(threshold, norm), inside.init(params))
 
     def update_fn(updates: Tree, state: SkipState, params: Tree = None, **extra: Any) -> tuple[Tree, SkipState]:
-        named = [(path, g) for path, g in trees.governed(updates) if trees.floating(g)]
+        norms.check_real(updates)
+        named = trees.governed(updates)
         paths, leaves = [path for path, _ in named], [g for _, g in named]
         axes = None if axis_name is None else norms.sharded_over(axis_name, paths, leaves)
         norm = norms.norm(leaves, axes=axes).astype(jnp.float32)

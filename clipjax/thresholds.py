@@ -8,6 +8,7 @@ positive as none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,11 @@ from clipjax._following import Rule
 
 
 class _Moments(NamedTuple):
-    """Mean and variance of the norms so far, and how many there were."""
+    """Mean and standard deviation of the norms so far, and how many there were."""
 
     seen: jax.Array
     mean: jax.Array
-    variance: jax.Array
+    deviation: jax.Array
 
 
 def zscore(z: Any = 2.5, decay: Any = 0.97, warmup: Any = 25, eps: Any = 1e-6, mode: str = "adaptive") -> Rule:
@@ -63,9 +64,9 @@ def zscore(z: Any = 2.5, decay: Any = 0.97, warmup: Any = 25, eps: Any = 1e-6, m
       D3, section 5: which values to clip.
     """
     _positive(z, "z", "It counts standard deviations; 2.5 is usual.")
-    arguments.fraction(decay, "decay", "It is the weight of the past, e.g. 0.97.")
-    arguments.whole(warmup, "warmup", low=1, remedy="The first mean needs a norm.")
-    arguments.non_negative(eps, "eps", "It is added to a standard deviation.")
+    _decay(decay, "It is the weight of the past, e.g. 0.97.")
+    _warmup(warmup, "The average starts from the norms of the warm-up.")
+    _number(eps, "eps", lambda n: n >= 0, "be a number >= 0", "It is added to a standard deviation.")
     arguments.choice(mode, "mode", ("adaptive", "mean", "percentile"))
 
     def limit(norm: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
@@ -76,25 +77,26 @@ def zscore(z: Any = 2.5, decay: Any = 0.97, warmup: Any = 25, eps: Any = 1e-6, m
         return jnp.where(score > z, outlier, jnp.inf)
 
     def update(norm: jax.Array, state: _Moments) -> tuple[jax.Array, _Moments]:
-        seen, mean, variance = state
+        seen, mean, deviation = state
         warm = seen < warmup
-        threshold = jnp.where(warm, jnp.inf, limit(norm, mean, jnp.sqrt(variance)))
+        threshold = jnp.where(warm, jnp.inf, limit(norm, mean, deviation))
         clipped = jnp.minimum(norm, threshold)
-        first = _welford(norm, state)
-        new_mean = decay * mean + (1 - decay) * clipped
-        later = decay * variance + (1 - decay) * jnp.square(clipped - new_mean)
-        moments = jnp.where(warm, first.mean, new_mean), jnp.where(warm, first.variance, later)
+        share = 1 / (seen.astype(norm.dtype) + 1)
+        first = mean + share * (norm - mean), _mixed(deviation, norm - mean, share, 1 - share)
+        new_mean = mean + (1 - decay) * (clipped - mean)
+        later = _mixed(deviation, clipped - new_mean, 1 - decay)
+        moments = jnp.where(warm, first[0], new_mean), jnp.where(warm, first[1], later)
         return threshold, _Moments(_more(seen), *moments)
 
     return Rule(lambda: _Moments(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(())), update)
 
 
-def _welford(norm: jax.Array, state: _Moments) -> _Moments:
-    """Mean and population variance with one norm more."""
-    seen = state.seen.astype(norm.dtype)
-    mean = state.mean + (norm - state.mean) / (seen + 1)
-    variance = (state.variance * seen + (norm - state.mean) * (norm - mean)) / (seen + 1)
-    return _Moments(state.seen + 1, mean, variance)
+def _mixed(deviation: jax.Array, off: jax.Array, share: Any, weight: Any = 1) -> jax.Array:
+    """The root of (1 - share) deviation² + share weight off², without a square that could overflow."""
+    unit = jnp.maximum(deviation, jnp.abs(off))
+    unit = jnp.where(unit > 0, unit, 1.0)
+    old, new = jnp.square(deviation / unit), jnp.square(off / unit) * weight
+    return unit * jnp.sqrt(old + share * (new - old))
 
 
 class _Average(NamedTuple):
@@ -136,8 +138,14 @@ def ema_ratio(ratio: Any = 1.05, decay: Any = 0.98, warmup: Any = 100, warmup_ma
       D3, section 5.
     """
     _positive(ratio, "ratio", "It multiplies the average norm; 1.05 is usual.")
-    arguments.fraction(decay, "decay", "It is the weight of the past, e.g. 0.98.")
-    arguments.whole(warmup, "warmup", low=1, remedy="The average starts from the norms of the warm-up.")
+    _decay(decay, "It is the weight of the past, e.g. 0.98.")
+    _number(
+        warmup,
+        "warmup",
+        lambda n: (n >= 1) & (n == n // 1),
+        "be a whole number >= 1",
+        "The average starts from the norms of the warm-up.",
+    )
     _positive(warmup_max, "warmup_max", "It is the threshold of the warm-up; use math.inf for none.")
 
     def update(norm: jax.Array, state: _Average) -> tuple[jax.Array, _Average]:
@@ -146,7 +154,7 @@ def ema_ratio(ratio: Any = 1.05, decay: Any = 0.98, warmup: Any = 100, warmup_ma
         threshold = jnp.where(warm, warmup_max, ratio * average)
         clipped = jnp.minimum(norm, threshold)
         least = jnp.where(seen == 0, clipped, jnp.minimum(average, clipped))
-        return threshold, _Average(_more(seen), jnp.where(warm, least, decay * average + (1 - decay) * clipped))
+        return threshold, _Average(_more(seen), jnp.where(warm, least, average + (1 - decay) * (clipped - average)))
 
     return Rule(lambda: _Average(jnp.zeros((), jnp.int32), jnp.zeros(())), update)
 
@@ -179,10 +187,8 @@ def percentile(q: Any = 10.0, window: int = 1000) -> Rule:
       Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks", 2020,
       https://arxiv.org/abs/2007.14469. D3, section 5.
     """
-    if arguments.known(q):
-        value = arguments.numeric(q, "q", "Give a percentile.")
-        arguments.require(0 <= value <= 100, "q", "lie in [0, 100]", q, "AutoClip uses 10.")
-    _length(window)
+    _number(q, "q", lambda n: (n >= 0) & (n <= 100), "lie in [0, 100]", "AutoClip uses 10.")
+    window = _length(window)
 
     def update(norm: jax.Array, state: windows.Sorted) -> tuple[jax.Array, windows.Sorted]:
         state = windows.insert(state, norm)
@@ -222,8 +228,8 @@ def mean_sigma(k: Any = 3.0, window: int = 128) -> Rule:
     References:
       Levanter, `levanter.optim.skipstep`, https://github.com/stanford-crfm/levanter. D3, section 5.
     """
-    arguments.non_negative(k, "k", "It counts standard deviations.")
-    _length(window)
+    _number(k, "k", lambda n: n >= 0, "be a number >= 0", "It counts standard deviations.")
+    window = _length(window)
 
     def update(norm: jax.Array, state: windows.Window) -> tuple[jax.Array, windows.Window]:
         full = state.seen >= window
@@ -260,9 +266,7 @@ def quantile_track(q: Any, init: Any = 1.0, lr: Any = 0.2) -> Rule:
     References:
       Andrew et al., "Differentially Private Learning with Adaptive Clipping", 2021, https://arxiv.org/abs/1905.03871.
     """
-    if arguments.known(q):
-        value = arguments.numeric(q, "q", "Give a fraction.")
-        arguments.require(0 <= value <= 1, "q", "lie in [0, 1]", q, "It is the fraction left unclipped.")
+    _number(q, "q", lambda n: (n >= 0) & (n <= 1), "lie in [0, 1]", "It is the fraction left unclipped.")
     _positive(init, "init", "It is the first threshold.")
     _positive(lr, "lr", "It is the step in the logarithm of the threshold; 0.2 is usual.")
 
@@ -302,12 +306,12 @@ def spam(theta: Any = 5000.0, decay: Any = 0.999) -> Rule:
       https://arxiv.org/abs/2501.06842. D3, section 5.
     """
     _positive(theta, "theta", "It multiplies the second moment; SPAM uses 5000.")
-    arguments.fraction(decay, "decay", "It is the weight of the past, e.g. 0.999.")
+    _decay(decay, "It is the weight of the past, e.g. 0.999.")
 
     def update(norm: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         threshold = jnp.sqrt(theta * state)
         clipped = jnp.where(threshold > 0, jnp.minimum(norm, threshold), norm)
-        return threshold, decay * state + (1 - decay) * jnp.square(clipped)
+        return threshold, state + (1 - decay) * (jnp.square(clipped) - state)
 
     return Rule(lambda: jnp.zeros(()), update)
 
@@ -317,12 +321,26 @@ def _more(seen: jax.Array) -> jax.Array:
     return jnp.where(seen < jnp.iinfo(jnp.int32).max, seen + 1, seen)
 
 
-def _length(window: Any) -> None:
+def _length(window: Any) -> int:
     arguments.static(window, "window")
     arguments.whole(window, "window", low=1, remedy="It is the number of norms to remember.")
+    return int(window)
+
+
+def _warmup(value: Any, remedy: str) -> None:
+    _number(value, "warmup", lambda n: (n >= 1) & (n == n // 1), "be a whole number >= 1", remedy)
+
+
+def _decay(value: Any, remedy: str) -> None:
+    _number(value, "decay", lambda number: (number >= 0) & (number < 1), "lie in [0, 1)", remedy)
 
 
 def _positive(value: Any, name: str, remedy: str) -> None:
-    if arguments.known(value):
+    _number(value, name, lambda number: number > 0, "be a number > 0", remedy)
+
+
+def _number(value: Any, name: str, ok: Callable[[Any], Any], rule: str, remedy: str) -> None:
+    """Check a number of a rule unless it is traced; None and schedules are none."""
+    if not arguments.traced(value):
         number = arguments.numeric(value, name, remedy)
-        arguments.require(number > 0, name, "be a number > 0", value, remedy)
+        arguments.require(ok(number), name, rule, value, remedy)

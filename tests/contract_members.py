@@ -204,7 +204,7 @@ MEMBERS = [
     row(
         "prune_n_of_m",
         "weight",
-        lambda _: clipjax.prune_mask(structure=structures.n_of_m(2, 4)),
+        lambda _: clipjax.prune_mask(structure=structures.n_of_m(1, 2)),
         sparse(0.5, each=True),
     ),
     row(
