@@ -225,7 +225,8 @@ def clip_norm(
         chosen = selections.choose(select, total, None, state.count)
         norm = _norm(total, chosen, per, ord, axis_name)
         limit, history = following.follow(threshold, state.count, norm, state.rule, zeros=False)
-        factor = _coefficient(norm, limit.astype(norm.dtype), eps)
+        most = limit.astype(norm.dtype)
+        factor = _coefficient(norm, most, eps)
         leaves, treedef = trees.flatten(total)
         factors = list(factor)[: len(leaves)] if per == "leaf" else [factor] * len(leaves)
         rows = zip(leaves, factors, trees.flatten(chosen)[0], strict=True)
@@ -233,7 +234,7 @@ def clip_norm(
         emitted, left = _emit(scaled, updates, total, state.carry, [jnp.isfinite(f) for f in factors])
         new_state = ClipNormState(
             optax.safe_increment(state.count),
-            state.clipped + jnp.any(jnp.isfinite(norm) & (norm > limit)).astype(jnp.int32),
+            state.clipped + jnp.any(jnp.isfinite(norm) & (norm > most)).astype(jnp.int32),
             state.nonfinite + jnp.any(~jnp.isfinite(norm)).astype(jnp.int32),
             norm.astype(jnp.float32),
             limit,

@@ -66,7 +66,8 @@ def follow(threshold: Any, count: jax.Array, measure: jax.Array, state: Any, *, 
     one = threshold.update
     for _ in range(measure.ndim):
         one = jax.vmap(one)
-    seen = jnp.where(finite, measure, float(jnp.finfo(jnp.float32).max)).astype(jnp.float32)
+    largest = float(jnp.finfo(jnp.float32).max)
+    seen = jnp.where(finite, jnp.minimum(measure, largest), largest).astype(jnp.float32)
     limit, new = one(seen, state)
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
