@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from clipjax import _arguments as arguments
+from clipjax import _trees as trees
 
 
 class Rule(NamedTuple):
@@ -67,7 +68,7 @@ def follow(threshold: Any, count: jax.Array, measure: jax.Array, state: Any, *, 
     for _ in range(measure.ndim):
         one = jax.vmap(one)
     largest = float(jnp.finfo(jnp.float32).max)
-    seen = jnp.where(finite, jnp.minimum(measure, largest), largest).astype(jnp.float32)
+    seen = jnp.where(finite, jnp.minimum(trees.widened(measure), largest), largest).astype(jnp.float32)
     limit, new = one(seen, state)
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
