@@ -141,11 +141,6 @@ def test_bad_value_names_argument_value_and_remedy(name):
     assert value in found[2], message
 
 
-def test_regrow_with_inner_is_refused_with_a_remedy():
-    with pytest.raises(ValueError, match=r"`regrow` must be None.*got 0\.1.*carry=True"):
-        clipjax.prune_mask(0.5, regrow=0.1, inner=optax.sgd(0.1))
-
-
 WEIGHT_MEMBERS = {
     "project": clipjax.project(projections.identity()),
     "clamp_weights": clipjax.clamp_weights(1.0),
