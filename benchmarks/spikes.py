@@ -59,8 +59,8 @@ class Optimizer(NamedTuple):
 
 
 OPTIMIZERS = {
-    "SGD": Optimizer(lambda lr: optax.sgd(lr, momentum=0.9), tuple(0.00625 * 2**i for i in range(9)), (0.05, 0.4)),
-    "AdamW": Optimizer(optax.adamw, tuple(0.0005 * 2**i for i in range(8)), (0.008, 0.032)),
+    "SGD": Optimizer(lambda lr: optax.sgd(lr, momentum=0.9), tuple(0.00625 * 2**i for i in range(10)), (0.05, 0.4)),
+    "AdamW": Optimizer(optax.adamw, tuple(0.00025 * 2**i for i in range(9)), (0.008, 0.032)),
 }
 
 

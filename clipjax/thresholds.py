@@ -193,10 +193,11 @@ def percentile(q: Any = 10.0, window: int = 1000) -> Rule:
     def update(norm: jax.Array, state: windows.Sorted) -> tuple[jax.Array, windows.Sorted]:
         state = windows.insert(state, norm)
         last = jnp.minimum(state.window.seen, window) - 1
-        place = last.astype(jnp.float32) * jnp.asarray(q, jnp.float32) / 100
-        low = jnp.floor(place).astype(jnp.int32)
+        place = last.astype(jnp.float32) * jnp.asarray(q, jnp.float32)  # in hundredths: exact where q is whole
+        low = jnp.floor(place / 100).astype(jnp.int32)
         below, above = (windows.at(state.ordered, i) for i in (low, jnp.minimum(low + 1, last)))
-        return below + (place - low.astype(jnp.float32)) * (above - below), state
+        part = (place - 100 * low.astype(jnp.float32)) / 100
+        return below + part * (above - below), state
 
     return Rule(lambda: windows.Sorted(windows.empty(window), windows.empty(window).norms), update)
 

@@ -112,8 +112,6 @@ DEFAULTS = {
     "spam": (thresholds.spam, spam, {"theta": 50.0}),
 }
 
-# A product of 300 rounded factors, and a rounded place between two norms.
-RTOL = {thresholds.quantile_track: 3e-6, thresholds.percentile: 2e-6}
 RNG = np.random.default_rng(3)
 
 
@@ -177,7 +175,9 @@ def compare(case, histories, how):
     got = run(factory(**numbers), [jnp.asarray(x) for x in norms], how)
     for name, x, limits in zip(histories, norms, got, strict=True):
         expected = reference([float(n) for n in x], **numbers)
-        np.testing.assert_allclose(limits, expected, rtol=RTOL.get(factory, 1e-6), err_msg=f"{name}, {how}")
+        # quantile_track's threshold is a product of as many rounded factors as there were norms
+        rtol = 3e-6 if factory is thresholds.quantile_track and len(x) > 100 else 1e-6
+        np.testing.assert_allclose(limits, expected, rtol=rtol, err_msg=f"{name}, {how}")
 
 
 @pytest.mark.parametrize("how", ["eager", "jit", "scan", "vmap"])
@@ -230,7 +230,7 @@ def percentile_of_twelve(window):
 def test_percentile_with_ties_at_any_window_is_numpys(window, q, norms):
     got = percentile_of_twelve(window)(jnp.float32(q), jnp.asarray(norms, jnp.float32))
     kept = [float(np.float32(n)) for n in norms]
-    np.testing.assert_allclose(np.asarray(got, np.float64), autoclip(kept, q, window), rtol=2e-6)
+    np.testing.assert_allclose(np.asarray(got, np.float64), autoclip(kept, q, window), rtol=1e-6)
 
 
 def test_percentile_100_never_clips_and_0_gives_the_smallest():
