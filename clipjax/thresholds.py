@@ -245,7 +245,7 @@ def quantile_track(q: Any, init: Any = 1.0, lr: Any = 0.2) -> Rule:
 
     .. math:: C \leftarrow C \exp(-\eta (b - q)), \quad b = [n \le C]
 
-    No history but C itself.
+    No history but C itself, kept as its logarithm.
 
     Args:
       q: fraction of norms to leave unclipped, 0 to 1; may be traced, as may the others.
@@ -261,7 +261,7 @@ def quantile_track(q: Any, init: Any = 1.0, lr: Any = 0.2) -> Rule:
     Example:
       >>> rule = quantile_track(0.5, init=1.0, lr=0.2)
       >>> threshold, state = rule.update(jnp.float32(3.0), rule.init())
-      >>> float(threshold), round(float(state), 4)  # too low: up by exp(0.2 · 0.5)
+      >>> float(threshold), round(float(jnp.exp(state[0])), 4)  # too low: up by exp(0.2 · 0.5)
       (1.0, 1.1052)
 
     References:
@@ -271,11 +271,13 @@ def quantile_track(q: Any, init: Any = 1.0, lr: Any = 0.2) -> Rule:
     _positive(init, "init", "It is the first threshold.")
     _positive(lr, "lr", "It is the step in the logarithm of the threshold; 0.2 is usual.")
 
-    def update(norm: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        unclipped = (norm <= state).astype(state.dtype)
-        return state, state * jnp.exp(-lr * (unclipped - q))
+    def update(norm: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        log, rest = state  # rest: what rounding has left out
+        threshold = jnp.exp(log)
+        step = rest - lr * ((norm <= threshold).astype(norm.dtype) - q)
+        return threshold, (log + step, step - ((log + step) - log))
 
-    return Rule(lambda: jnp.asarray(init, jnp.float32), update)
+    return Rule(lambda: (jnp.log(jnp.asarray(init, jnp.float32)), jnp.zeros(())), update)
 
 
 def spam(theta: Any = 5000.0, decay: Any = 0.999) -> Rule:

@@ -102,11 +102,11 @@ MUTANTS = (
     Mutant(
         "structures.py", "(other == groups) & (j < place)", "(other == groups) & (j > place)", "structures", "n_of_m"
     ),
-    Mutant("structures.py", "(rank < n)", "(rank <= n)", "structures", "n_of_m"),
+    Mutant("structures.py", "rank < n,", "rank <= n,", "structures", "n_of_m"),
     Mutant(
         "structures.py",
-        "totals(scores) / totals(jnp.ones((1,)",
-        "totals(scores) / (height * width) + 0 * totals(jnp.ones((1,)",
+        "totals(scores) / totals(jnp.ones_like(scores))",
+        "totals(scores) / (height * width)",
         "structures",
         "block",
     ),
@@ -162,9 +162,9 @@ MUTANTS = (
         "nan or zero",
     ),
     Mutant("_following.py", "jnp.where(limit > 0, limit, jnp.inf)", "limit", "following", "positive or spam"),
-    Mutant("thresholds.py", "jnp.square(clipped - new_mean)", "jnp.square(clipped - mean)", "thresholds", "zscore"),
+    Mutant("thresholds.py", "clipped - new_mean, 1 - decay", "clipped - mean, 1 - decay", "thresholds", "zscore"),
     Mutant("thresholds.py", "jnp.minimum(average, clipped)", "clipped", "thresholds", "ema_ratio"),
-    Mutant("thresholds.py", "-lr * (unclipped - q)", "lr * (unclipped - q)", "thresholds", "quantile_track"),
+    Mutant("thresholds.py", "rest - lr *", "rest + lr *", "thresholds", "quantile_track"),
     Mutant("thresholds.py", "past.mean() + k * past.std()", "past.mean() + k * past.var()", "thresholds", "mean_sigma"),
     Mutant(
         "_windows.py", "(rest < norm) & (index < last)", "(rest <= norm) & (index <= last)", "thresholds", "percentile"
@@ -181,8 +181,8 @@ MUTANTS = (
         "clipping",
         "non_finite",
     ),
-    Mutant("_norms.py", "jnp.sqrt(shrunk) * _GROW", "jnp.sqrt(plain)", "clipping", "range or over"),
-    Mutant("_norms.py", "(plain >= _FLOOR) & ~jnp.isinf(plain)", "plain >= 0", "clipping", "range or over"),
+    Mutant("_norms.py", "jnp.sqrt(shrunk) * grow", "jnp.sqrt(plain)", "clipping", "range or over"),
+    Mutant("_norms.py", "(plain >= floor) & ~jnp.isinf(plain)", "plain >= 0", "clipping", "range or over"),
     Mutant("_norms.py", "jax.lax.psum(part(x), at) if at", "part(x) if at", "clipping_sharded", "shard_map"),
     Mutant("_norms.py", "jax.lax.pmax(top, at) if at", "top if at", "clipping_sharded", "shard_map"),
     Mutant("_trees.py", "and leaf.size > 0", "", "contract_numbers", "empty_scalar and (prune_once or quantize_axis)"),
