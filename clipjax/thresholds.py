@@ -65,7 +65,7 @@ def zscore(z: Any = 2.5, decay: Any = 0.97, warmup: Any = 25, eps: Any = 1e-6, m
     """
     _positive(z, "z", "It counts standard deviations; 2.5 is usual.")
     _decay(decay, "It is the weight of the past, e.g. 0.97.")
-    _warmup(warmup, "The average starts from the norms of the warm-up.")
+    _warmup(warmup, "The first mean needs a norm.")
     _number(eps, "eps", lambda n: n >= 0, "be a number >= 0", "It is added to a standard deviation.")
     arguments.choice(mode, "mode", ("adaptive", "mean", "percentile"))
 

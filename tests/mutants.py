@@ -78,7 +78,7 @@ MUTANTS = (
     Mutant("_selecting.py", "near & 1 == 1", "near & 1 == 0", "selecting", "share"),
     Mutant(
         "_pruning.py",
-        "jnp.broadcast_to(structure.expand(m, w), w.shape), target, units)",
+        "structure.expand(m, w) | jnp.zeros_like(w, dtype=bool), target, units)",
         "jnp.ones(w.shape, bool), target, units)",
         "pruning",
         "once_and_holds",
