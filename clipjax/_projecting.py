@@ -199,13 +199,13 @@ def _forget(inner: Any, state: Any, params: Tree, kept: Tree, picks: list[bool],
     """The inner state without moments of what P has set to 0; factored moments, of another shape, stay."""
     alive = trees.merge(jax.tree.map(lambda p: True, params), kept, picks)
 
-    def clear(moment: Any, keep: Any) -> Any:
-        if keep is True or jnp.shape(moment) != jnp.shape(keep):
+    def clear(moment: Any, keep: Any, p: Any) -> Any:
+        if isinstance(moment, optax.MaskedNode) or keep is True or jnp.shape(moment) != p.shape:
             return moment
         gone = ~keep if active is None else ~keep & active
         return jnp.where(gone, jnp.zeros_like(moment), moment)
 
-    return _moments(inner, lambda m, k: m if isinstance(m, optax.MaskedNode) else clear(m, k), state, alive)
+    return _moments(inner, clear, state, alive, params)
 
 
 def _moments(inner: Any, fn: Any, state: Any, *rest: Tree) -> Any:

@@ -169,7 +169,7 @@ def prune_mask(
         units = trees.place(after.mask, target)
         if regrow is not None:
             units = jax.tree.map(jnp.logical_and, units, trees.place(before.mask, target))
-        return jax.tree.map(lambda w, m: structure.expand(m, w) | jnp.zeros_like(w, dtype=bool), target, units)
+        return jax.tree.map(lambda w, m: structure.expand(m, w), target, units)
 
     def hold_fn(target: Tree, state: PruneState, context: Context) -> Tree:
         kept = survives(target, state, state)

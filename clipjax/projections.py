@@ -52,9 +52,9 @@ class Projection(NamedTuple):
         Optional; without it `apply` is called and its state dropped.
       vanishes: `vanishes(target, state, context) -> bool tree`: True only where P sends the target to 0: a cheaper
         answer than `hold`. Optional.
-      survives: `survives(target, before, after) -> bool tree`, from the state before and after the update, for a P that
-        keeps these entries and sets all others to 0, which needs no landing. The moments of an inner optimizer are set
-        to 0 with them.
+      survives: `survives(target, before, after)` -> masks that broadcast to the target, from the state before and after
+        the update, for a P that keeps these entries and sets all others to 0, which needs no landing. The moments of an
+        inner optimizer are set to 0 with them.
     """
 
     init: Callable[[Tree], Any]

@@ -78,8 +78,8 @@ MUTANTS = (
     Mutant("_selecting.py", "near & 1 == 1", "near & 1 == 0", "selecting", "share"),
     Mutant(
         "_pruning.py",
-        "structure.expand(m, w) | jnp.zeros_like(w, dtype=bool), target, units)",
-        "jnp.ones(w.shape, bool), target, units)",
+        "structure.expand(m, w), target, units)",
+        "jnp.ones((), bool), target, units)",
         "pruning",
         "once_and_holds",
     ),
