@@ -2,20 +2,19 @@
 
 A small decoder-only transformer (Flax, characters) is trained at learning rates from too low to too high, with a
 constant threshold, rules that follow the history, and subsets. Layer norms follow the residual sums and the warm-up is
-a tenth of the run, because there the unclipped run does break at high rates: it spikes, and then falls back to
-predicting letter frequencies or overflows. The rates decay to 0.
+a tenth of the run, because there the unclipped run does break at high rates: it spikes and falls back to predicting
+letter frequencies, and with SGD it overflows at higher ones. The rates decay to 0.
 
-Every arm has three candidate settings, tried on a seed of their own at two rates, one that no clipping survives or
-nearly does and one that it does not; the best by validation loss goes to the grid. Constants are multiples of the
-median norm that the same chain records at the lowest rate, clipping nothing. Histories start after 10 steps instead of
-the usual 25 to 128, as the runs are short.
+Every arm has three candidate settings, tried on a seed of their own at two rates, one that no clipping survives and one
+that it does not; the best by validation loss goes to the grid. Constants are multiples of the median norm that the same
+chain records at the lowest rate, clipping nothing. Histories start after 10 steps, as the runs are short.
 
 **loss**: final validation loss in nats, mean over seeds; a run that ends worse than guessing evenly counts as that.
 **stable**: the widest unbroken stretch of learning rates whose loss is within 0.1 nats of the best that no clipping
-reaches at any rate. The rest is over the whole grid, the rates that are too high included. **spikes**: times in a run
-that the train loss jumps 0.3 nats above the median of its last 20 steps; steps in a row are one spike. **steps lost**:
-those at which the median loss of the last 10 stands more than 0.1 nats above its lowest so far. **failed**: runs that
-end less than 0.05 nats below letter frequencies.
+reaches at any rate; "within by" is what the worst of them has to spare. The rest is over the whole grid, the rates that
+are too high included. **spikes**: times in a run that the train loss jumps 0.3 nats above the median of its last 20
+steps; steps in a row are one spike. **steps lost**: those at which the median loss of the last 10 stands more than 0.1
+nats above its lowest so far. **failed**: runs that end less than 0.05 nats below letter frequencies.
 """
 
 from __future__ import annotations
@@ -253,18 +252,19 @@ def render(table: dict[str, Row], name: str, rates: tuple[float, ...]) -> tuple[
     lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *(r.cells for r in table.values())]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     none, top = table["no clip"], max(r.width for r in table.values())
-    widest = [arm for arm, r in table.items() if r.width == top]
+    noise = np.median([r.deviation[rates.index(lr)] for r in table.values() for lr in r.stable])
+    spare = {a: none.loss.min() + MARGIN - r.loss[np.isin(rates, r.stable)].max(initial=0) for a, r in table.items()}
+    within = {arm: f"within by {x:.3f}" for arm, x in spare.items()}
+    widest = [f"{arm} ({within[arm]})" for arm, r in table.items() if r.width == top]
+    cut = any({rates[0], rates[-1]} & {*r.stable} for r in table.values() if r.width == top)
     narrow = [arm for arm, r in table.items() if r.width <= none.width and r is not none]
-    cut = any({rates[0], rates[-1]} & {*table[arm].stable} for arm in widest)
     lowest = min(table, key=lambda arm: table[arm].loss.min())
     least, where = table[lowest].loss.min(), rates[int(table[lowest].loss.argmin())]
-    noise = np.median([r.deviation[rates.index(lr)] for r in table.values() for lr in r.stable])
     verdict = [
         f"{name}: widest stable range {top:g}x{' or more, the grid ends there' if cut else ''}: {', '.join(widest)}"
-        f"{' (a tie)' if widest[1:] else ''}.",
-        f"{name}: no wider than no clip ({none.width:g}x): {', '.join(narrow) or 'none of them'}.",
-        f"{name}: lowest loss {least:.3f}, {lowest} at lr {where:g}; no clip reaches {none.loss.min():.3f}"
-        f" (seeds deviate by {noise:.3f}, median of the stable cells).",
+        f"{', a tie' if widest[1:] else ''}; seeds deviate by {noise:.3f} nats, median of the stable cells.",
+        f"{name}: no wider than no clip ({none.width:g}x, {within['no clip']}): {', '.join(narrow) or 'none of them'}.",
+        f"{name}: lowest loss {least:.3f}, {lowest} at lr {where:g}; no clip reaches {none.loss.min():.3f}.",
     ]
     return f"### {name}\n\n{body}", "\n".join(verdict)
 
@@ -290,7 +290,7 @@ def draw(tables: dict[str, dict[str, Row]], plan: dict[str, Optimizer], frequenc
         right.set_yticks([-i for i in range(len(table))], [f"{arm}  {r.width:g}x" for arm, r in table.items()])
         for axis in (left, right):
             axis.set(xscale="log", xlabel="learning rate, log scale", xlim=(rates[0] / 1.2, rates[-1] * 1.2))
-            axis.set_xticks(rates, [f"{lr:g}" for lr in rates])
+            axis.set_xticks(rates, [f"{lr:g}" for lr in rates], fontsize=8)
             axis.xaxis.set_minor_locator(NullLocator())
     figure.savefig(path, dpi=130)
 
@@ -337,7 +337,7 @@ def main() -> None:
     head = (
         f"{sum(x.size for x in jax.tree.leaves(shapes)):,} params, {steps} steps of {BATCH} x {CONTEXT} characters of "
         f"{text.name}, {len(SEEDS)} seeds, jax {jax.__version__} on {jax.devices()[0].platform}, "
-        f"{sum(run.get('seconds', 0.0) for run in runs.values()) / 60:.0f} minutes of training. "
+        f"{np.median([run['seconds'] for run in runs.values() if 'seconds' in run]):.1f} s a run. "
         f"Guessing evenly costs {math.log(text.letters):.3f} nats, letter frequencies {text.frequencies:.3f}."
     )
     output = "\n\n".join([head, *(table for table, _ in parts), *(verdict for _, verdict in parts)])
