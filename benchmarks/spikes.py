@@ -254,7 +254,7 @@ def render(table: dict[str, Row], name: str, rates: tuple[float, ...]) -> tuple[
     none, top = table["no clip"], max(r.width for r in table.values())
     noise = np.median([r.deviation[rates.index(lr)] for r in table.values() for lr in r.stable])
     spare = {a: none.loss.min() + MARGIN - r.loss[np.isin(rates, r.stable)].max(initial=0) for a, r in table.items()}
-    within = {arm: f"within by {x:.3f}" for arm, x in spare.items()}
+    within = {a: f"within by {x:.3f}{', less than the seeds deviate' if x < noise else ''}" for a, x in spare.items()}
     widest = [f"{arm} ({within[arm]})" for arm, r in table.items() if r.width == top]
     cut = any({rates[0], rates[-1]} & {*r.stable} for r in table.values() if r.width == top)
     narrow = [arm for arm, r in table.items() if r.width <= none.width and r is not none]
