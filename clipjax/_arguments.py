@@ -50,9 +50,12 @@ def finite(value: Any) -> bool:
 def numeric(value: Any, name: str, remedy: str) -> np.ndarray:
     """A known value as f64; strings and other things that are no numbers are refused by name."""
     try:
-        return np.asarray(value if value is not None else "None", np.float64)
+        number = np.asarray(value, np.float64)
     except (TypeError, ValueError):
-        raise TypeError(f"`{name}` must be a number, got {value!r}. {remedy}") from None
+        number = None
+    if value is None or number is None:
+        raise TypeError(f"`{name}` must be a number, got {value!r}. {remedy}")
+    return number
 
 
 def non_negative(value: Any, name: str, remedy: str) -> None:

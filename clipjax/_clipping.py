@@ -67,7 +67,8 @@ def clip(
 
     NaN stays NaN and ±inf becomes ±C. The dtype of the gradient is kept. With ``carry=True`` what was cut is added to
     the next gradient (U-Clip): :math:`\tilde g = \mathrm{clip}(g + \Delta, -C, C)`,
-    :math:`\Delta \leftarrow g + \Delta - \tilde g`, so that clipping does not bias the sum of the gradients.
+    :math:`\Delta \leftarrow g + \Delta - \tilde g`, so that clipping does not bias the sum of the gradients. It is for
+    thresholds above the usual gradient: under one that is always exceeded the carry grows without bound.
 
     It keeps no norms and counts nothing: that would cost a pass over the gradients. `clip_norm(math.inf)` records.
 

@@ -134,12 +134,11 @@ def project(
         elif held.survives is not None:
             kept = held.survives(target, state.projection, projected)
             moved = jax.tree.map(functools.partial(landing.emptied, active), steps, weights, landed, kept)
+            if inner:
+                inner_state = _forget(inside, inner_state, params, trees.merge(params, kept, picks), picks, active)
         else:
             new = jax.tree.map(functools.partial(_keep, active), new, target)
             moved = jax.tree.map(landing.changed, steps, weights, landed, new, _rounded(new, narrow))
-        if inner and held.survives is not None and not carry:
-            kept = held.survives(target, state.projection, projected)
-            inner_state = _forget(inside, inner_state, params, trees.merge(params, kept, picks), picks, active)
         count = optax.safe_increment(state.count)
         carried = target if carry else ()
         return trees.merge(updates, moved, picks), ProjectState(count, carried, projected, inner_state)
