@@ -192,9 +192,9 @@ def unit(axis: int = -1, reduce: str = "mean", min_keep: int = 1, groups: groupi
       >>> import clipjax, jax.numpy as jnp
       >>> clipjax.make_mask(jnp.array([[1.0, 9.0], [1.0, 0.0]]), 0.5, structure=unit()).tolist()
       [[False, True], [False, True]]
-      >>> scores = {"a": {"kernel": jnp.array([[1.0, 2.0]]), "bias": jnp.ones(2)}, "b": jnp.array([[7.0], [0.0]])}
-      >>> masks = clipjax.make_mask(scores, 0.5, structure=unit(groups=[{"a/kernel": -1, "a/bias": 0, "b": 0}]))
-      >>> masks["a"]["kernel"].tolist(), masks["a"]["bias"].tolist(), masks["b"].tolist()
+      >>> scores = {"in": jnp.array([[1.0, 2.0]]), "bias": jnp.array([0.0, 9.0]), "out": jnp.array([[7.0], [0.0]])}
+      >>> masks = clipjax.make_mask(scores, 0.5, structure=unit(groups=[{"in": -1, "bias": 0, "out": 0}]))
+      >>> masks["in"].tolist(), masks["bias"].tolist(), masks["out"].tolist()
       ([[True, False]], [True, False], [[True], [False]])
 
     References:
@@ -254,39 +254,60 @@ def _placed(values: Mapping[int, Any], like: Tree) -> Tree:
     return treedef.unflatten([values.get(i) for i in range(len(leaves))])
 
 
+class _Fold(NamedTuple):
+    """How many scores become one: along axes, of two arrays, of none."""
+
+    along: Any
+    pair: Any
+    none: float
+
+
+_SUM, _MAX = _Fold(jnp.sum, jnp.add, 0.0), _Fold(jnp.max, jnp.maximum, -jnp.inf)
+
+
 def _pooled(members: list[grouping.Member], reduce: str) -> jax.Array:
     """The score of every unit of a group over all entries, in the shape that broadcasts to the first leaf."""
-    first = members[0]
-    fold: Any = jnp.maximum if reduce == "max" else jnp.add
-    total = functools.reduce(fold, [_totals(m, first, jnp.max if reduce == "max" else jnp.sum) for m in members])
+    first, fold = members[0], _MAX if reduce == "max" else _SUM
+    total = functools.reduce(fold.pair, [_totals(m, first, fold) for m in members])
     count = sum(m.leaf.size for m in members) // grouping.units_of(first)
     return total / count if reduce == "mean" else total
 
 
-def _totals(member: grouping.Member, first: grouping.Member, fn: Any) -> jax.Array:
-    """One value a unit from the entries of one leaf: along the other axes first, so that little is reshaped."""
-    x = member.leaf
-    values = fn(x, axis=tuple(i for i in range(x.ndim) if i != x.ndim + member.axis))
-    units = grouping.units_of(first)
-    if member.repeats > 1:
-        values = fn(_laid(values, (member.repeats, units), (None, None), x), axis=0)
-    return _laid(values, *_slot(first, units), first.leaf)
+def _totals(member: grouping.Member, first: grouping.Member, fold: _Fold) -> jax.Array:
+    """One value a unit from the entries of one leaf, along the other axes first; on a mesh the same everywhere."""
+    x, n = member.leaf, grouping.units_of(first)
+    values = fold.along(x, axis=tuple(i for i in range(x.ndim) if i != x.ndim + member.axis))
+    if jax.typeof(x).sharding.mesh.empty:
+        values = fold.along(jnp.reshape(values, (member.repeats, n)), axis=0)
+    else:  # a reduction over entries that other devices hold adds up one value a unit, where a reshape would gather
+        shape = (n, n * member.repeats)
+        mine = jax.lax.broadcasted_iota(jnp.int32, shape, 1) % n == jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        values = fold.along(jnp.where(mine, values[None], jnp.full_like(values, fold.none)[None]), axis=1)
+    return _laid(_replicated(values), *_slot(first, n, spread=False), first.leaf)
 
 
 def _spread(units: jax.Array, member: grouping.Member, first: grouping.Member) -> jax.Array:
     """The units of a group along the axis of one of its leaves."""
     n = grouping.units_of(first)
-    if member.repeats > 1:
-        row = _laid(units, (1, n), (None, None), member.leaf)
-        units = jnp.broadcast_to(row, (member.repeats, n))
-    return _laid(units, *_slot(member, n * member.repeats), member.leaf)
+    row = _laid(_replicated(units), (1, n), (None, None), member.leaf)
+    row = jnp.broadcast_to(row, (member.repeats, n))
+    return _laid(row, *_slot(member, n * member.repeats), member.leaf)
 
 
-def _slot(member: grouping.Member, size: int) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+def _replicated(x: jax.Array) -> jax.Array:
+    """A few values, the same on every device of a mesh, lest a leaf be sharded as another one of its group is."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or set(mesh.axis_types) != {jax.sharding.AxisType.Auto}:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, jax.P()))
+
+
+def _slot(member: grouping.Member, size: int, spread: bool = True) -> tuple[tuple[int, ...], tuple[Any, ...]]:
     """The shape of one value for each entry of a member's axis, and how the leaf shards it."""
     at, ndim = member.leaf.ndim + member.axis, member.leaf.ndim
     spec = (*jax.typeof(member.leaf).sharding.spec, *[None] * ndim)
-    return tuple(size if i == at else 1 for i in range(ndim)), tuple(spec[i] if i == at else None for i in range(ndim))
+    sites = range(ndim)
+    return tuple(size if i == at else 1 for i in sites), tuple(spec[i] if i == at and spread else None for i in sites)
 
 
 def _laid(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...], like: jax.Array) -> jax.Array:
