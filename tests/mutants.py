@@ -78,15 +78,15 @@ MUTANTS = (
     Mutant("_selecting.py", "near & 1 == 1", "near & 1 == 0", "selecting", "share"),
     Mutant(
         "_pruning.py",
-        "structure.expand(m, w), target, units)",
-        "jnp.ones((), bool), target, units)",
+        "return structure.expand(units, target)",
+        "return jax.tree.map(lambda w: jnp.ones((), bool), target)",
         "pruning",
         "once_and_holds",
     ),
     Mutant("_pruning.py", "held=None if carry else old", "held=None", "pruning", "nest"),
     Mutant(
         "_pruning.py",
-        "jax.tree.map(jnp.logical_and, units, trees.place(before.mask, target))",
+        "jax.tree.map(jnp.logical_and, units, trees.place(before.mask, owners))",
         "units",
         "pruning_cycles",
         "rigl",
@@ -102,6 +102,10 @@ MUTANTS = (
     Mutant(
         "structures.py", "(other == groups) & (j < place)", "(other == groups) & (j > place)", "structures", "n_of_m"
     ),
+    Mutant("structures.py", "masks[m.index] & spread", "spread", "groups", "reference"),
+    Mutant("structures.py", "jnp.int32, shape, 1) % n ==", "jnp.int32, shape, 1) // n ==", "groups", "sharded"),
+    Mutant("_groups.py", "votes[members[0].index] is not None", "votes is not None", "groups", "bad_groups"),
+    Mutant("_pruning.py", "where if structure.holds is None else structure.holds", "where", "groups", "reference"),
     Mutant("structures.py", "rank < n,", "rank <= n,", "structures", "n_of_m"),
     Mutant(
         "structures.py",
