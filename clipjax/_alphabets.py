@@ -35,13 +35,13 @@ class Alphabet(NamedTuple):
     @property
     def size(self) -> int:
         """The number of symbols."""
-        return (self.grid.count if self.grid else 0) + self.book.size + bool(self.escapes.size)
+        return (self.grid.levels if self.grid else 0) + self.book.size + bool(self.escapes.size)
 
     @property
     def zero(self) -> int | None:
         """The symbol of +0."""
         if self.grid:
-            return -self.grid.low if self.grid.low <= 0 < self.grid.low + self.grid.count else None
+            return -self.grid.low if self.grid.low <= 0 < self.grid.low + self.grid.levels else None
         return 0 if self.book.size and self.book[0] == 0 else None
 
 
@@ -74,7 +74,7 @@ def read(symbols: np.ndarray, alphabet: Alphabet, dtype: Any) -> np.ndarray:
     """The values [rows, columns] of the symbols, bit for bit; pairs of patterns for complex128."""
     grid, book, escapes = alphabet
     kind = np.dtype(dtype)
-    low = grid.count if grid else 0
+    low = grid.levels if grid else 0
     if grid and grid.step.size > 1:
         out = multiples.values(symbols, grid.low, grid.step, kind)
         flat = patterns(out)
@@ -180,12 +180,12 @@ def _coded(lines: np.ndarray, codes: np.ndarray, grid: multiples.Grid) -> tuple[
     off = np.flatnonzero(codes.reshape(-1) == multiples.OFF)
     left = patterns(lines)[off]
     values, counts = np.unique(left, return_counts=True)
-    book = values[counts > 1][: LIMIT - 1 - grid.count]
-    symbols = np.empty(codes.shape, np.uint8 if grid.count + book.size < 256 else np.uint16)
+    book = values[counts > 1][: LIMIT - 1 - grid.levels]
+    symbols = np.empty(codes.shape, np.uint8 if grid.levels + book.size < 256 else np.uint16)
     for part, code in zip(ans.chunks(symbols), ans.chunks(codes), strict=True):
         part[:] = code.astype(np.int32) - grid.low
     if not off.size:
         return symbols, Alphabet(grid, book, left)
     others, missed = _look_up(left, book) if book.size else (np.zeros(off.size, np.uint16), np.arange(off.size))
-    symbols.reshape(-1)[off] = others.astype(np.int64) + grid.count
+    symbols.reshape(-1)[off] = others.astype(np.int64) + grid.levels
     return symbols, Alphabet(grid, book, left[missed])

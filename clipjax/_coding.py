@@ -11,6 +11,9 @@ from clipjax import _ans as ans
 from clipjax import _densities as densities
 
 LIMIT = 1 << 16  # the largest alphabet
+NAMES = ("packed", "order 0", "rows and columns")
+"""The codes in words, in the order of the byte that tells them apart."""
+
 Plan = tuple[float, Callable[[], bytes]]
 """A way to write the symbols: its bytes, and how to do it."""
 
@@ -35,10 +38,10 @@ def encode(symbols: np.ndarray, size: int, zero: int | None = None) -> tuple[byt
     options: list[Plan | None] = [_packed(symbols, size), _order0(symbols, counts)]
     if zero is not None and min(symbols.shape) > 1 and 0 < counts[zero] < symbols.size:
         options.append(densities.plan(symbols, counts, zero))
-    sizes = [np.inf if option is None else option[0] for option in options]
-    kind = int(np.argmin(sizes))
-    _, write = options[kind] or options[0]
-    return bytes([kind]) + write(), 1 + int(sizes[0])
+    kind, (_, write) = min(
+        ((i, option) for i, option in enumerate(options) if option is not None), key=lambda numbered: numbered[1][0]
+    )
+    return bytes([kind]) + write(), 1 + _packed_size(symbols, size)
 
 
 def decode(cursor: ans.Cursor, shape: tuple[int, int], size: int) -> np.ndarray:
@@ -62,6 +65,10 @@ def _width(size: int) -> int:
     return max(size - 1, 1).bit_length()
 
 
+def _packed_size(symbols: np.ndarray, size: int) -> int:
+    return -(-symbols.size * _width(size) // 8)
+
+
 def _packed(symbols: np.ndarray, size: int) -> Plan:
     bits = _width(size)
 
@@ -69,7 +76,7 @@ def _packed(symbols: np.ndarray, size: int) -> Plan:
         parts = (((part[:, None] >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8) for part in ans.chunks(symbols))
         return b"".join(np.packbits(part).tobytes() for part in parts)
 
-    return float(-(-symbols.size * bits // 8)), write
+    return _packed_size(symbols, size), write
 
 
 def _read_packed(cursor: ans.Cursor, out: np.ndarray, size: int) -> None:

@@ -57,7 +57,7 @@ class Writer:
 
     def __init__(self, folder: str | None = None) -> None:
         """Entries wait in memory, or in a file of `folder` where they are large."""
-        self._spool = tempfile.SpooledTemporaryFile(_SPOOL, dir=folder)  # noqa: SIM115
+        self._spool = tempfile.SpooledTemporaryFile(_SPOOL, dir=folder)
         self._entries: dict[str, Any] = {}
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], data: Any) -> None:
@@ -157,7 +157,9 @@ class Reader:
                 raise ValueError(f"Entry {entry.name!r} begins at byte {entry.begin}, where {at} is next.")
             at = entry.end
         if at + self._begin != self.size:
-            raise ValueError(f"The header promises {at + self._begin} bytes, the file has {self.size}: cut or extended.")
+            raise ValueError(
+                f"The header promises {at + self._begin} bytes, the file has {self.size}: cut or extended."
+            )
 
     def intact(self) -> bool:
         """True where the header's checksum is that of the header."""

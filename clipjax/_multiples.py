@@ -31,12 +31,12 @@ class Grid(NamedTuple):
     Attributes:
       step: f32[blocks, columns]; either may be 1 for all.
       low: the code of the first symbol.
-      count: the number of codes, of which every one is a symbol.
+      levels: the number of codes, of which every one is a symbol.
     """
 
     step: np.ndarray
     low: int
-    count: int
+    levels: int
 
 
 def steps(x: np.ndarray, repeated: np.ndarray) -> list[np.ndarray]:

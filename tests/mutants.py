@@ -186,7 +186,7 @@ MUTANTS = (
     Mutant("_norms.py", "jax.lax.psum(part(x), at) if at", "part(x) if at", "clipping_sharded", "shard_map"),
     Mutant("_norms.py", "jax.lax.pmax(top, at) if at", "top if at", "clipping_sharded", "shard_map"),
     Mutant("_trees.py", "and leaf.size > 0", "", "contract_numbers", "empty_scalar and (prune_once or quantize_axis)"),
-    Mutant("_trees.py", '_BOX_FIELDS = ("value", "raw_value")', "_BOX_FIELDS = ()", "contract_models", "nnx_optimizer"),
+    Mutant("_trees.py", 'BOX_FIELDS = ("value", "raw_value")', "BOX_FIELDS = ()", "contract_models", "nnx_optimizer"),
     Mutant(
         "_trees.py",
         '("bias", "b", "scale", "offset")',

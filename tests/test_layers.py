@@ -19,10 +19,39 @@ FILES = [*PACKAGE.glob("*.py"), *pathlib.Path(__file__).parent.glob("*.py")]
 LEVELS = (
     (0, ("_typing", "_arguments", "_trees")),
     (1, ("_norms", "_selecting", "_blocks", "_grids", "_fitting", "_landing", "_following", "_windows")),
-    (1, ("steps", "widths", "roundings", "_plans", "projections", "selections", "structures", "scores", "thresholds", "_masks")),
+    (
+        1,
+        (
+            "steps",
+            "widths",
+            "roundings",
+            "_plans",
+            "projections",
+            "selections",
+            "structures",
+            "scores",
+            "thresholds",
+            "_masks",
+        ),
+    ),
+    (
+        1,
+        (
+            "_ans",
+            "_densities",
+            "_coding",
+            "_multiples",
+            "_alphabets",
+            "_payloads",
+            "_container",
+            "_records",
+            "_layouts",
+        ),
+    ),
     (2, ("_projecting",)),
     (3, ("_clipping", "_clamping", "_pruning", "_quantizing", "_forwarding", "_skipping")),
     (4, ("_reporting", "_summarizing", "_packing", "_shrinking")),
+    (5, ("__main__",)),
 )
 LEVEL = {name: level for level, names in LEVELS for name in names}
 ORDER = [name for _, names in LEVELS for name in names]
@@ -60,7 +89,19 @@ def test_no_vague_names(name):
     assert not {"utils", "helpers", "misc", "common", "config"} & set(name.strip("_").split("_"))
 
 
-BLOCKED = ("flax", "chex", "equinox", "sklearn", "matplotlib", "rich", "orbax", "safetensors", "hypothesis", "pandas")
+BLOCKED = (
+    "flax",
+    "chex",
+    "equinox",
+    "sklearn",
+    "matplotlib",
+    "rich",
+    "orbax",
+    "safetensors",
+    "constriction",
+    "hypothesis",
+    "pandas",
+)
 
 ALONE = f"""
 import sys
