@@ -56,6 +56,7 @@ def matrix(shape: tuple[int, ...], size: int) -> tuple[int, int]:
     return size // columns, columns
 
 
+@np.errstate(all="ignore")  # of any bits, some are signalling NaN
 def find(x: np.ndarray) -> tuple[np.ndarray, Alphabet] | None:
     """The symbols u8 or u16 [rows, columns] of an array; None where too few values repeat to save anything."""
     bits = patterns(x)
@@ -70,6 +71,7 @@ def find(x: np.ndarray) -> tuple[np.ndarray, Alphabet] | None:
     return min(found, key=_estimate, default=None)
 
 
+@np.errstate(all="ignore")
 def read(symbols: np.ndarray, alphabet: Alphabet, dtype: Any) -> np.ndarray:
     """The values [rows, columns] of the symbols, bit for bit; pairs of patterns for complex128."""
     grid, book, escapes = alphabet

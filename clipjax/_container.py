@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 _LARGEST_HEADER = 100_000_000  # what safetensors allows
-_SPOOL = 1 << 23  # entries beyond this many bytes wait on disk until the header is known
+_SPOOL = 1 << 20  # entries beyond this many bytes wait on disk until the header is known
 _NO_CHECKSUM = "00000000"
 
 NAMES = {
@@ -53,12 +53,20 @@ class Entry(NamedTuple):
 
 
 class Writer:
-    """Collects entries, and writes the container once all are there."""
+    """Collects entries, and writes the container once all are there: a context that closes what it waits in."""
 
     def __init__(self, folder: str | None = None) -> None:
         """Entries wait in memory, or in a file of `folder` where they are large."""
         self._spool = tempfile.SpooledTemporaryFile(_SPOOL, dir=folder)
         self._entries: dict[str, Any] = {}
+
+    def __enter__(self) -> Writer:
+        """The writer."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Drop what waits."""
+        self._spool.close()
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], data: Any) -> None:
         """Append an entry."""
@@ -74,7 +82,6 @@ class Writer:
         file.write(header.replace(_checksum_field(_NO_CHECKSUM), _checksum_field(checksum), 1))
         self._spool.seek(0)
         shutil.copyfileobj(self._spool, file, 1 << 20)
-        self._spool.close()
 
 
 def _header(entries: dict[str, Any]) -> bytes:

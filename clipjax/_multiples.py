@@ -22,7 +22,7 @@ _TOP = (1 << 15) - 1  # the largest |code|
 _MULTIPLES = 8  # the smallest |code| that occurs is at most this, where products are rounded
 _LINES = 32  # columns that are tried before all are
 _ROWS = 256  # rows of a column that are tried before all are
-_GROUPS = (16, 32, 64, 128, 256)
+_GROUPS = (256, 128, 64, 32, 16)
 
 
 class Grid(NamedTuple):
@@ -137,12 +137,11 @@ def _sizes(x: np.ndarray) -> np.ndarray:
 def _fit(sizes: np.ndarray, bits: int) -> np.ndarray:
     """The largest step f64[columns] of which all sizes [rows, columns] are multiples, 0 where there is none."""
     top = sizes.max(0, initial=0)
-    with np.errstate(all="ignore"):
-        exact = _common_divisor(sizes)
-        exact = np.where((exact > 0) & (top <= _TOP * exact), exact, 0)
-        rest = (top > 0) & ((exact == 0) | (bits < 24))
-        if rest.any():
-            exact[rest] = np.maximum(exact[rest], _rounded_divisor(sizes[:, rest], bits))
+    exact = _common_divisor(sizes)
+    exact = np.where((exact > 0) & (top <= _TOP * exact), exact, 0)
+    rest = (top > 0) & ((exact == 0) | (bits < 24))
+    if rest.any():
+        exact[rest] = np.maximum(exact[rest], _rounded_divisor(sizes[:, rest], bits))
     return exact
 
 

@@ -137,10 +137,10 @@ def unpack(
 def write(file: IO[bytes], params: Tree, folder: str | None = None) -> None:
     """Write a tree, leaf by leaf; large ones wait in a temporary file of `folder`."""
     names, leaves, layout = layouts.flatten(params)
-    writer = container.Writer(folder)
-    notes = [records.add(writer, name, _host(name, leaf)) for name, leaf in zip(names, leaves, strict=True)]
-    metadata = {"clipjax": records.VERSION, "leaves": " ".join(notes)}
-    writer.write(file, metadata if layout is None else {**metadata, "layout": layout})
+    with container.Writer(folder) as writer:
+        notes = [records.add(writer, name, _host(name, leaf)) for name, leaf in zip(names, leaves, strict=True)]
+        metadata = {"clipjax": records.VERSION, "leaves": " ".join(notes)}
+        writer.write(file, metadata if layout is None else {**metadata, "layout": layout})
 
 
 def _host(name: str, leaf: Any) -> np.ndarray:
