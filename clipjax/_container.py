@@ -141,6 +141,7 @@ class Reader:
     Attributes:
       entries: in file order.
       metadata: the strings under `__metadata__`.
+      begin: where the entries begin.
       size: bytes of the whole.
     """
 
@@ -153,7 +154,7 @@ class Reader:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(self.size - 8, _LARGEST_HEADER):
             raise ValueError(f"This is no safetensors file: its header would take {length} of {self.size} bytes.")
-        self._begin = 8 + length
+        self.begin = 8 + length
         self._header = file.read(length)
         parsed = _parse(self._header)
         self.metadata = _metadata(parsed.pop("__metadata__", {}))
@@ -163,10 +164,8 @@ class Reader:
             if entry.begin != at:
                 raise ValueError(f"Entry {entry.name!r} begins at byte {entry.begin}, where {at} is next.")
             at = entry.end
-        if at + self._begin != self.size:
-            raise ValueError(
-                f"The header promises {at + self._begin} bytes, the file has {self.size}: cut or extended."
-            )
+        if at + self.begin != self.size:
+            raise ValueError(f"The header promises {at + self.begin} bytes, the file has {self.size}: cut or extended.")
 
     def intact(self) -> bool:
         """True where the header's checksum is that of the header."""
@@ -176,7 +175,7 @@ class Reader:
 
     def read(self, entry: Entry) -> bytes:
         """The bytes of an entry."""
-        self._file.seek(self._begin + entry.begin)
+        self._file.seek(self.begin + entry.begin)
         data = self._file.read(entry.end - entry.begin)
         if len(data) != entry.end - entry.begin:
             raise ValueError(f"Entry {entry.name!r} is cut: {len(data)} of {entry.end - entry.begin} bytes are there.")

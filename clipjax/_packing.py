@@ -159,7 +159,8 @@ def _host(name: str, leaf: Any) -> np.ndarray:
 
 def _read(file: IO[bytes], like: Tree, sharding: Any, dequantize: bool, max_bytes: int | None) -> Tree:
     reader = container.Reader(file)
-    found = {leaf.entry.name: leaf for leaf in records.leaves(reader, max_bytes)}
+    found = {leaf.entry.name: leaf for leaf in records.leaves(reader)}
+    records.check_size(list(found.values()), reader.size, max_bytes)
     place = _placer(sharding)
 
     def read(name: str) -> Any:

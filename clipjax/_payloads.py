@@ -6,6 +6,7 @@ code; the escapes. Numbers are little-endian, counts LEB128, arrays row-major.
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import NamedTuple
 
@@ -85,6 +86,16 @@ def unpack(data: bytes, dtype: np.dtype, shape: tuple[int, ...], dequantize: boo
     return Grid(codes.astype(np.int16).reshape(shape), found.step)
 
 
+def entropy(x: np.ndarray) -> int:
+    """Bytes of an ideal order-0 code of the bit patterns, and of each distinct pattern itself; at most those of `x`.
+
+    A pattern that occurs once is no symbol: an escape stands for it.
+    """
+    _, counts = np.unique(alphabets.patterns(x), return_counts=True)
+    symbols = np.append(counts[counts > 1], np.sum(counts == 1))
+    return min(x.nbytes, math.ceil(ans.information(symbols)) + counts.size * min(x.dtype.itemsize, 8))
+
+
 def describe(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> str:
     """How a payload stands for its array, in words."""
     cursor = ans.Cursor(data)
@@ -127,7 +138,7 @@ class _Head(NamedTuple):
 def _read_head(cursor: ans.Cursor, dtype: np.dtype, shape: tuple[int, ...]) -> _Head:
     checksum = int.from_bytes(cursor.take(4), "little")
     kind = np.dtype(f"u{min(dtype.itemsize, 8)}")
-    lines = alphabets.matrix(shape, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize // kind.itemsize)
+    lines = alphabets.matrix(shape, math.prod(shape) * dtype.itemsize // kind.itemsize)
     flags = cursor.take(1)[0]
     found = _read_grid(cursor, lines) if flags & _GRID and dtype in multiples.DTYPES else None
     book = cursor.array(cursor.whole(alphabets.LIMIT), kind).astype(kind) if flags & _BOOK else np.zeros(0, kind)

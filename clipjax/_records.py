@@ -24,14 +24,13 @@ _GROWTH = 1000  # or to this many times its own size
 def add(writer: container.Writer, name: str, x: np.ndarray) -> str:
     """Add a leaf, and return its note: the checksum of its bytes, and what they do not say of dtype and shape."""
     data = payloads.pack(x).data
-    described = f"{x.dtype.name}[{','.join(map(str, x.shape))}]"
     raw = alphabets.patterns(x).view(np.uint8) if data is None else np.frombuffer(data, np.uint8)
     checksum = f"{zlib.crc32(raw.data):08x}"
     if data is None and x.dtype in container.NAMES:
         writer.add(name, container.NAMES[x.dtype], x.shape, raw)
         return checksum
     writer.add(name, "U8", raw.shape, raw)
-    return f"{checksum}{'=' if data is None else ':'}{described}"
+    return f"{checksum}{'=' if data is None else ':'}{x.dtype.name}[{','.join(map(str, x.shape))}]"
 
 
 class Leaf(NamedTuple):
@@ -60,6 +59,10 @@ class Leaf(NamedTuple):
         data = self.data(reader)
         return payloads.unpack(data, self.dtype, self.shape, dequantize) if self.coded else self._raw(data)
 
+    def how(self, reader: container.Reader) -> str:
+        """What stands for the array, in words."""
+        return payloads.describe(self.data(reader), self.dtype, self.shape) if self.coded else "raw"
+
     def _raw(self, data: bytes) -> np.ndarray:
         bits = np.frombuffer(data, np.uint8)
         if self.dtype == np.bool_ and bits.max(initial=0) > 1:
@@ -67,7 +70,12 @@ class Leaf(NamedTuple):
         return bits.view(self.dtype).reshape(self.shape)
 
 
-def leaves(reader: container.Reader, max_bytes: int | None = None) -> list[Leaf]:
+def made(reader: container.Reader) -> bool:
+    """True for a container that `save` made, not any other safetensors file."""
+    return "clipjax" in reader.metadata
+
+
+def leaves(reader: container.Reader) -> list[Leaf]:
     """The leaves of a file, after every check that needs no more than the header."""
     version = reader.metadata.get("clipjax")
     remedy = "`python -m clipjax compress IN OUT` makes one of a plain safetensors file."
@@ -77,12 +85,15 @@ def leaves(reader: container.Reader, max_bytes: int | None = None) -> list[Leaf]
     notes = reader.metadata.get("leaves", "").split()
     if len(notes) != len(reader.entries):
         raise ValueError(f"The header has notes on {len(notes)} of {len(reader.entries)} leaves.")
-    found = [_leaf(entry, note) for entry, note in zip(reader.entries, notes, strict=True)]
-    most = max(_SMALL, _GROWTH * reader.size) if max_bytes is None else max_bytes
-    size = sum(leaf.size for leaf in found)
-    remedy = f"The leaves of this file take {size} bytes; raise the limit if you trust it."
-    arguments.require(size <= most, "max_bytes", "allow for all leaves", most, remedy)
-    return found
+    return [_leaf(entry, note) for entry, note in zip(reader.entries, notes, strict=True)]
+
+
+def check_size(found: list[Leaf], size: int, max_bytes: int | None) -> None:
+    """Refuse leaves that take more than the limit; by default more than a file of such a size may."""
+    most = max(_SMALL, _GROWTH * size) if max_bytes is None else max_bytes
+    needed = sum(leaf.size for leaf in found)
+    remedy = f"The leaves of this file take {needed} bytes; raise the limit if you trust it."
+    arguments.require(needed <= most, "max_bytes", "allow for all leaves", most, remedy)
 
 
 def _leaf(entry: container.Entry, note: str) -> Leaf:
