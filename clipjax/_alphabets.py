@@ -65,10 +65,10 @@ def find(x: np.ndarray) -> tuple[np.ndarray, Alphabet] | None:
     shape = matrix(x.shape, bits.size)
     repeated = _repeated(bits)
     found = list(_on_grids(x, repeated, shape))
-    enough = any(alphabet.size <= repeated.size + 2 and not alphabet.escapes.size for _, alphabet in found)
+    enough = any(alphabet.size <= 2 * repeated.size and not alphabet.escapes.size for _, alphabet in found)
     if repeated.size and not enough:
         found.append(_in_book(bits, repeated, shape))
-    return min(found, key=_estimate, default=None)
+    return min(found, key=_estimate) if len(found) > 1 else found[0] if found else None
 
 
 @np.errstate(all="ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 from collections.abc import Iterator
@@ -246,12 +247,11 @@ def _row(path: str, leaf: Any, grids: list[Any], masks: list[Any], carried: list
 
 
 def _sizes(x: np.ndarray) -> dict[str, int | None]:
-    try:
+    packed, coded = None, None
+    with contextlib.suppress(ImportError):
         data, packed = payloads.pack(x)
-        coded = {"packed_bytes": packed, "coded_bytes": x.nbytes if data is None else len(data)}
-    except ImportError:
-        coded = {"packed_bytes": None, "coded_bytes": None}
-    return {"bytes": x.nbytes, **coded, "entropy_bytes": payloads.entropy(x)}
+        coded = x.nbytes if data is None else len(data)
+    return {"bytes": x.nbytes, "packed_bytes": packed, "coded_bytes": coded, "entropy_bytes": payloads.entropy(x)}
 
 
 def _total(rows: list[dict[str, Any]], key: str) -> int | None:

@@ -75,12 +75,18 @@ def test_header_is_aligned_and_says_shapes():
 def test_the_file_never_changes_between_versions():
     """Bytes written once: what reads them must go on reading them."""
     data = bytes.fromhex(GOLDEN)
-    x = np.arange(24, dtype=np.float32).reshape(4, 6) % 5 // 3 / 2
+    x = np.arange(600, dtype=np.float32).reshape(20, 30) % 7 % 5 // 3 / 2
     np.testing.assert_array_equal(clipjax.unpack(data)["x"], x)
     assert clipjax.pack({"x": x}) == data
 
 
-GOLDEN = ""
+GOLDEN = (
+    "90000000000000007b225f5f6d657461646174615f5f223a7b22636c69706a6178223a2231222c226c6561766573223a2261"
+    "306161323539633a666c6f617433325b32302c33305d222c22637263223a223230373035383036227d2c2278223a7b226474"
+    "797065223a225538222c227368617065223a5b38395d2c22646174615f6f666673657473223a5b302c38395d7d7d20202020"
+    "2020b0eb94ed01000201010000003f00183060c183060c183060c183060c183060c183060c183060c183060c183060c18306"
+    "0c183060c183060c183060c183060c183060c183060c183060c183060c183060c183060c183060c183"
+)
 
 
 def test_a_tiny_file_cannot_ask_for_gigabytes():
