@@ -135,9 +135,17 @@ def short(step: jax.Array, bits: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type((raw >> drop) << drop, jnp.float32)
 
 
+def share(whole: jax.Array, parts: Any, bits: Any) -> jax.Array:
+    """The largest short step of which so many do not exceed `whole`; the quotient itself may round to more."""
+    step = short(whole / parts, bits)
+    below = jax.lax.bitcast_convert_type(step, jnp.uint32) - (jnp.uint32(1) << jnp.asarray(1 + bits, jnp.uint32))
+    return jnp.where(step * parts > whole, short(jax.lax.bitcast_convert_type(below, jnp.float32), bits), step)
+
+
 def multiples(limit: jax.Array, step: jax.Array) -> jax.Array:
     """The largest whole k with k * s <= limit, exact where k * s is, for limit >= 0."""
-    k = jnp.floor(limit / step)
+    k = jnp.floor(limit / step)  # may be one off to either side: XLA takes a quotient as a product
+    k = jnp.where((k + 1) * step <= limit, k + 1, k)
     return jnp.maximum(jnp.where(k * step > limit, k - 1, k), 0)
 
 

@@ -113,7 +113,7 @@ def absmax() -> Step:
     """
 
     def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
-        return fitting.over(jnp.max, jnp.abs(x), axes) / grids.top(bits)
+        return grids.share(fitting.over(jnp.max, jnp.abs(x), axes), grids.top(bits), bits)
 
     return Step(fit)
 
@@ -165,7 +165,7 @@ def percentile(q: float = 99.9) -> Step:
     fitting.check_percent(q, "q")
 
     def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
-        return fitting.order_statistic(x, q, axes) / grids.top(bits)
+        return grids.share(fitting.order_statistic(x, q, axes), grids.top(bits), bits)
 
     return Step(fit)
 
@@ -240,7 +240,7 @@ def minmax() -> Step:
 
     def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
         high, low = fitting.over(jnp.max, x, axes), fitting.over(jnp.min, x, axes)
-        return (jnp.maximum(high, 0) - jnp.minimum(low, 0)) / (2 * grids.top(bits))
+        return grids.share(jnp.maximum(high, 0) - jnp.minimum(low, 0), 2 * grids.top(bits), bits)
 
     return Step(fit, affine=True)
 

@@ -14,7 +14,7 @@ from contract_gradients import GRADIENT_MEMBERS
 from contract_row import KEY, row
 
 import clipjax
-from clipjax import projections, scores, selections, steps, structures
+from clipjax import projections, roundings, scores, selections, steps, structures, widths
 
 
 def named(tree):
@@ -63,9 +63,10 @@ def on_grid(bits):
     def leaf(q, p):
         if not isinstance(q, clipjax.Quantized):
             return
-        values = np.asarray(clipjax.dequantize(q.codes, q.step, p.dtype), np.float64)
+        values = np.asarray(clipjax.dequantize(q.codes, q.step, p.dtype, zero_point=q.zero_point), np.float64)
         np.testing.assert_array_equal(values, np.asarray(p, np.float64))
-        groups = values.reshape(-1, values.shape[-1]).T if q.step.size > 1 else [values]
+        parts = values.reshape(*values.shape[:-2], -1, q.group or values.shape[-2], values.shape[-1])
+        groups = np.moveaxis(parts, -2, 0).reshape(parts.shape[-2], -1).T if q.step.size > 1 else [values]
         most = 0 if bits is None else max(2, 2**bits - 1)  # one bit: and 0 where pruned
         assert bits is None or max(len(np.unique(g[g != 0] if bits == 1 else g)) for g in groups) <= most
 
@@ -109,6 +110,8 @@ TIMES = {"start": (0, 1), "every": (2, 1), "stop": (3, 2)}
 HALF = {"sparsity": (0.5, 0.75)}
 ramp = optax.polynomial_schedule(0.0, 0.5, 3, 3)
 by_name = clipjax.per_leaf(lambda path, leaf: 0.2 if path.endswith("bias") else 0.25)
+
+PAIRS = clipjax.per_leaf(lambda path, leaf: None if leaf.shape[-2] % 2 else 2)
 
 MEMBERS = [
     *GRADIENT_MEMBERS,
@@ -247,6 +250,10 @@ MEMBERS = [
         on_grid(4),
         key=KEY,
     ),
+    row("quantize_groups", "weight", lambda _: clipjax.fake_quantize(3, group=PAIRS, step=steps.absmax()), on_grid(3)),
+    row("quantize_affine", "weight", lambda _: clipjax.fake_quantize(4, step=steps.minmax(), every=2), on_grid(4)),
+    row("quantize_sqnr", "weight", lambda _: clipjax.fake_quantize(widths.sqnr(12.0, (2, 4)), every=2), on_grid(4)),
+    row("quantize_parq", "weight", lambda _: clipjax.fake_quantize(4, step=0.0625, rounding=roundings.parq(2))),
     row("quantize_no_carry", "weight", lambda _: clipjax.fake_quantize(4, carry=False), on_grid(4)),
     row("quantize_inner", "inner", lambda opt: clipjax.fake_quantize(4, inner=opt), on_grid(4)),
     row("project", "weight", lambda _, start: clipjax.project(projections.identity(), start=start), start=(0, 2)),

@@ -195,7 +195,7 @@ MUTANTS = (
     Mutant(
         "_container.py", "os.replace(temporary, path)", "shutil.copyfile(temporary, path)", "files", "killed or flushed"
     ),
-    Mutant("_layouts.py", '.replace("/", "~1")', "", "packing", "any_tree"),
+    Mutant("_layouts.py", '.replace("/", "~1")', "", "packing", "slashes"),
     Mutant("_trees.py", "and leaf.size > 0", "", "contract_numbers", "empty_scalar and (prune_once or quantize_axis)"),
     Mutant("_trees.py", 'BOX_FIELDS = ("value", "raw_value")', "BOX_FIELDS = ()", "contract_models", "nnx_optimizer"),
     Mutant(

@@ -27,6 +27,8 @@ ANOTHER_ORDER = {member.name: "the sum of powers" for member in members.GRADIENT
     "quantize_inner": "the squared errors of steps.mse",
     "quantize_no_carry": "the squared errors of steps.mse",
     "quantize_binary": "the mean of |w|",
+    "quantize_sqnr": "the squared errors of steps.mse",
+    "quantize_parq": "values between two levels",
 }
 
 

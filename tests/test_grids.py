@@ -151,6 +151,15 @@ def test_short_steps_have_exact_multiples_and_differences(step, bits, code):
     assert np.float32(a) * s + np.float32(b) * s == np.float64(a + b) * np.float64(s)
 
 
+def test_a_share_fits_into_the_whole_and_is_the_largest_that_does():
+    """7 s <= w < 7 (s + one unit in its last kept place), also where w/7 rounds up to a short number."""
+    whole = jnp.asarray(np.r_[np.float32(0.11141526), np.random.default_rng(0).uniform(0.01, 10, 20_000)], jnp.float32)
+    s = np.asarray(jax.jit(lambda w: grids.share(w, 7, 4))(whole), np.float64)
+    unit = 2.0 ** (np.floor(np.log2(s)) - 18)
+    assert (7 * s <= np.asarray(whole)).all() and (7 * (s + 2 * unit) > np.asarray(whole)).all()
+    assert (np.float64(jax.jit(lambda w, s: grids.multiples(w, s))(whole, jnp.asarray(s, jnp.float32))) == 7).all()
+
+
 def test_multiples_within_a_limit():
     got = grids.multiples(jnp.array([0.0, 0.99, 1.0, 7.0]), jnp.float32(0.5))
     np.testing.assert_array_equal(got, [0, 1, 2, 14])

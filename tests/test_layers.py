@@ -34,20 +34,8 @@ LEVELS = (
             "_masks",
         ),
     ),
-    (
-        1,
-        (
-            "_ans",
-            "_densities",
-            "_coding",
-            "_multiples",
-            "_alphabets",
-            "_payloads",
-            "_container",
-            "_records",
-            "_layouts",
-        ),
-    ),
+    (1, ("_ans", "_densities", "_coding", "_multiples", "_alphabets")),  # the small file, from symbols to trees
+    (1, ("_payloads", "_container", "_records", "_layouts")),
     (2, ("_projecting",)),
     (3, ("_clipping", "_clamping", "_pruning", "_quantizing", "_forwarding", "_skipping")),
     (4, ("_reporting", "_summarizing", "_packing", "_shrinking")),

@@ -84,6 +84,12 @@ def test_any_tree_comes_back_bit_for_bit(tree):
     same(round_trip(tree, like=tree), tree)
 
 
+def test_keys_with_slashes_are_other_leaves_than_nested_ones():
+    tree = {"a/b": np.zeros(2), "a": {"b": np.ones(2)}, "a~1b": np.ones(3)}
+    same(round_trip(tree), tree)
+    same(round_trip(tree, like=tree), tree)
+
+
 def grid(shape, bits, axis=None, dtype=np.float32, zeros=0.0, group=1):
     """An array that is k * s, with the codes and the step."""
     groups = (shape[0] // group, *shape[1:]) if group > 1 else shape[-1:] if axis else ()

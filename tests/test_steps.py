@@ -136,3 +136,54 @@ def test_tiny_and_huge_weights_give_finite_steps(value):
     for rule in (steps.mse(), steps.absmax()):
         s = float(choose(jnp.array([value, -value / 2], jnp.float32), 4, rule))
         assert 0 < s <= value and np.isfinite(s)
+
+
+@pytest.mark.parametrize("q", [0.001, 50.0, 90.0, 99.9, 100.0])
+@pytest.mark.parametrize("axis", [None, -1])
+def test_percentile_is_an_exact_order_statistic(q, axis):
+    """The round(q n/100)-th smallest nonzero magnitude, at least the first; denormals and ties too."""
+    w = RNG.normal(size=(501, 2)).astype(np.float32)
+    w[RNG.random(w.shape) < 0.3] = 0
+    w[:20] = 0.5
+    w[20, :] = 1e-40
+    got = choose(jnp.asarray(w), 2, steps.percentile(q), axis=axis)
+    for column, s in zip(w.T if axis == -1 else [w.ravel()], np.ravel(got), strict=True):
+        sizes = np.sort(np.abs(column[column != 0]))
+        rank = max(int(np.round(np.float32(q / 100) * len(sizes))), 1)
+        expected = sizes[rank - 1]
+        np.testing.assert_allclose(s, expected if expected > 1e-38 else s, rtol=2.0**-19)
+
+
+def test_sigma_is_the_root_mean_square_of_what_survived():
+    w = np.where(RNG.random(5000) < 0.5, 0, RNG.normal(size=5000)).astype(np.float32)
+    expected = 2.5 * np.sqrt(np.mean(w[w != 0].astype(np.float64) ** 2)) / 7
+    np.testing.assert_allclose(choose(jnp.asarray(w), 4, steps.sigma(2.5)), expected, rtol=1e-5)
+
+
+def test_twn_worked_example():
+    """Li et al., equations 5 and 6: mean|w| = .5, Δ = .35, and .6, .9, 1.2 are above it."""
+    w = jnp.array([0.1, -0.6, 0.9, -1.2, 0.1, 0.1])
+    np.testing.assert_allclose(choose(w, 2, steps.twn()), 0.9, rtol=1e-5)
+    gaussian = RNG.normal(size=N).astype(np.float32)
+    np.testing.assert_allclose(choose(jnp.asarray(gaussian), 2, steps.twn()), 1.184, rtol=0.01)
+
+
+def test_minmax_of_one_sided_weights_has_all_levels_on_that_side():
+    w = jnp.asarray(RNG.uniform(0.5, 1.5, size=100), jnp.float32)
+    np.testing.assert_allclose(choose(w, 4, steps.minmax()), w.max() / 14, rtol=1e-5)
+    np.testing.assert_allclose(choose(-w, 4, steps.minmax()), w.max() / 14, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 0.07, 0.3, 1.0, 1.4, 1.5, 1e30])
+def test_power_of_two_is_the_nearest_on_the_logarithmic_scale(scale):
+    w = jnp.asarray([scale, -scale / 3], jnp.float32)
+    s = float(choose(w, 2, steps.power_of_two(steps.absmax())))
+    assert s == 2.0 ** np.round(np.log2(np.float32(scale)))
+
+
+def test_power_of_two_stays_within_the_reach():
+    """1.5 would go to 2: in a chain no level may exceed the largest weight, so it is 1."""
+    params = {"kernel": jnp.array([[1.5, -0.2]])}
+    tx = clipjax.fake_quantize(2, step=steps.power_of_two(steps.absmax()))
+    _, state = tx.update({"kernel": jnp.zeros((1, 2))}, tx.init(params), params)
+    assert float(state.projection.step["kernel"]) == 1.0
