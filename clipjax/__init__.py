@@ -7,6 +7,7 @@ from clipjax._following import Rule
 from clipjax._forwarding import fake_quant
 from clipjax._grids import clamp, dequantize, quantize, round_to_step
 from clipjax._masks import make_mask
+from clipjax._packing import load, pack, save, unpack
 from clipjax._projecting import project, with_gradient
 from clipjax._pruning import prune_mask
 from clipjax._quantizing import Quantized, fake_quantize, quantized
@@ -37,7 +38,9 @@ __all__ = [
     "dequantize",
     "fake_quant",
     "fake_quantize",
+    "load",
     "make_mask",
+    "pack",
     "per_leaf",
     "project",
     "projections",
@@ -47,6 +50,7 @@ __all__ = [
     "report",
     "round_to_step",
     "roundings",
+    "save",
     "scores",
     "selections",
     "shrink",
@@ -57,6 +61,7 @@ __all__ = [
     "summarize",
     "synflow",
     "thresholds",
+    "unpack",
     "widths",
     "with_gradient",
 ]

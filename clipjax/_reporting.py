@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipjax import _payloads as payloads
 from clipjax import _trees as trees
 from clipjax._clamping import ClampState
 from clipjax._clipping import ClipNormState, ClipState
@@ -187,8 +189,9 @@ def summarize(params: Tree, opt_state: Any = None) -> Summary:
     r"""What became of each leaf: picked or not, shape, sparsity, bits, step, SQNR and bytes.
 
     The signal to quantization noise is :math:`10 \log_{10} (\sum z^2 / \sum (w - z)^2)` in decibels, z being the
-    carried float weights. `entropy_bytes` is the order-0 entropy of the stored values with 4 bytes for each distinct
-    value, at most the raw size.
+    carried float weights. The bytes are: `bytes` raw; `packed_bytes` as a codebook or steps with packed codes;
+    `coded_bytes` as `save` writes the leaf; `entropy_bytes` the order-0 entropy of its bit patterns, with each distinct
+    pattern once. The middle two need `constriction` (`pip install 'clipjax[files]'`), and are None without.
 
     Args:
       params: a tree of concrete arrays.
@@ -215,8 +218,7 @@ def summarize(params: Tree, opt_state: Any = None) -> Summary:
         "bits": None,
         "step": None,
         "sqnr_db": None,
-        "bytes": sum(r["bytes"] for r in rows),
-        "entropy_bytes": sum(r["entropy_bytes"] for r in rows),
+        **{key: _total(rows, key) for key in ("bytes", "packed_bytes", "coded_bytes", "entropy_bytes")},
     }
     return Summary([*rows, total])
 
@@ -240,9 +242,20 @@ def _row(path: str, leaf: Any, grids: list[Any], masks: list[Any], carried: list
         "bits": (int(grid.bits[path]) or None) if grid else None,
         "step": float(np.mean(grid.step[path])) if grid else None,
         "sqnr_db": _sqnr(x, float_weights),
-        "bytes": int(getattr(leaf, "nbytes", x.nbytes)),
-        "entropy_bytes": min(_entropy_bytes(np.asarray(leaf)), int(getattr(leaf, "nbytes", x.nbytes))),
+        **_sizes(np.asarray(leaf)),
     }
+
+
+def _sizes(x: np.ndarray) -> dict[str, int | None]:
+    packed, coded = None, None
+    with contextlib.suppress(ImportError):
+        data, packed = payloads.pack(x)
+        coded = x.nbytes if data is None else len(data)
+    return {"bytes": x.nbytes, "packed_bytes": packed, "coded_bytes": coded, "entropy_bytes": payloads.entropy(x)}
+
+
+def _total(rows: list[dict[str, Any]], key: str) -> int | None:
+    return None if any(row[key] is None for row in rows) else sum(row[key] for row in rows)
 
 
 def _sqnr(levels: np.ndarray, weights: Any) -> float | None:
@@ -251,14 +264,6 @@ def _sqnr(levels: np.ndarray, weights: Any) -> float | None:
     z = np.asarray(weights, np.float64)
     noise = np.sum(np.square(levels - z))
     return float(10 * np.log10(np.sum(np.square(z)) / noise)) if noise else float("inf")
-
-
-def _entropy_bytes(x: np.ndarray) -> int:
-    _, counts = np.unique(x, return_counts=True)
-    if not counts.size:
-        return 0
-    share = counts / counts.sum()
-    return int(np.ceil(-np.sum(counts * np.log2(share)) / 8)) + 4 * counts.size
 
 
 def _share(part: Any, rows: list[dict[str, Any]]) -> float:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from clipjax._typing import Tree, Where
 
-_BOX_FIELDS = ("value", "raw_value")  # where Linen's and NNX's boxes keep their array
+BOX_FIELDS = ("value", "raw_value")  # where Linen's and NNX's boxes keep their array
 NOT_WEIGHTS = ("bias", "b", "scale", "offset")
 
 
@@ -76,7 +76,7 @@ def paths(tree: Tree) -> list[str]:
 def _join(keys: tuple[Any, ...], *, alone: bool) -> str:
     """The path without the field of a box: the only leaf under its parent."""
     last = keys[-1] if keys else None
-    boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name in _BOX_FIELDS
+    boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name in BOX_FIELDS
     return "/".join(_name(key) for key in (keys[:-1] if boxed and alone and len(keys) > 1 else keys))
 
 

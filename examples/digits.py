@@ -6,11 +6,13 @@ each row the script asserts on the final params whatever the chain promises, to 
     python examples/digits.py                                     # scikit-learn's digits, nothing to download
     python examples/digits.py --data mnist --data-dir DIR --rows ah
 
-It prints a table and writes it with four figures to ``out/``.
+It prints a table and writes it with four figures to ``out/``, and saves row (h) there. A process of its own loads that
+file, and must find the same accuracy.
 """
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -146,7 +148,7 @@ ROWS = {
     "k": Row("units → interval (D0)", sampled_units, Promise(units=1, bits=BITS, interval=INTERVAL)),
     "l": Row(f"trained (a), {SHORT} epochs", compressed, ALL),
 }
-COLUMNS = ("", "chain", "accuracy", "precision", "sparsity", "units cut", "bits", "bytes", "time")
+COLUMNS = ("", "chain", "accuracy", "precision", "sparsity", "units cut", "bits", "file bytes", "entropy", "time")
 
 
 def train_rows(args: argparse.Namespace, data: training.Data, console: Console) -> dict[str, training.Run]:
@@ -179,7 +181,7 @@ def cells(letter: str, run: training.Run, runs: dict[str, training.Run], data: t
     """Returns one row of the table as text."""
     precision = precision_score(data.y_test, run.predicted, average="macro", zero_division=0.0)
     removed, total = measuring.units(run.params)
-    size = measuring.size(run.params)
+    size = measuring.file_size(run.params)
     base = runs.get("a")
     return [
         letter,
@@ -189,7 +191,8 @@ def cells(letter: str, run: training.Run, runs: dict[str, training.Run], data: t
         f"{measuring.sparsity(run.params):.1%}",
         f"{removed} / {total}",
         str(ROWS[letter].promise.bits or 32),
-        f"{size:,}" + (f" ({measuring.size(base.params) / size:.1f}x)" if base else ""),
+        f"{size:,}" + (f" ({measuring.file_size(base.params) / size:.1f}x)" if base else ""),
+        f"{measuring.size(run.params):,}",
         f"{seconds(run) / seconds(base):.2f}" if base else "-",
     ]
 
@@ -197,6 +200,19 @@ def cells(letter: str, run: training.Run, runs: dict[str, training.Run], data: t
 def seconds(run: training.Run) -> float:
     """Returns the time of a training, from its median epoch: what else the machine did then must not count."""
     return len(run.seconds) * float(np.median(run.seconds))
+
+
+def reload(runs: dict[str, training.Run], args: argparse.Namespace) -> str:
+    """Saves row (h), or the smallest one, loads it in a fresh process, and returns in words that nothing changed."""
+    letter = "h" if "h" in runs else min(runs, key=lambda letter: measuring.file_size(runs[letter].params))
+    path = args.out / f"{letter}.safetensors"
+    clipjax.save(path, runs[letter].params)
+    command = [sys.executable, __file__, "--evaluate", str(path), "--data", args.data]
+    command += ["--data-dir", args.data_dir] * (args.data_dir is not None)
+    accuracy = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert accuracy == runs[letter].accuracy[-1], f"{accuracy} after loading, {runs[letter].accuracy[-1]} before"
+    raw = sum(leaf.nbytes for leaf in jax.tree.leaves(runs[letter].params))
+    return f"wrote {path}: {path.stat().st_size:,} bytes for {raw:,}; a fresh process loads it and finds {accuracy:.2%}"
 
 
 def show(rows: list[list[str]], caption: str, console: Console, folder: Path) -> None:
@@ -221,6 +237,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="default: 40 for the digits, 5 for MNIST")
     parser.add_argument("--quick", action="store_true", help="a tenth of the epochs, only to see that it runs")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluate", type=Path, metavar="FILE", help="only print the accuracy of saved params")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the table and the figures go")
     args = parser.parse_args(arguments)
     if args.data == "mnist" and args.data_dir is None:
@@ -236,6 +253,9 @@ def main() -> None:
     """Trains the rows, prints and writes the table, draws the figures."""
     args = parse()
     data = training.load(args.data, args.data_dir)
+    if args.evaluate:
+        print(float(np.mean(training.predict(clipjax.load(args.evaluate), data.x_test) == data.y_test)))
+        return
     args.epochs = args.epochs or max(2, data.epochs // 10 if args.quick else data.epochs)
     args.out.mkdir(parents=True, exist_ok=True)
     console = Console() if sys.stdout.isatty() else Console(width=120)
@@ -243,9 +263,11 @@ def main() -> None:
     caption = (
         f"{args.data}, {args.epochs} epochs of {len(data.x) // data.batch} steps, seed {args.seed}; "
         f"{os.cpu_count()}-core {os.uname().machine} {jax.default_backend().upper()}, jax {jax.__version__}. "
-        "bytes: order-0 entropy code of all params. time: train steps alone, relative to (a)."
+        "file bytes: what clipjax.save writes; entropy: an order-0 code of all params. "
+        "time: train steps alone, relative to (a)."
     )
     show([cells(letter, run, runs, data) for letter, run in runs.items()], caption, console, args.out)
+    console.print(reload(runs, args), highlight=False)
     for path in figures.draw(runs, {letter: ROWS[letter].what for letter in runs}, args.out):
         console.print(f"wrote {path}", highlight=False)
 

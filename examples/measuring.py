@@ -35,6 +35,11 @@ def units(params: Any) -> tuple[int, int]:
     return sum(int(leaf.sum()) for leaf in dead), sum(leaf.size for leaf in dead)
 
 
+def file_size(params: Any) -> int:
+    """Counts the bytes of the file that holds the params."""
+    return len(clipjax.pack(params))
+
+
 def size(params: Any) -> int:
     """Adds up the bytes of every leaf under an order-0 entropy code of its values."""
     return sum(_leaf_size(np.asarray(leaf)) for leaf in jax.tree.leaves(params))

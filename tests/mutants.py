@@ -222,8 +222,19 @@ MUTANTS = (
     Mutant("_norms.py", "(plain >= floor) & ~jnp.isinf(plain)", "plain >= 0", "norms", "numpys or mixed"),
     Mutant("_norms.py", "jax.lax.psum(part(x), at) if at", "part(x) if at", "clipping_sharded", "shard_map"),
     Mutant("_norms.py", "jax.lax.pmax(top, at) if at", "top if at", "clipping_sharded", "shard_map"),
+    Mutant("_multiples.py", " + np.float32(0)  # no -0", "  # no -0", "packing", "sign_of_zero"),
+    Mutant("_alphabets.py", "np.where(there, searched, book.size)", "book.size", "coding", "book_has_every"),
+    Mutant("_ans.py", "reversed(list(chunks(symbols)))", "list(chunks(symbols))", "coding", "order_0"),
+    Mutant("_densities.py", "classes[order] = sorted", "classes[:] = sorted", "coding", "densities"),
+    Mutant("_records.py", "if zlib.crc32(data) != self.checksum:", "if False:", "fuzz", "damage"),
+    Mutant("_records.py", "if not reader.intact():", "if False:", "fuzz", "damage"),
+    Mutant("_container.py", "os.fsync(file.fileno())", "pass", "files", "flushed"),
+    Mutant(
+        "_container.py", "os.replace(temporary, path)", "shutil.copyfile(temporary, path)", "files", "killed or flushed"
+    ),
+    Mutant("_layouts.py", '.replace("/", "~1")', "", "packing", "slashes"),
     Mutant("_trees.py", "and leaf.size > 0", "", "contract_numbers", "empty_scalar and (prune_once or quantize_axis)"),
-    Mutant("_trees.py", '_BOX_FIELDS = ("value", "raw_value")', "_BOX_FIELDS = ()", "contract_models", "nnx_optimizer"),
+    Mutant("_trees.py", 'BOX_FIELDS = ("value", "raw_value")', "BOX_FIELDS = ()", "contract_models", "nnx_optimizer"),
     Mutant(
         "_trees.py",
         '("bias", "b", "scale", "offset")',

@@ -34,9 +34,12 @@ LEVELS = (
             "_masks",
         ),
     ),
+    (1, ("_ans", "_densities", "_coding", "_multiples", "_alphabets")),  # the small file, from symbols to trees
+    (1, ("_payloads", "_container", "_records", "_layouts")),
     (2, ("_projecting",)),
     (3, ("_clipping", "_clamping", "_pruning", "_quantizing", "_forwarding", "_skipping")),
     (4, ("_reporting", "_summarizing", "_packing", "_shrinking")),
+    (5, ("__main__",)),
 )
 LEVEL = {name: level for level, names in LEVELS for name in names}
 ORDER = [name for _, names in LEVELS for name in names]
@@ -74,7 +77,19 @@ def test_no_vague_names(name):
     assert not {"utils", "helpers", "misc", "common", "config"} & set(name.strip("_").split("_"))
 
 
-BLOCKED = ("flax", "chex", "equinox", "sklearn", "matplotlib", "rich", "orbax", "safetensors", "hypothesis", "pandas")
+BLOCKED = (
+    "flax",
+    "chex",
+    "equinox",
+    "sklearn",
+    "matplotlib",
+    "rich",
+    "orbax",
+    "safetensors",
+    "constriction",
+    "hypothesis",
+    "pandas",
+)
 
 ALONE = f"""
 import sys

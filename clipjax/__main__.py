@@ -1,0 +1,122 @@
+"""`python -m clipjax inspect FILE`, `compress IN OUT`, `expand IN OUT`: the small file from the command line.
+
+Compressing takes a plain safetensors file or the folder of an Orbax checkpoint; expanding writes a plain safetensors
+file where OUT ends in .safetensors, else an Orbax checkpoint. Every bit survives both ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+import numpy as np
+
+from clipjax import _alphabets as alphabets
+from clipjax import _container as container
+from clipjax import _layouts as layouts
+from clipjax import _packing as packing
+from clipjax import _records as records
+from clipjax._reporting import Summary
+from clipjax._typing import Tree
+
+
+def inspect(path: str) -> Summary:
+    """A table with a row for every leaf of a file, the header's bytes and the total at its end."""
+    with open(path, "rb") as file:
+        reader = container.Reader(file)
+        if records.made(reader):
+            rows = [_row(f.entry, f.dtype, f.shape, f.size, f.how(reader)) for f in records.leaves(reader)]
+        else:
+            rows = [_row(e, e.kind, e.shape, e.end - e.begin, "raw") for e in reader.entries]
+    raw, size = sum(row["raw"] for row in rows), reader.size
+    header = size - sum(row["bytes"] for row in rows)
+    rows.append({"path": "header", "array": "", "raw": 0, "bytes": header, "ratio": None, "how": "JSON"})
+    rows.append({"path": "total", "array": "", "raw": raw, "bytes": size, "ratio": raw / size, "how": ""})
+    return Summary(rows)
+
+
+def _row(entry: container.Entry, dtype: np.dtype, shape: tuple[int, ...], raw: int, how: str) -> dict[str, Any]:
+    size = entry.end - entry.begin
+    array = f"{dtype.name}[{','.join(map(str, shape))}]"
+    return {"path": entry.name, "array": array, "raw": raw, "bytes": size, "ratio": raw / max(size, 1), "how": how}
+
+
+def compress(source: str, target: str) -> None:
+    """Write a plain safetensors file, or an Orbax checkpoint, as a small file."""
+    packing.save(target, _checkpointer().restore(os.path.abspath(source)) if os.path.isdir(source) else _plain(source))
+
+
+def _plain(path: str) -> Tree:
+    """The tree of a plain safetensors file, its names nested at "/"; leaves are read when they are looked at."""
+    with open(path, "rb") as file:
+        reader = container.Reader(file)
+        if records.made(reader):
+            raise ValueError(f"`IN` must be a plain safetensors file, got a clipjax file: {path}. It is small already.")
+        begin = [reader.begin + entry.begin for entry in reader.entries]
+    arrays = [
+        np.memmap(path, entry.kind, "r", at, entry.shape)
+        if entry.end > entry.begin
+        else np.zeros(entry.shape, entry.kind)
+        for entry, at in zip(reader.entries, begin, strict=True)
+    ]
+    return layouts.unflatten([entry.name for entry in reader.entries], arrays, None)
+
+
+def expand(source: str, target: str, max_bytes: int | None = None) -> None:
+    """Write a small file as a plain safetensors file, or as an Orbax checkpoint."""
+    if not target.endswith(".safetensors"):
+        _checkpointer().save(os.path.abspath(target), packing.load(source, max_bytes=max_bytes))
+        return
+    folder = os.path.dirname(os.path.abspath(target))
+    with open(source, "rb") as file, container.Writer(folder) as writer:
+        reader = container.Reader(file)
+        found = records.leaves(reader)
+        records.check_size(found, reader.size, max_bytes)
+        for leaf in found:
+            if leaf.dtype not in container.NAMES:
+                raise ValueError(f"safetensors has no name for {leaf.dtype.name}, of leaf {leaf.entry.name!r}.")
+            x = np.asarray(leaf.read(reader))
+            writer.add(leaf.entry.name, container.NAMES[x.dtype], x.shape, alphabets.patterns(x).data)
+        with container.replacing(target) as out:
+            writer.write(out, {})
+
+
+def _checkpointer() -> Any:
+    try:
+        import orbax.checkpoint
+    except ImportError as error:
+        raise ImportError("Orbax checkpoints need `orbax-checkpoint`: pip install orbax-checkpoint.") from error
+    return orbax.checkpoint.PyTreeCheckpointer()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m clipjax", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("inspect", help="a table of the leaves of a file").add_argument("file")
+    for name, text in (("compress", "plain safetensors or Orbax -> small"), ("expand", "small -> plain")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("source", metavar="IN")
+        command.add_argument("target", metavar="OUT")
+        if name == "expand":
+            command.add_argument(
+                "--max-bytes", type=int, help="how many bytes the leaves may take, if you trust the file"
+            )
+    args = parser.parse_args(arguments)
+    try:
+        if args.command == "inspect":
+            print(inspect(args.file))
+        elif args.command == "compress":
+            compress(args.source, args.target)
+        else:
+            expand(args.source, args.target, args.max_bytes)
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        print(f"clipjax: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
