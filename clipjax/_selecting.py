@@ -60,9 +60,7 @@ def keep(keys: Keys, k: jax.Array, *, pooled: bool) -> Keys:
     cut, surplus = _threshold(keys, k, pooled)
     below = _below(keys, jnp.stack([cut, cut + cut.dtype.type(1)]))
     ends = _tie_ends(keys, cut, below[1] - below[0], surplus, pooled)
-    return [
-        (key > c) | ((key == c) & (_index(key.shape) < end)) for key, c, end in zip(keys, cut, ends, strict=True)
-    ]
+    return [(key > c) | ((key == c) & (_index(key.shape) < end)) for key, c, end in zip(keys, cut, ends, strict=True)]
 
 
 def _counts(masks: Keys) -> jax.Array:
