@@ -17,7 +17,7 @@ import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-COPIED = ("clipjax", "tests", "pyproject.toml", "README.md")
+COPIED = ("clipjax", "tests", "benchmarks", "pyproject.toml", "README.md")
 
 
 class Mutant(NamedTuple):
@@ -54,6 +54,14 @@ MUTANTS = (
     Mutant(
         "_projecting.py", "key_at(key, state.count - 1)", "key_at(key, state.count)", "contract_chain", "stochastic"
     ),
+    Mutant(
+        "_projecting.py",
+        "steps = _aligned(updates, params, picks)",
+        "steps = jax.tree.map(lambda u: u + 0 * jnp.sum(u), _aligned(updates, params, picks))",
+        "passes",
+        "whole_chain",
+    ),
+    Mutant("_norms.py", "if ord <= 1:", "if ord < 1:", "passes", "clip_norm_one"),
     Mutant("_projecting.py", "(since % every == 0)", "(since % every == 1)", "projecting", "refreshes_are_due"),
     Mutant("_projecting.py", "| (context.count == stop)", "", "projecting", "refreshes_are_due"),
     Mutant("_projecting.py", '{"grad": updates, **extra}', '{**extra, "grad": updates}', "pruning", "callers_own_wins"),
