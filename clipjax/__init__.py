@@ -1,9 +1,10 @@
 """clipjax makes a JAX model small while it trains, with nothing but Optax transformations."""
 
-from clipjax import projections, scores, selections, steps, structures, thresholds, widths
+from clipjax import projections, roundings, scores, selections, steps, structures, thresholds, widths
 from clipjax._clamping import clamp_weights
 from clipjax._clipping import clip, clip_norm
 from clipjax._following import Rule
+from clipjax._forwarding import fake_quant
 from clipjax._grids import clamp, dequantize, quantize, round_to_step
 from clipjax._masks import make_mask
 from clipjax._projecting import project, with_gradient
@@ -34,6 +35,7 @@ __all__ = [
     "clip",
     "clip_norm",
     "dequantize",
+    "fake_quant",
     "fake_quantize",
     "make_mask",
     "per_leaf",
@@ -44,6 +46,7 @@ __all__ = [
     "quantized",
     "report",
     "round_to_step",
+    "roundings",
     "scores",
     "selections",
     "shrink",

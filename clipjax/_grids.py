@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax import _arguments as arguments
+from clipjax import _blocks as blocks
 from clipjax import _trees as trees
 
 ROUNDINGS = ("nearest", "half_away", "stochastic")
@@ -101,17 +102,29 @@ def code_dtype(bits: int | None) -> Any:
     return jnp.int32 if bits is None else jnp.int8 if bits <= 8 else jnp.int16
 
 
-def codes(x: jax.Array, step: Any, bits: int | None, *, rounding: str = "nearest", key: Any = None) -> jax.Array:
-    """Unlimited integer codes round(x / s), as floats; sign(x) with sign(0) = + for bits = 1."""
-    if bits == 1:
-        return jnp.where(x < 0, jnp.ones_like(x) * -1, jnp.ones_like(x))
-    # A select keeps the divisor elementwise: XLA rewrites a division by a broadcast scalar as a product with
-    # its reciprocal, which rounds near-ties differently.
-    ratio = x / jnp.where(x == x, jnp.asarray(step, x.dtype), jnp.ones_like(x))
+def ratio(x: jax.Array, step: Any) -> jax.Array:
+    """The quotient x / s, correctly rounded.
+
+    A select keeps the divisor elementwise: XLA rewrites a division by a broadcast scalar as a product with its
+    reciprocal, which rounds near-ties differently.
+    """
+    return x / jnp.where(x == x, jnp.asarray(step, x.dtype), jnp.ones_like(x))
+
+
+def codes(x: jax.Array, step: Any, bits: Any, *, rounding: str = "nearest", key: Any = None) -> jax.Array:
+    """Unlimited integer codes round(x / s), as floats; sign(x) with sign(0) = + for bits = 1, which may be traced."""
+    if bits is None or (arguments.known(bits) and bits > 1):
+        return rounded(ratio(x, step), rounding, key)
+    sign = jnp.where(x < 0, jnp.ones_like(x) * -1, jnp.ones_like(x))
+    return sign if arguments.known(bits) else jnp.where(bits == 1, sign, rounded(ratio(x, step), rounding, key))
+
+
+def rounded(ratio: jax.Array, rounding: str, key: Any) -> jax.Array:
+    """Whole numbers near the given ones."""
     if rounding == "half_away":
         return jax.lax.round(ratio, jax.lax.RoundingMethod.AWAY_FROM_ZERO)
     if rounding == "stochastic":
-        return jnp.floor(ratio + jax.random.uniform(key, x.shape, x.dtype))
+        return jnp.floor(ratio + jax.random.uniform(key, ratio.shape, ratio.dtype))
     return jax.lax.round(ratio, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
@@ -128,17 +141,45 @@ def multiples(limit: jax.Array, step: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.where(k * step > limit, k - 1, k), 0)
 
 
-def reduced_axes(ndim: int, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    """The axes that share a step: all but `axis`.
+def ends(step: jax.Array, bits: Any, below: jax.Array, above: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many levels lie on both sides of zero in [-below, above], cut at both ends to what the width has."""
+    low, high = multiples(below, step), multiples(above, step)
+    surplus = jnp.maximum(low + high - 2 * jnp.asarray(top(bits), low.dtype), 0)
+    return low - jnp.floor(surplus / 2), high - jnp.ceil(surplus / 2)
+
+
+def shared_axes(ndim: int, axis: int | tuple[int, ...] | None, group: int | None = None) -> tuple[int, ...]:
+    """The axes that share a step, all but `axis`, in the `view` of an array of this rank.
 
     Raises:
       ValueError: for an axis that does not exist.
     """
-    kept = () if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    if axis is None:
+        axis = () if group is None else -1
+    kept = (axis,) if isinstance(axis, int) else tuple(axis)
     for a in kept:
         remedy = f"An array of rank {ndim} has axes {-ndim} to {ndim - 1}."
         arguments.require(-ndim <= a < ndim, "axis", "exist in every picked leaf", axis, remedy)
-    return tuple(i for i in range(ndim) if i not in {a % ndim for a in kept})
+    own = {a % ndim for a in kept}
+    if group is not None:
+        own = {a if a <= ndim - 2 else a + 1 for a in own | {ndim - 2}}
+        ndim += 1
+    return tuple(i for i in range(ndim) if i not in own)
+
+
+def view(x: jax.Array, group: int | None) -> jax.Array:
+    """An array whose step groups lie along whole axes: axis -2 cut into groups, where there are any."""
+    return x if group is None else blocks.split(x, x.ndim - 2, group)
+
+
+def joined(x: jax.Array, group: int | None) -> jax.Array:
+    """The array that a `view` is of."""
+    return x if group is None else blocks.join(x, x.ndim - 3, x.shape[-3] * group)
+
+
+def per_block(values: jax.Array, group: int | None) -> jax.Array:
+    """Values of step groups in the rank of the array itself, to broadcast block by block."""
+    return values if group is None else jnp.squeeze(values, -2)
 
 
 def round_to_step(x: jax.Array, step: Any, *, rounding: str = "nearest", key: Any = None) -> jax.Array:
@@ -146,7 +187,7 @@ def round_to_step(x: jax.Array, step: Any, *, rounding: str = "nearest", key: An
 
     Args:
       x: float array of any shape.
-      step: s > 0, a scalar or an array that broadcasts to `x`.
+      step: s > 0, a scalar or an array that broadcasts to `x`, also block by block.
       rounding: "nearest" (halves to even), "half_away" (D4's schoolbook rounding) or "stochastic".
       key: a PRNG key, for "stochastic" only.
 
@@ -170,24 +211,32 @@ def round_to_step(x: jax.Array, step: Any, *, rounding: str = "nearest", key: An
     check_rounding(rounding, key)
     x = jnp.asarray(x)
     wide = trees.widened(x)
-    step = jnp.asarray(step, wide.dtype)
-    rounded = codes(wide, step, None, rounding=rounding, key=key) * step
-    return jnp.where(jnp.isfinite(wide), rounded, wide).astype(x.dtype)
+    step = blocks.spread(jnp.asarray(step), x.shape).astype(wide.dtype)
+    level = codes(wide, step, None, rounding=rounding, key=key) * step
+    return jnp.where(jnp.isfinite(wide), level, wide).astype(x.dtype)
 
 
 def quantize(
-    x: jax.Array, step: Any, bits: int | None = None, *, rounding: str = "nearest", key: Any = None
+    x: jax.Array,
+    step: Any,
+    bits: int | None = None,
+    *,
+    zero_point: Any = 0,
+    rounding: str = "nearest",
+    key: Any = None,
 ) -> jax.Array:
-    r"""The integer codes of an array on a symmetric grid.
+    r"""The integer codes of an array on a symmetric grid, or on an affine one, where 0 has the code z.
 
-    .. math:: c = \mathrm{clip}(\mathrm{round}(x/s),\ -(2^{b-1}-1),\ 2^{b-1}-1)
+    .. math:: c = \mathrm{clip}(\mathrm{round}(x/s) + z,\ -(2^{b-1}-1),\ 2^{b-1}-1)
 
     One bit has the codes -1 and 1, with sign(0) = +1. NaN has the code 0.
 
     Args:
       x: float array of any shape.
-      step: s > 0, a scalar or an array that broadcasts to `x`.
+      step: s > 0, a scalar or an array that broadcasts to `x`, also block by block: an axis of n steps then serves n
+        equal groups.
       bits: b, 1 to 16, or None for unbounded codes.
+      zero_point: z, an integer or an array like `step`.
       rounding: "nearest" (halves to even), "half_away" or "stochastic".
       key: a PRNG key, for "stochastic" only.
 
@@ -209,21 +258,22 @@ def quantize(
     check_rounding(rounding, key)
     if bits is not None:
         arguments.bits(bits)
-    x = jnp.asarray(x)
-    x = trees.widened(x)
-    rounded = jnp.where(jnp.isnan(x), x, codes(x, step, bits, rounding=rounding, key=key))
+    x = trees.widened(jnp.asarray(x))
+    step, zero = (blocks.spread(jnp.asarray(v), x.shape).astype(x.dtype) for v in (step, zero_point))
+    whole = codes(x, step, bits, rounding=rounding, key=key)
+    whole = jnp.where(jnp.isnan(x) | jnp.isnan(whole), jnp.zeros_like(x), whole) + zero
     limit = float(2**31 - 128) if bits is None else float(top(bits))
-    rounded = jnp.clip(jnp.where(jnp.isnan(rounded), jnp.zeros_like(rounded), rounded), -limit, limit)
-    return rounded.astype(code_dtype(bits))
+    return jnp.clip(whole, -limit, limit).astype(code_dtype(bits))
 
 
-def dequantize(codes: jax.Array, step: Any, dtype: Any = jnp.float32) -> jax.Array:
-    """The values that codes stand for: code * s, computed in f32 and rounded once to `dtype`.
+def dequantize(codes: jax.Array, step: Any, dtype: Any = jnp.float32, *, zero_point: Any = 0) -> jax.Array:
+    """The values that codes stand for: (code - z) * s, computed in f32 and rounded once to `dtype`.
 
     Args:
       codes: integer array from `quantize`.
-      step: s, a scalar or an array that broadcasts to `codes`.
+      step: s, a scalar or an array that broadcasts to `codes`, also block by block.
       dtype: the float dtype to return.
+      zero_point: z, the code of 0 on an affine grid; an integer or an array like `step`.
 
     Returns:
       f[...] of the shape of `codes`.
@@ -233,15 +283,22 @@ def dequantize(codes: jax.Array, step: Any, dtype: Any = jnp.float32) -> jax.Arr
       >>> dequantize(quantize(jnp.array([0.9, -0.2]), 0.5, 4), 0.5).tolist()
       [1.0, 0.0]
     """
-    wide = trees.wide(dtype)
-    return (jnp.asarray(codes).astype(wide) * jnp.asarray(step, wide)).astype(dtype)
+    codes = jnp.asarray(codes)
+    step, zero = (blocks.spread(jnp.asarray(v), codes.shape).astype(trees.wide(dtype)) for v in (step, zero_point))
+    return ((codes.astype(step.dtype) - zero) * step).astype(dtype)
 
 
 def check_step(step: Any) -> None:
     """Check a known step: positive and finite."""
-    if arguments.known(step):
-        ok = np.all(np.asarray(step, np.float64) > 0) and arguments.finite(step)
-        arguments.require(ok, "step", "be positive and finite", step, "It is the distance of two levels.")
+    check_positive(step, "step", "It is the distance of two levels.")
+
+
+def check_positive(value: Any, name: str, remedy: str) -> None:
+    """Check a known number: positive and finite."""
+    if arguments.known(value):
+        number = arguments.numeric(value, name, remedy)
+        ok = np.all(number > 0) and arguments.finite(value)
+        arguments.require(ok, name, "be positive and finite", value, remedy)
 
 
 def check_rounding(rounding: str, key: Any) -> None:

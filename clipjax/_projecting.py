@@ -254,7 +254,8 @@ def _explained(held: Projection, state: ProjectState, weights: Tree, narrow: Tre
     active = None if _always(start) else state.count > start
 
     def choose(z: jax.Array, n: jax.Array, w: jax.Array) -> jax.Array:
-        edited = (n != w) & (w != 0)
+        off = jnp.abs(n - w) > held.near * jnp.abs(w) if held.near else n != w
+        edited = off & (w != 0)
         return jnp.where(edited | ~jnp.isfinite(z), w, z)
 
     shown = jax.tree.map(functools.partial(_keep, active), shown, carried)

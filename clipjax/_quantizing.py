@@ -10,10 +10,14 @@ import numpy as np
 import optax
 
 from clipjax import _arguments as arguments
+from clipjax import _blocks as blocks
 from clipjax import _grids as grids
+from clipjax import _plans as planning
 from clipjax import _projecting as projecting
 from clipjax import _trees as trees
+from clipjax import roundings
 from clipjax import steps as stepping
+from clipjax import widths as widening
 from clipjax._typing import Tree, Where
 from clipjax.projections import Context, Projection
 
@@ -24,12 +28,15 @@ class QuantizeState(NamedTuple):
     Attributes:
       step: f32 per step group, the distance of two levels.
       reach: f32 per step group, the largest |weight| that the members before have landed on at a refresh; no level
-        exceeds it. Infinite before the first refresh, 0 for unbounded codes.
+        exceeds it. Infinite before the first refresh, 0 for unbounded codes. For an affine grid two in front, one below
+        zero and one above.
+      zero_point: i32 per step group, the code of 0; 0 on symmetric grids.
       bits: i32 per leaf, the width; 0 for unbounded codes.
     """
 
     step: dict[str, jax.Array]
     reach: dict[str, jax.Array]
+    zero_point: dict[str, jax.Array]
     bits: dict[str, jax.Array]
 
 
@@ -38,8 +45,8 @@ class Quantized(NamedTuple):
 
     Attributes:
       codes: i8 up to 8 bits, i16 up to 16, i32 for unbounded codes; the shape of the weight.
-      step: f32, broadcasts to the weight.
-      zero_point: i32, the code of 0; 0 on symmetric grids.
+      step: f32, broadcasts to the weight, block by block where there are groups.
+      zero_point: i32, the code of 0, a scalar 0 on symmetric grids, else of the shape of `step`.
       bits: the width, None for unbounded codes.
       axis: the axis or axes with a step of their own, or None.
       group: the size of groups along the input axis, or None.
@@ -53,23 +60,13 @@ class Quantized(NamedTuple):
     group: int | None
 
 
-class _Plan(NamedTuple):
-    """What is static about one leaf's grid."""
-
-    bits: int | None
-    axis: Any
-    rule: stepping.Step
-
-    def axes(self, leaf: Any) -> tuple[int, ...]:
-        return grids.reduced_axes(leaf.ndim, self.axis)
-
-
 def fake_quantize(
     bits: Any = None,
     *,
     step: Any = None,
     axis: Any = None,
-    rounding: str = "nearest",
+    group: Any = None,
+    rounding: Any = "nearest",
     where: Where | None = None,
     start: Any = 0,
     every: Any = 100,
@@ -91,11 +88,15 @@ def fake_quantize(
     weights alone. `bits=None` with a float step is D4's formula, unbounded.
 
     Args:
-      bits: 1 to 16, `per_leaf`, a tree from `choose_bits` (None leaves pass), or None for unbounded codes, which need
-        a float step. Static.
+      bits: 1 to 16, `per_leaf`, a tree from `choose_bits` (None leaves pass), a rule of `clipjax.widths`, by which each
+        leaf's width follows from its distribution at every refresh, or None for unbounded codes, which need a float
+        step. Static.
       step: a rule of `clipjax.steps`, `mse()` by default, or a number (may be traced).
       axis: the axis or axes that keep a step of their own, e.g. -1 for one per output unit; or `per_leaf`. Static.
-      rounding: "nearest" (halves to even), "half_away" (D4's) or "stochastic".
+      group: g, every g neighbours along axis -2, the input of Flax's Dense and Conv kernels, have a step of their own
+        in each output unit (or each unit of `axis`); or `per_leaf`. Static.
+      rounding: "nearest" (halves to even), "half_away" (D4's), "stochastic", or a rule of `clipjax.roundings` by which
+        the grid hardens with time.
       where: `where(path, leaf) -> bool`; by default arrays of rank >= 2 not named bias, b, scale or offset.
       start: first update that quantizes; may be traced.
       every: updates between two refreshes of the steps; may be traced.
@@ -110,9 +111,10 @@ def fake_quantize(
 
     Raises:
       ValueError: for bits outside 1 to 16, bits=None without a float step, stop < start, every < 1, an unknown
-        rounding; at init for an axis that does not exist, a bits tree that matches no leaf, or more than 8 bits on
-        params narrower than f32, whose codes could not be recovered; at update for missing `params`.
-      TypeError: for traced bits or axis.
+        rounding; at init for an axis that does not exist, a group that does not divide its axis, a bits tree that
+        matches no leaf, or more than 8 bits on params narrower than f32, whose codes could not be recovered; at update
+        for missing `params`.
+      TypeError: for traced bits, axis or group.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -128,65 +130,64 @@ def fake_quantize(
       Jin et al., PARQ, 2025, https://arxiv.org/abs/2503.15748.
     """
     rule = stepping.mse() if step is None else stepping.as_step(step)
-    _check_bits(bits, step)
-    arguments.static(axis, "axis")
-    arguments.static(carry, "carry")
-    arguments.choice(rounding, "rounding", grids.ROUNDINGS)
+    _check_bits(bits, rule, step)
+    for name, value in (("axis", axis), ("group", group), ("carry", carry)):
+        arguments.static(value, name)
+    roundings.check(rounding, key)
     arguments.times(start, every, stop)
     where = trees.weights if where is None else where
 
-    def plans(tree: Tree) -> dict[str, _Plan]:
+    def plans(tree: Tree) -> dict[str, planning.Plan]:
         """The static part of every governed leaf's grid."""
         widths = _widths(bits, tree)
-        return {path: _Plan(widths[path], trees.resolve(axis, path, leaf), rule) for path, leaf in trees.governed(tree)}
+
+        def plan(path: str, leaf: Any) -> planning.Plan:
+            own, size = (trees.resolve(value, path, leaf) for value in (axis, group))
+            return planning.Plan(widths[path], own, size, rule, rounding)
+
+        return {path: plan(path, leaf) for path, leaf in trees.governed(tree)}
 
     def init_fn(params: Tree) -> QuantizeState:
         every_plan = plans(params)
-        trees.map_with_path(lambda path, leaf: _check_leaf(path, every_plan[path], leaf), params)
-
-        def groups(value: float) -> Any:
-            return trees.by_path(trees.map_with_path(lambda path, p: _groups(every_plan[path], p, value), params))
-
-        widths = trees.map_with_path(lambda path, p: jnp.asarray(every_plan[path].bits or 0, jnp.int32), params)
-        return QuantizeState(groups(1.0), groups(jnp.inf), trees.by_path(widths))
+        trees.map_with_path(lambda path, leaf: planning.check(every_plan[path], path, leaf), params)
+        fresh = {path: planning.begin(every_plan[path], leaf) for path, leaf in trees.governed(params)}
+        return _state(fresh)
 
     def apply_fn(target: Tree, state: QuantizeState, context: Context) -> tuple[Tree, QuantizeState]:
         every_plan = plans(target)
         if not every_plan:
             return target, state
 
-        def refresh(target: Tree, landed: Tree) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        def refresh(target: Tree, landed: Tree) -> QuantizeState:
             at, shown = trees.by_path(landed), trees.by_path(context.params)
-            fitted = {
-                path: _fit(every_plan[path], x, at[path], state.reach[path], shown[path].dtype)
+            seen = {
+                path: planning.measure(every_plan[path], x, at[path], _grid(state, path), shown[path].dtype)
                 for path, x in trees.governed(target)
             }
-            return {p: f[0] for p, f in fitted.items()}, {p: f[1] for p, f in fitted.items()}
+            if isinstance(bits, widening.Width):
+                return _state(_chosen(bits, every_plan, seen, dict(trees.governed(target))))
+            return _state({path: planning.fit(plan, seen[path]) for path, plan in every_plan.items()})
 
-        old = (state.step, state.reach)
-        new_steps = projecting.refreshed(context, start, every, stop, refresh, old)
-        new = QuantizeState(new_steps[0], new_steps[1], state.bits)
+        new = projecting.refreshed(context, start, every, stop, refresh, state)
         return hold_fn(target, new, context), new
 
     def hold_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
         every_plan = plans(target)
         index = {path: i for i, path in enumerate(every_plan)}
+        since = (context.count - start).astype(jnp.float32)
 
         def level(path: str, x: jax.Array) -> jax.Array:
             draw = jax.random.fold_in(context.key, index[path]) if rounding == "stochastic" else None
-            return _level(every_plan[path], x, state.step[path], state.reach[path], rounding, draw)
+            return planning.level(every_plan[path], x, _grid(state, path), draw, since)
 
         return trees.map_with_path(level, target)
 
     def vanishes_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
-        def vanishes(path: str, x: jax.Array) -> jax.Array:
-            sure = rounding != "stochastic" and every_plan[path].bits != 1
-            return jnp.abs(x) <= state.step[path].astype(x.dtype) * (0.499 if sure else 0.0)
-
         every_plan = plans(target)
-        return trees.map_with_path(vanishes, target)
+        return trees.map_with_path(lambda path, x: planning.vanishes(every_plan[path], x, _grid(state, path)), target)
 
-    held = Projection(init_fn, apply_fn, hold_fn, vanishes=vanishes_fn)
+    soft = isinstance(rounding, roundings.Rounding)
+    held = Projection(init_fn, apply_fn, hold_fn, vanishes=vanishes_fn, near=2.0**-16 if soft else 0.0)
     chosen = _picks(bits, where)
     tx = projecting.project(held, carry=carry, inner=inner, start=start, where=chosen, key=key)
 
@@ -195,6 +196,33 @@ def fake_quantize(
         return tx.init(params)
 
     return optax.GradientTransformationExtraArgs(checked_init, tx.update)
+
+
+def _chosen(
+    width: widening.Width, plans: dict[str, planning.Plan], seen: dict[str, planning.Measured], sizes: dict[str, Any]
+) -> dict[str, planning.Grid]:
+    """The grid of every leaf at the width that the rule chooses from all distributions."""
+    spectra = [
+        widening.spectrum(m.values, plan.rule, m.axes, width.allowed, planning.limit(plan, m))
+        for plan, m in zip(plans.values(), seen.values(), strict=True)
+    ]
+    energy, noise = (jnp.stack([getattr(s, name) for s in spectra]) for name in ("energy", "noise"))
+    index = width.choose([sizes[path].size for path in plans], energy, noise)
+    return {
+        path: planning.fitted(plan, seen[path], widening.entry(spectrum.steps, at), widening.width(width.allowed, at))
+        for (path, plan), spectrum, at in zip(plans.items(), spectra, index, strict=True)
+    }
+
+
+def _state(found: dict[str, planning.Grid]) -> QuantizeState:
+    fields: list[Any] = [{path: grid[i] for path, grid in found.items()} for i in range(len(planning.Grid._fields))]
+    if not found:  # one array all the same, see `trees.by_path`
+        fields = [jnp.zeros(()) for _ in fields]
+    return QuantizeState(*fields)
+
+
+def _grid(state: QuantizeState, path: str) -> planning.Grid:
+    return planning.Grid(*(field[path] for field in state))
 
 
 def quantized(params: Tree, opt_state: Any) -> Tree:
@@ -207,7 +235,8 @@ def quantized(params: Tree, opt_state: Any) -> Tree:
       opt_state: any optimizer state with a `fake_quantize` member in it.
 
     Returns:
-      A tree like `params`; `dequantize(q.codes, q.step, dtype)` gives the leaf back bit for bit.
+      A tree like `params`; `dequantize(q.codes, q.step, dtype, zero_point=q.zero_point)` gives the leaf back bit for
+      bit; on symmetric grids the zero point is 0.
 
     Raises:
       ValueError: where the state holds no `fake_quantize`.
@@ -231,71 +260,30 @@ def quantized(params: Tree, opt_state: Any) -> Tree:
     def codes(path: str, leaf: Any) -> Any:
         for state in states:
             if path in state.step and not jnp.any(jnp.isinf(state.reach[path])):  # infinite before the first refresh
-                return _integers(leaf, jnp.asarray(state.step[path]), int(state.bits[path]) or None)
+                return _integers(leaf, _grid(state, path))
         return leaf
 
     return trees.map_with_path(codes, params)
 
 
-def _integers(leaf: jax.Array, step: jax.Array, bits: int | None) -> Quantized:
-    wide = trees.widened(leaf)
-    ratio = jnp.round(wide / step.astype(wide.dtype))
-    kept = tuple(i for i, n in enumerate(step.shape) if n > 1)
-    axis = None if not step.ndim else kept[0] if len(kept) == 1 else kept
-    code = jnp.where(jnp.isnan(ratio), 0, ratio).astype(grids.code_dtype(bits))
-    return Quantized(code, step, jnp.zeros((), jnp.int32), bits, axis, None)
+def _integers(leaf: jax.Array, grid: planning.Grid) -> Quantized:
+    bits = int(grid.bits) or None
+    grouped = grid.step.ndim > leaf.ndim
+    group = leaf.shape[-2] // grid.step.shape[-3] if grouped else None
+    step, zero = (jnp.squeeze(x, -2) if grouped else x for x in (grid.step, grid.zero_point))
+    kept = tuple(i for i, n in enumerate(step.shape) if n > 1 and not (grouped and i == leaf.ndim - 2))
+    axis = None if not kept and not step.ndim else kept[0] if len(kept) == 1 else kept
+    zero = zero if bool(jnp.any(zero != 0)) else jnp.zeros((), jnp.int32)
+    ratio = jnp.round(trees.widened(leaf) / blocks.spread(step, leaf.shape).astype(trees.wide(leaf.dtype)))
+    code = jnp.where(jnp.isnan(ratio), 0, ratio) + blocks.spread(zero, leaf.shape).astype(ratio.dtype)
+    return Quantized(code.astype(grids.code_dtype(bits)), step, zero, bits, axis, group)
 
 
-def _fit(plan: _Plan, x: jax.Array, landed: jax.Array, reach: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The step and the reach of a leaf, from its nonzero finite weights; the reach is a value of the leaf's dtype."""
-    if plan.bits is None:
-        return plan.rule.fit(x, 0, plan.axes(x)), jnp.zeros_like(reach)
-    alive = (landed != 0) & jnp.isfinite(x) & jnp.isfinite(landed)
-    size = jnp.where(alive, jnp.abs(landed), jnp.zeros_like(landed)).astype(jnp.float32)
-    axes = plan.axes(x)
-    largest = jnp.max(size) if len(axes) == x.ndim else jnp.max(size, axis=axes, keepdims=True)
-    reach = jnp.where(jnp.isinf(reach), largest, jnp.maximum(reach, largest))
-    reach = grids.toward(reach, dtype, up=False).astype(jnp.float32)
-    shown = grids.limit(jnp.where(alive, x, jnp.zeros_like(x)).astype(jnp.float32), -reach, reach)
-    return stepping.fit(plan.rule, shown, plan.bits, axes, reach), reach
-
-
-def _level(plan: _Plan, x: jax.Array, step: jax.Array, reach: jax.Array, rounding: str, key: Any) -> jax.Array:
-    """The level of every weight: code * s, the codes limited by the width, the interval and the reach."""
-    step = step.astype(x.dtype)
-    code = grids.codes(x, step, plan.bits, rounding=rounding, key=key)
-    if plan.bits is not None:
-        low, high = _code_range(plan, step, reach.astype(x.dtype))
-        code = grids.limit(code, low, high)
-    if plan.bits == 1:
-        code = jnp.where(x == 0, jnp.zeros_like(code), code)
-    return code * step
-
-
-def _code_range(plan: _Plan, step: jax.Array, reach: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The codes of the grid: 2^b - 1 of them, inside the interval, no level beyond the reach."""
-    assert plan.bits is not None
-    most = jnp.where(jnp.isinf(reach), jnp.inf, grids.multiples(reach, step))
-    top = float(grids.top(plan.bits))
-    if plan.rule.limits is None:
-        return -jnp.minimum(most, top), jnp.minimum(most, top)
-    low, high = (grids.multiples(jnp.asarray(abs(end), step.dtype), step) for end in plan.rule.limits)
-    surplus = jnp.maximum(low + high - 2 * top, 0)
-    if plan.bits == 1:
-        return -jnp.minimum(most, top), jnp.minimum(most, top)
-    low, high = low - jnp.floor(surplus / 2), high - jnp.ceil(surplus / 2)
-    return -jnp.minimum(low, most), jnp.minimum(high, most)
-
-
-def _groups(plan: _Plan, leaf: Any, value: float) -> jax.Array:
-    axes = plan.axes(leaf)
-    shape = () if len(axes) == leaf.ndim else tuple(1 if a in axes else n for a, n in enumerate(leaf.shape))
-    return jnp.full(shape, value, jnp.float32)
-
-
-def _widths(bits: Any, tree: Tree) -> dict[str, int | None]:
+def _widths(bits: Any, tree: Tree) -> dict[str, Any]:
     """The width of every governed leaf."""
     named = trees.governed(tree)
+    if isinstance(bits, widening.Width):
+        return dict.fromkeys((path for path, _ in named), bits)
     if bits is None or isinstance(bits, int | np.integer | trees.PerLeaf):
         widths = {path: trees.resolve(bits, path, leaf) for path, leaf in named}
     else:
@@ -309,7 +297,7 @@ def _widths(bits: Any, tree: Tree) -> dict[str, int | None]:
 
 def _picks(bits: Any, where: Where) -> Where:
     """Leaves that a tree of bits or `per_leaf` leaves out are not quantized."""
-    if bits is None or isinstance(bits, int | np.integer):
+    if bits is None or isinstance(bits, int | np.integer | widening.Width):
         return where
     if isinstance(bits, trees.PerLeaf):
         return lambda path, leaf: where(path, leaf) and bits.fn(path, leaf) is not None
@@ -319,7 +307,7 @@ def _picks(bits: Any, where: Where) -> Where:
 
 def _check_tree(bits: Any, params: Tree) -> None:
     """Every width of a tree of bits must belong to a leaf, unless a wrapper has masked that leaf away."""
-    if bits is None or isinstance(bits, int | np.integer | trees.PerLeaf):
+    if bits is None or isinstance(bits, int | np.integer | trees.PerLeaf | widening.Width):
         return
     found = {path for path, _ in trees.governed(params)}
     left = [path for path, _ in trees.governed(bits) if path not in found]
@@ -328,10 +316,11 @@ def _check_tree(bits: Any, params: Tree) -> None:
     arguments.require(not left or masked or not found, "bits", "match the params by path", left, remedy)
 
 
-def _check_bits(bits: Any, step: Any) -> None:
+def _check_bits(bits: Any, rule: stepping.Step, step: Any) -> None:
     arguments.static(bits, "bits")
+    if isinstance(bits, widening.Width):
+        return
     if bits is None:
-        rule = stepping.mse() if step is None else stepping.as_step(step)
         ok = not rule.follows and rule.limits is None
         remedy = "Unbounded codes need a number: `step=0.05`."
         arguments.require(ok, "step", "be a number when `bits` is None", step, remedy)
@@ -339,12 +328,3 @@ def _check_bits(bits: Any, step: Any) -> None:
         arguments.bits(bits)
     elif callable(bits):
         raise TypeError(f"`bits` must be static, got a schedule {bits!r}. Mark a function of the leaf by `per_leaf`.")
-
-
-def _check_leaf(path: str, plan: _Plan, leaf: Any) -> None:
-    plan.axes(leaf)
-    narrow = jnp.dtype(leaf.dtype).itemsize < 4
-    remedy = f"Leaf {path!r} is {leaf.dtype}: its codes could not be recovered. Use 8 bits, or f32 params."
-    arguments.require(
-        not (narrow and (plan.bits or 0) > 8), "bits", "be at most 8 for narrow params", plan.bits, remedy
-    )

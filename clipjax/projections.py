@@ -55,6 +55,8 @@ class Projection(NamedTuple):
       survives: `survives(target, before, after)` -> masks that broadcast to the target, from the state before and after
         the update, for a P that keeps these entries and sets all others to 0, which needs no landing. The moments of an
         inner optimizer are set to 0 with them.
+      near: the relative difference up to which params count as what P made of the carried weights; 0 for a P whose
+        values are exact in floating point, so that two compiled programs agree on them.
     """
 
     init: Callable[[Tree], Any]
@@ -62,6 +64,7 @@ class Projection(NamedTuple):
     hold: Callable[[Tree, Any, Context], Tree] | None = None
     vanishes: Callable[[Tree, Any, Context], Tree] | None = None
     survives: Callable[[Tree, Any, Any], Tree] | None = None
+    near: float = 0.0
 
 
 def stateless(fn: Callable[[Tree], Tree]) -> Projection:

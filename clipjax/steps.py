@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax import _arguments as arguments
+from clipjax import _fitting as fitting
 from clipjax import _grids as grids
-
-_ROUNDS, _POINTS = 4, 8  # the passes of a least-squares fit
 
 
 class Step(NamedTuple):
@@ -24,11 +23,15 @@ class Step(NamedTuple):
         takes 1.
       follows: False for a step that no distribution changes.
       limits: for an interval, its two ends: the codes are those whose values lie inside.
+      affine: True where the levels reach from the lowest weight to the highest instead of as far to both sides.
+      power_of_two: True for a step that is moved to a power of two.
     """
 
     fit: Callable[[jax.Array, Any, tuple[int, ...]], jax.Array]
     follows: bool = True
     limits: tuple[Any, Any] | None = None
+    affine: bool = False
+    power_of_two: bool = False
 
 
 def fixed(step: Any) -> Step:
@@ -51,9 +54,7 @@ def fixed(step: Any) -> Step:
     grids.check_step(step)
 
     def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
-        shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-        scalar = len(axes) == x.ndim
-        return jnp.full(() if scalar else shape, jnp.asarray(step, jnp.float32))
+        return fitting.given(step, x, axes)
 
     return Step(fit, follows=False)
 
@@ -94,7 +95,7 @@ def interval(lo: float, hi: float) -> Step:
             arguments.require(spread > 0, "lo, hi", "enclose 0 on both sides for bits=1", (lo, hi), remedy)
         else:
             spread = (np.float32(hi) - np.float32(lo)) / (2 * grids.top(bits))
-        return fixed(spread).fit(x, bits, axes)
+        return fitting.given(spread, x, axes)
 
     return Step(fit, follows=False, limits=(float(np.float32(lo)), float(np.float32(hi))))
 
@@ -112,7 +113,7 @@ def absmax() -> Step:
     """
 
     def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
-        return _over(jnp.max, jnp.abs(x), axes) / grids.top(bits)
+        return fitting.over(jnp.max, jnp.abs(x), axes) / grids.top(bits)
 
     return Step(fit)
 
@@ -137,44 +138,137 @@ def mse() -> Step:
     References:
       Max, "Quantizing for minimum distortion", 1960. D4, section 2.2: choose from the distribution.
     """
-    return Step(_least_squares)
+    return Step(fitting.least_squares)
 
 
-def _least_squares(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
-    size = jnp.abs(x)
-    count = jnp.maximum(_over(jnp.sum, (size > 0).astype(jnp.float32), axes), 1)
-    if isinstance(bits, int) and bits == 1:
-        return _over(jnp.sum, size, axes) / count
-    high = _over(jnp.max, size, axes)
-    unit = jnp.where(high > 0, high, jnp.ones_like(high))
-    rms = unit * jnp.sqrt(_over(jnp.sum, jnp.square(size / unit), axes) / count)
-    top = grids.top(bits)
-    low = jnp.minimum(0.5 * rms, high)
+def percentile(q: float = 99.9) -> Step:
+    r"""The step whose largest level is the q-th percentile of the nonzero magnitudes; larger weights are clipped to it.
 
-    def error(reach: jax.Array) -> jax.Array:
-        """Squared error, in units of max|w|, of the grid that ends at `reach`."""
-        step = jnp.where(reach > 0, reach, unit) / top
-        code = jnp.minimum(jnp.round(size / step), top)
-        return _over(jnp.sum, jnp.square((size - code * step) / unit), axes)
+    .. math:: s = |w|_{(r)} / (2^{b-1} - 1),\quad r = \mathrm{round}(q\,n/100)
 
-    def trial(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """One pass: the next of `_POINTS` reaches, spaced by `ratio` from `first`; each round closes in on the best."""
-        first, ratio, least, best = state
-        fresh = jnp.asarray((i % _POINTS == 0) & (i > 0))
-        first = jnp.where(fresh, best / ratio, first)
-        ratio = jnp.where(fresh, ratio ** (2 / (_POINTS - 1)), ratio)
-        reach = jnp.minimum(first * ratio ** jnp.asarray(i % _POINTS, jnp.float32), high)
-        e = error(reach)
-        return first, ratio, jnp.minimum(least, e), jnp.where(e < least, reach, best)
+    without interpolation, exact and without a sort, by 32 counting passes.
 
-    ratio = jnp.where(low > 0, high / jnp.where(low > 0, low, unit), jnp.ones_like(low)) ** (1 / (_POINTS - 1))
-    start = (low, ratio, jnp.full_like(high, jnp.inf), high)
-    return jax.lax.fori_loop(0, _ROUNDS * _POINTS, trial, start)[3] / top
+    Args:
+      q: percent, in (0, 100]; 100 is `absmax`.
+
+    Returns:
+      A `Step`.
+
+    Raises:
+      ValueError: for q outside (0, 100].
+
+    Example:
+      >>> import clipjax, jax.numpy as jnp
+      >>> float(clipjax.choose_step(jnp.arange(1.0, 101.0), 2, step=percentile(90)))
+      90.0
+    """
+    fitting.check_percent(q, "q")
+
+    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
+        return fitting.order_statistic(x, q, axes) / grids.top(bits)
+
+    return Step(fit)
 
 
-def _over(reduce: Callable[..., jax.Array], x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Reduce over the shared axes: a scalar for all of them, else size 1 in each."""
-    return reduce(x) if len(axes) == x.ndim else reduce(x, axis=axes, keepdims=True)
+def sigma(k: float = 3.0) -> Step:
+    r"""The step whose largest level is k standard deviations: s = k σ / (2^(b-1) - 1).
+
+    σ is the root mean square of the nonzero weights, the deviation from 0, where the grid is centred.
+
+    Args:
+      k: a number > 0.
+
+    Returns:
+      A `Step`.
+
+    Raises:
+      ValueError: for k that is not positive and finite.
+
+    Example:
+      >>> import clipjax, jax.numpy as jnp
+      >>> float(clipjax.choose_step(jnp.array([1.0, -1.0, 0.0]), 2, step=sigma(2.0)))
+      2.0
+    """
+    grids.check_positive(k, "k", "It counts standard deviations, e.g. 3.")
+
+    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
+        return k * fitting.root_mean_square(x, axes)[0] / grids.top(bits)
+
+    return Step(fit)
+
+
+def twn() -> Step:
+    r"""The scale of ternary weight networks: s = mean(|w| : |w| > Δ), Δ = 0.7 mean|w|.
+
+    For bits=2. Weights between Δ and s/2 go to 0 here, the nearest level; TWN sends them to s, for a larger error.
+
+    Returns:
+      A `Step`.
+
+    Example:
+      >>> import clipjax, jax.numpy as jnp
+      >>> float(clipjax.choose_step(jnp.array([0.1, -1.0, 0.5]), 2, step=twn()))
+      0.75
+
+    References:
+      Li et al., "Ternary Weight Networks", 2016, https://arxiv.org/abs/1605.04711.
+    """
+
+    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
+        large = jnp.abs(x) > 0.7 * fitting.mean_size(x, axes)
+        return fitting.mean_size(x, axes, large) / grids.top(bits)
+
+    return Step(fit)
+
+
+def minmax() -> Step:
+    r"""An affine grid from the lowest weight to the highest, 0 on it.
+
+    .. math:: s = (\max(w, 0) - \min(w, 0)) / (2^b - 2)
+
+    for weights of which one side is longer than the other: the 2^b - 1 levels are spent where weights are. No level
+    lies outside, so that a bound (lo, hi) set by `clamp_weights` survives. Needs two bits.
+
+    Returns:
+      A `Step`.
+
+    Example:
+      >>> import clipjax, jax.numpy as jnp
+      >>> float(clipjax.choose_step(jnp.array([-0.25, 1.25]), 2, step=minmax()))
+      0.75
+    """
+
+    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
+        high, low = fitting.over(jnp.max, x, axes), fitting.over(jnp.min, x, axes)
+        return (jnp.maximum(high, 0) - jnp.minimum(low, 0)) / (2 * grids.top(bits))
+
+    return Step(fit, affine=True)
+
+
+def power_of_two(step: Step | None = None) -> Step:
+    """The step of another rule, moved to the nearest power of two on the logarithmic scale: products become shifts.
+
+    Args:
+      step: the rule, `mse()` by default.
+
+    Returns:
+      A `Step`.
+
+    Raises:
+      ValueError: for a rule that fixes the ends of the grid.
+
+    Example:
+      >>> import clipjax, jax.numpy as jnp
+      >>> float(clipjax.choose_step(jnp.array([0.5, -1.75]), 4, step=power_of_two(absmax())))
+      0.25
+
+    References:
+      Miyashita et al., 2016, https://arxiv.org/abs/1603.01025.
+    """
+    rule = mse() if step is None else as_step(step)
+    free = rule.limits is None and not rule.affine
+    arguments.require(free, "step", "leave the ends of the grid free", step, "Use mse(), absmax() or percentile().")
+    return rule._replace(power_of_two=True)
 
 
 def as_step(step: Any) -> Step:
@@ -193,13 +287,21 @@ def fit(rule: Step, x: jax.Array, bits: Any, axes: tuple[int, ...], limit: Any =
     step = rule.fit(x, bits, axes)
     if limit is not None and rule.follows:
         step = jnp.minimum(step, limit)
+    if rule.power_of_two:
+        near = fitting.power_of_two(step)
+        step = near if limit is None else jnp.where(near > limit, near / 2, near)
     if rule.follows or rule.limits is not None:
         step = grids.short(step, bits)
     return jnp.where(step > 0, step, jnp.ones_like(step))
 
 
 def choose_step(
-    x: jax.Array, bits: int, *, step: Step | float | None = None, axis: int | tuple[int, ...] | None = None
+    x: jax.Array,
+    bits: int,
+    *,
+    step: Step | float | None = None,
+    axis: int | tuple[int, ...] | None = None,
+    group: int | None = None,
 ) -> jax.Array:
     """The step that `fake_quantize` would take for this array, before any run.
 
@@ -208,9 +310,11 @@ def choose_step(
       bits: 1 to 16.
       step: a rule of `clipjax.steps`, `mse()` by default, or a number.
       axis: the axis or axes that keep a step of their own; None for one step in all.
+      group: the size of groups along axis -2, see `fake_quantize`.
 
     Returns:
-      f32, a scalar for `axis=None`, else with size 1 in every other axis, so that it broadcasts to `x`.
+      f32, a scalar for `axis=None`, else with size 1 in every other axis, so that it broadcasts to `x`; with groups
+      block by block.
 
     Raises:
       ValueError: for bits outside 1 to 16 or an axis that does not exist.
@@ -225,6 +329,7 @@ def choose_step(
     """
     arguments.bits(bits)
     x = jnp.asarray(x).astype(jnp.float32)
-    axes = grids.reduced_axes(x.ndim, axis)
     finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    return fit(as_step(mse() if step is None else step), finite, bits, axes)
+    axes = grids.shared_axes(x.ndim, axis, group)
+    rule = as_step(mse() if step is None else step)
+    return grids.per_block(fit(rule, grids.view(finite, group), bits, axes), group)

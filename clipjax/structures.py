@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from clipjax import _arguments as arguments
+from clipjax import _blocks as blocks
 
 
 class Structure(NamedTuple):
@@ -76,13 +77,13 @@ def n_of_m(n: int, m: int, axis: int = -2) -> Structure:
     def keep(keys: jax.Array) -> jax.Array:
         at = axis % keys.ndim
         size = keys.shape[at]
-        groups = _split(keys, at, m)
+        groups = blocks.split(keys, at, m)
         place = jax.lax.broadcasted_iota(jnp.int32, groups.shape, at + 1)
         rank = jnp.zeros(groups.shape, jnp.int32)
         for j in range(m):  # how many of the group come before: no sort
             other = jax.lax.slice_in_dim(groups, j, j + 1, axis=at + 1)
             rank += ((other > groups) | ((other == groups) & (j < place))).astype(jnp.int32)
-        return _join(rank < n, at, size)
+        return blocks.join(rank < n, at, size)
 
     return Structure(lambda scores: scores, _has_axis(axis), whole=True, keep=keep)
 
@@ -116,7 +117,7 @@ def block(height: int, width: int) -> Structure:
         arguments.whole(value, name, low=1, remedy="Give the size of a block, e.g. 16.")
 
     def totals(x: jax.Array) -> jax.Array:
-        return _split(_split(x, x.ndim - 1, width), x.ndim - 2, height).sum((-3, -1))
+        return blocks.split(blocks.split(x, x.ndim - 1, width), x.ndim - 2, height).sum((-3, -1))
 
     def reduce(scores: jax.Array) -> jax.Array:
         return totals(scores) / totals(jnp.ones_like(scores))
@@ -124,9 +125,9 @@ def block(height: int, width: int) -> Structure:
     def expand(units: jax.Array, leaf: jax.Array) -> jax.Array:
         for axis, size in ((units.ndim - 2, height), (units.ndim - 1, width)):
             repeated = jnp.broadcast_to(
-                jnp.expand_dims(units, axis + 1), _shape(units, axis, (units.shape[axis], size))
+                jnp.expand_dims(units, axis + 1), blocks.resized(units, axis, (units.shape[axis], size))
             )
-            units = _join(repeated, axis, leaf.shape[axis])
+            units = blocks.join(repeated, axis, leaf.shape[axis])
         return units
 
     return Structure(reduce, _has_axis(-2), expand)
@@ -176,31 +177,3 @@ def _has_axis(axis: int) -> Callable[[str, Any], None]:
         arguments.require(-leaf.ndim <= axis < leaf.ndim, "axis", "exist in every picked leaf", axis, remedy)
 
     return check
-
-
-def _shape(x: jax.Array, axis: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of an array with other sizes in place of an axis."""
-    return (*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
-
-
-def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """An axis cut into groups of a size, the last one padded with zeros: two axes, sharded as the one was."""
-    padded = jnp.pad(x, [(0, -x.shape[i] % size if i == axis else 0) for i in range(x.ndim)])
-    shape = _shape(padded, axis, (padded.shape[axis] // size, size))
-    return jnp.reshape(
-        padded, shape, out_sharding=_sharding(x, lambda spec: (*spec[: axis + 1], None, *spec[axis + 1 :]))
-    )
-
-
-def _join(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Two axes made one again, without the padding."""
-    shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-    joined = jnp.reshape(x, shape, out_sharding=_sharding(x, lambda spec: (*spec[: axis + 1], *spec[axis + 2 :])))
-    return jax.lax.slice_in_dim(joined, 0, size, axis=axis)
-
-
-def _sharding(x: jax.Array, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Any:
-    """Where mesh axes are explicit: the sharding of an array, its spec changed; else None."""
-    sharding = jax.typeof(x).sharding
-    spec = tuple(sharding.spec)
-    return jax.NamedSharding(sharding.mesh, jax.P(*change(spec))) if any(spec) else None

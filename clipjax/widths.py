@@ -1,19 +1,119 @@
-"""Bit widths that follow from the distribution of each array (D4)."""
+"""Bit widths that follow from the distribution of each array (D4): before a run, or inside it."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clipjax import _arguments as arguments
+from clipjax import _fitting as fitting
 from clipjax import _grids as grids
 from clipjax import _trees as trees
 from clipjax import steps as stepping
 from clipjax._typing import Tree, Where
+
+ALLOWED = (2, 3, 4, 5, 6, 7, 8)
+
+
+class Width(NamedTuple):
+    """A rule for the widths of all arrays.
+
+    Attributes:
+      allowed: the widths to choose from, rising.
+      choose: `choose(sizes, energy, noise) -> index`: the number of weights of every array, f32[arrays] its sum of
+        squares, f32[arrays, widths] its squared error on the grid of each width; i32[arrays], which width it gets.
+    """
+
+    allowed: tuple[int, ...]
+    choose: Callable[[list[int], jax.Array, jax.Array], jax.Array]
+
+
+def sqnr(target_db: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
+    r"""The smallest width whose signal to quantization noise reaches a target, or the largest allowed.
+
+    .. math:: \mathrm{SQNR}(b) = 10 \log_{10} \frac{\sum w^2}{\sum (Q_b(w) - w)^2} \ge \text{target}
+
+    Args:
+      target_db: the target in decibels; 6 dB are about one bit.
+      allowed: the widths to choose from, each 1 to 16.
+
+    Returns:
+      A `Width`, for `fake_quantize(bits=)`: each leaf's width is chosen at `start` and at every refresh, and frozen at
+      `stop`; nothing is compiled again.
+
+    Raises:
+      ValueError: for a target that is no number, an empty `allowed`, widths outside 1 to 16.
+
+    Example:
+      >>> import clipjax, jax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
+      >>> tx = clipjax.fake_quantize(sqnr(20.0))
+      >>> _, state = tx.update(jax.tree.map(jax.numpy.zeros_like, params), tx.init(params), params)
+      >>> int(clipjax.report(state, per_leaf=True)["fake_quantize/bits/kernel"])
+      5
+
+    References:
+      D4, section 2.2, steps 1 and 2.
+    """
+    remedy = "Give decibels, e.g. 20."
+    arguments.require(arguments.is_number(target_db), "target_db", "be a number", target_db, remedy)
+    allowed = _checked(allowed)
+    ratio = 10.0 ** (float(target_db) / 10)
+
+    def choose(sizes: list[int], energy: jax.Array, noise: jax.Array) -> jax.Array:
+        reached = energy[:, None] >= ratio * noise
+        return jnp.where(reached.any(1), jnp.argmax(reached, 1), len(allowed) - 1)
+
+    return Width(allowed, choose)
+
+
+def budget(bits: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
+    r"""Widths whose mean over all weights is at most a budget, each bit given where it removes most squared error.
+
+    Reverse water-filling: from the smallest width on, the array that loses most error per bit stored gets its next
+    width, as long as one can be paid for.
+
+    Args:
+      bits: mean bits per weight.
+      allowed: the widths to choose from, each 1 to 16.
+
+    Returns:
+      A `Width`, see `sqnr`.
+
+    Raises:
+      ValueError: for a budget below the smallest allowed width, an empty `allowed`, widths outside 1 to 16.
+
+    Example:
+      >>> import clipjax, jax
+      >>> w = jax.random.normal(jax.random.key(0), (64, 64))
+      >>> clipjax.choose_bits({"small": w, "large": 2 * w}, budget=3.0, allowed=(2, 4))
+      {'large': 4, 'small': 2}
+
+    References:
+      D4, section 2.2, step 2. Cover and Thomas, "Elements of Information Theory", section 10.3.3.
+    """
+    arguments.require(arguments.is_number(bits), "budget", "be a number", bits, "Give mean bits, e.g. 4.")
+    allowed = _checked(allowed)
+    remedy = f"The smallest allowed width is {allowed[0]}."
+    arguments.require(bits >= allowed[0], "budget", "be at least the smallest width", bits, remedy)
+
+    def choose(sizes: list[int], energy: jax.Array, noise: jax.Array) -> jax.Array:
+        return _spend(sizes, noise, allowed, float(bits))
+
+    return Width(allowed, choose)
+
+
+def _checked(allowed: tuple[int, ...]) -> tuple[int, ...]:
+    arguments.require(len(allowed) > 0, "allowed", "hold widths", allowed, "Try (2, 4, 8).")
+    for width in allowed:
+        arguments.bits(width, "allowed")
+    return tuple(sorted({int(width) for width in allowed}))
 
 
 def choose_bits(
@@ -21,19 +121,16 @@ def choose_bits(
     *,
     target_db: float | None = None,
     budget: float | None = None,
-    allowed: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8),
+    allowed: tuple[int, ...] = ALLOWED,
     step: Any = None,
     axis: Any = None,
+    group: Any = None,
+    sensitivity: Tree = None,
     where: Where | None = None,
 ) -> Tree:
     r"""Choose each array's bit width from its distribution, before a run (D4's "analyse, then choose the bits").
 
-    With a target, the smallest allowed width whose signal to quantization noise reaches it,
-
-    .. math:: \mathrm{SQNR}(b) = 10 \log_{10} \frac{\sum w^2}{\sum (Q_b(w) - w)^2} \ge \text{target},
-
-    or the largest allowed. With a budget, widths whose mean over all picked weights is at most the budget, each bit
-    given where it removes most squared error per bit stored.
+    By `widths.sqnr` with a target, by `widths.budget` with a budget.
 
     Args:
       params: a tree of concrete arrays.
@@ -42,6 +139,9 @@ def choose_bits(
       allowed: the widths to choose from, each 1 to 16.
       step: a rule of `clipjax.steps`, `mse()` by default, or a number.
       axis: as in `fake_quantize`; may be `per_leaf`.
+      group: as in `fake_quantize`; may be `per_leaf`.
+      sensitivity: a tree like `params`, how much a squared error of each weight weighs, e.g. the mean of the squared
+        gradients; scalars serve a whole leaf. All weigh the same by default.
       where: `where(path, leaf) -> bool`; by default arrays of rank >= 2 not named bias, b, scale or offset.
 
     Returns:
@@ -62,82 +162,113 @@ def choose_bits(
     """
     one = (target_db is None) != (budget is None)
     arguments.require(one, "target_db", "be given, or else `budget`, not both", target_db, "Try 20.")
-    for name, value in (("target_db", target_db), ("budget", budget)):
-        remedy = "Give decibels, e.g. 20, or mean bits, e.g. 4."
-        arguments.require(value is None or arguments.is_number(value), name, "be a number", value, remedy)
-    arguments.require(len(allowed) > 0, "allowed", "hold widths", allowed, "Try (2, 4, 8).")
-    for width in allowed:
-        arguments.bits(width, "allowed")
-    allowed = tuple(sorted(allowed))
-    if budget is not None:
-        remedy = f"The smallest allowed width is {allowed[0]}."
-        arguments.require(budget >= allowed[0], "budget", "be at least the smallest width", budget, remedy)
+    width = sqnr(target_db, allowed) if budget is None else _budget(budget, allowed)  # type: ignore[arg-type]
+    rule = stepping.mse() if step is None else stepping.as_step(step)
     picks = trees.pick(trees.weights if where is None else where, params)
     picked = trees.restrict(params, picks)
-    rule = stepping.mse() if step is None else stepping.as_step(step)
-    sizes = {path: leaf.size for path, leaf in trees.governed(picked)}
-    energy, noise = {}, {}
+    weighs = dict(trees.governed(sensitivity))
+    spectra = []
     for path, leaf in trees.governed(picked):
-        axes = grids.reduced_axes(leaf.ndim, trees.resolve(axis, path, leaf))
-        energy[path], noise[path] = _spectrum(leaf, rule, axes, allowed)
-    if target_db is not None:
-        chosen = {path: _reach(energy[path], noise[path], allowed, target_db) for path in sizes}
-    else:
-        chosen = _spend(sizes, noise, allowed, float(budget or 0))
+        size, own = (trees.resolve(value, path, leaf) for value in (group, axis))
+        if sensitivity is not None:
+            remedy = "Give a tree like the params."
+            arguments.require(path in weighs, "sensitivity", "name every picked leaf", path, remedy)
+        h = None if sensitivity is None else grids.view(jnp.broadcast_to(weighs[path], leaf.shape), size)
+        x = grids.view(leaf.astype(jnp.float32), size)
+        spectra.append(_spectrum(x, h, rule, grids.shared_axes(leaf.ndim, own, size), width.allowed))
+    chosen = {}
+    if spectra:
+        energy, noise = (jnp.stack([getattr(s, name) for s in spectra]) for name in ("energy", "noise"))
+        index = np.asarray(width.choose([leaf.size for _, leaf in trees.governed(picked)], energy, noise))
+        chosen = {path: width.allowed[i] for (path, _), i in zip(trees.governed(picked), index, strict=True)}
     return trees.map_with_path(lambda path, leaf: chosen.get(path), params)
 
 
-def _spectrum(
-    leaf: jax.Array, rule: stepping.Step, axes: tuple[int, ...], allowed: tuple[int, ...]
-) -> tuple[float, list[float]]:
-    """The energy of an array, and its squared error on the grid of each allowed width."""
-    x = leaf.astype(jnp.float32)
+_budget = budget  # `choose_bits` has an argument of this name
+
+
+class Spectrum(NamedTuple):
+    """What each width would do to an array: its sum of squares, and squared error and step per width."""
+
+    energy: jax.Array
+    noise: jax.Array
+    steps: jax.Array
+
+
+def spectrum(
+    x: jax.Array,
+    rule: stepping.Step,
+    axes: tuple[int, ...],
+    allowed: tuple[int, ...],
+    limit: Any = None,
+    sensitivity: jax.Array | None = None,
+) -> Spectrum:
+    """The spectrum of an array whose zeros are no weights, one loop over all widths above 1."""
+
+    def one(bits: Any) -> tuple[jax.Array, jax.Array]:
+        step = stepping.fit(rule, x, bits, axes, limit)
+        return _weighted(jnp.square(_nearest(x, step, rule, axes, bits) - x), sensitivity), step
+
+    found = [jax.tree.map(lambda v: v[None], one(1))] if allowed[0] == 1 else []
     wider = jnp.asarray([b for b in allowed if b > 1], jnp.int32)
-    errors = _noises(x, wider, rule, axes).tolist() if wider.size else []
-    first = [float(_noise(x, 1, rule, axes))] if allowed[0] == 1 else []
-    return float(jnp.sum(jnp.square(x))), first + errors
+    found += [jax.lax.map(one, wider)] if wider.size else []
+    noise, steps = (jnp.concatenate(column) for column in zip(*found, strict=True))
+    return Spectrum(_weighted(jnp.square(x), sensitivity), noise, steps)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "axes"))
-def _noises(x: jax.Array, widths: jax.Array, rule: stepping.Step, axes: tuple[int, ...]) -> jax.Array:
-    """One program for all widths above 1."""
-    return jax.lax.map(lambda bits: _noise(x, bits, rule, axes), widths)
+@functools.partial(jax.jit, static_argnames=("rule", "axes", "allowed"))
+def _spectrum(x: jax.Array, h: Any, rule: Any, axes: tuple[int, ...], allowed: tuple[int, ...]) -> Spectrum:
+    return spectrum(x, rule, axes, allowed, sensitivity=h)
 
 
-def _noise(x: jax.Array, bits: Any, rule: stepping.Step, axes: tuple[int, ...]) -> jax.Array:
-    """The squared error of an array on its grid of this width."""
-    step = stepping.fit(rule, x, bits, axes)
-    most = grids.top(bits)
-    code = grids.limit(grids.codes(x, step, bits if isinstance(bits, int) else None), -most, most)
-    return jnp.sum(jnp.square(code * step - x))
+def _weighted(squares: jax.Array, sensitivity: jax.Array | None) -> jax.Array:
+    return jnp.sum(squares if sensitivity is None else squares * sensitivity.astype(squares.dtype))
 
 
-def _reach(energy: float, noise: list[float], allowed: tuple[int, ...], target: float) -> int:
-    for bits, error in zip(allowed, noise, strict=True):
-        if error == 0 or 10 * np.log10(energy / error) >= target:
-            return bits
-    return allowed[-1]
+def _nearest(x: jax.Array, step: jax.Array, rule: stepping.Step, axes: tuple[int, ...], bits: Any) -> jax.Array:
+    """The nearest level to every nonzero weight on the grid of this width."""
+    low = high = jnp.asarray(grids.top(bits), x.dtype)
+    if rule.affine:
+        low, high = grids.ends(step, bits, *(fitting.over(jnp.max, side, axes) for side in (-x, x)))
+    elif rule.limits is not None:
+        low, high = grids.ends(step, bits, *(jnp.asarray(abs(end), x.dtype) for end in rule.limits))
+    code = grids.limit(grids.codes(x, step, bits if isinstance(bits, int) else None), -low, high)
+    return jnp.where(x == 0, x, code * step)
 
 
-def _spend(
-    sizes: dict[str, int], noise: dict[str, list[float]], allowed: tuple[int, ...], budget: float
-) -> dict[str, int]:
-    """Give bits one width at a time where they remove most error per bit, within the budget."""
-    least = allowed[0]
-    level = dict.fromkeys(sizes, 0)
-    left = (budget - least) * sum(sizes.values())
+def width(allowed: tuple[int, ...], index: jax.Array) -> jax.Array:
+    """The width at an index, i32."""
+    return sum((jnp.where(index == i, b, 0) for i, b in enumerate(allowed)), jnp.zeros((), jnp.int32))
 
-    def gain(path: str) -> float:
-        i = level[path]
-        cost = (allowed[i + 1] - allowed[i]) * sizes[path]
-        return (noise[path][i] - noise[path][i + 1]) / cost
 
-    while True:
-        open_ = [p for p, i in level.items() if i + 1 < len(allowed)]
-        cost = {p: (allowed[level[p] + 1] - allowed[level[p]]) * sizes[p] for p in open_}
-        affordable = [p for p in open_ if cost[p] <= left]
-        if not affordable:
-            return {p: allowed[i] for p, i in level.items()}
-        best = max(affordable, key=gain)
-        left -= cost[best]
-        level[best] += 1
+def entry(values: jax.Array, index: jax.Array) -> jax.Array:
+    """One row."""
+    return jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
+
+
+def _spend(sizes: list[int], noise: jax.Array, allowed: tuple[int, ...], budget: float) -> jax.Array:
+    """Give bits one width at a time where they remove most error per bit, within the budget; in whole units."""
+    unit = math.gcd(*sizes)
+    unit *= -(-sum(sizes) * allowed[-1] // (unit * (2**31 - 1)))  # coarser where i32 would overflow, rounded up
+    counts = np.asarray([-(-n // unit) for n in sizes])
+    gaps = np.diff(np.asarray(allowed))
+    left = math.floor((budget - allowed[0]) * (sum(sizes) / unit))
+    cost = jnp.asarray(counts[:, None] * gaps[None], jnp.int32)
+    gain = (noise[:, :-1] - noise[:, 1:]) / cost.astype(jnp.float32)
+    places = jnp.arange(len(gaps))[None]
+
+    def offers(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Which step up is the next of its array and can be paid for."""
+        level, left = state
+        return (places == level[:, None]) & (cost <= left)
+
+    def buy(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        level, left = state
+        open_ = offers(state)
+        best = jnp.argmax(jnp.where(open_, gain, -jnp.inf).max(1))
+        chosen = jnp.arange(len(sizes)) == best
+        price = jnp.sum(jnp.where(open_ & chosen[:, None], cost, 0))
+        return level + chosen.astype(jnp.int32), left - price
+
+    start = (jnp.zeros(len(sizes), jnp.int32), jnp.asarray(min(left, 2**31 - 1), jnp.int32))
+    return jax.lax.while_loop(lambda state: offers(state).any(), buy, start)[0]

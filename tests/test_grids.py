@@ -157,8 +157,8 @@ def test_multiples_within_a_limit():
 
 
 @pytest.mark.parametrize(("axis", "expected"), [(None, (0, 1, 2)), (-1, (0, 1)), (0, (1, 2)), ((0, -1), (1,))])
-def test_reduced_axes(axis, expected):
-    assert grids.reduced_axes(3, axis) == expected
+def test_shared_axes(axis, expected):
+    assert grids.shared_axes(3, axis) == expected
 
 
 def test_vmap_over_steps_is_a_sweep():

@@ -18,10 +18,10 @@ FILES = [*PACKAGE.glob("*.py"), *pathlib.Path(__file__).parent.glob("*.py")]
 # DESIGN.md, "Layout". Inside levels 0 and 1 the order of a line is the order of imports: a module may use those before.
 LEVELS = (
     (0, ("_typing", "_arguments", "_trees")),
-    (1, ("_norms", "_selecting", "_grids", "_landing", "_following", "_windows")),
-    (1, ("steps", "widths", "projections", "selections", "structures", "scores", "thresholds", "_masks")),
+    (1, ("_norms", "_selecting", "_blocks", "_grids", "_fitting", "_landing", "_following", "_windows")),
+    (1, ("steps", "widths", "roundings", "_plans", "projections", "selections", "structures", "scores", "thresholds", "_masks")),
     (2, ("_projecting",)),
-    (3, ("_clipping", "_clamping", "_pruning", "_quantizing", "_skipping")),
+    (3, ("_clipping", "_clamping", "_pruning", "_quantizing", "_forwarding", "_skipping")),
     (4, ("_reporting", "_summarizing", "_packing", "_shrinking")),
 )
 LEVEL = {name: level for level, names in LEVELS for name in names}

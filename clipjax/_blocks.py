@@ -1,0 +1,51 @@
+"""Axes cut into blocks: two axes where there was one, and back, on arrays sharded in any way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def resized(x: jax.Array, axis: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of an array with other sizes in place of an axis."""
+    return (*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+
+
+def split(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """An axis cut into groups of a size, the last one padded with zeros: two axes, sharded as the one was."""
+    padded = jnp.pad(x, [(0, -x.shape[i] % size if i == axis else 0) for i in range(x.ndim)])
+    shape = resized(padded, axis, (padded.shape[axis] // size, size))
+    return jnp.reshape(
+        padded, shape, out_sharding=_sharding(x, lambda spec: (*spec[: axis + 1], None, *spec[axis + 1 :]))
+    )
+
+
+def join(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Two axes made one again, without the padding."""
+    shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+    joined = jnp.reshape(x, shape, out_sharding=_sharding(x, lambda spec: (*spec[: axis + 1], *spec[axis + 2 :])))
+    return jax.lax.slice_in_dim(joined, 0, size, axis=axis)
+
+
+def _sharding(x: jax.Array, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Any:
+    """Where mesh axes are explicit: the sharding of an array, its spec changed; else None."""
+    sharding = jax.typeof(x).sharding
+    spec = tuple(sharding.spec)
+    return jax.NamedSharding(sharding.mesh, jax.P(*change(spec))) if any(spec) else None
+
+
+def spread(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Values that broadcast to a shape block by block: an axis of n entries repeats each to fill the one of the shape.
+
+    Where an axis has one entry, or all of them, this is plain broadcasting and the array is returned as it is.
+    """
+    for axis in range(-blocks.ndim, 0):
+        have, want = blocks.shape[axis], shape[axis]
+        if have not in (1, want) and want % have == 0:
+            at = axis % blocks.ndim
+            wide = jnp.broadcast_to(jnp.expand_dims(blocks, at + 1), resized(blocks, at, (have, want // have)))
+            blocks = join(wide, at, want)
+    return blocks

@@ -1,0 +1,119 @@
+"""Roundings that harden: weights move onto the grid by and by, for `fake_quantize(rounding=...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipjax import _arguments as arguments
+from clipjax import _grids as grids
+
+
+class Rounding(NamedTuple):
+    """A rounding that changes with time.
+
+    Attributes:
+      soften: `soften(ratio, code, below, above, since) -> level`, all in units of the step: the weight, its nearest
+        level, the levels on its two sides (its own at the ends of the grid), and the updates since `start`.
+    """
+
+    soften: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def parq(updates: int, steepness: float = 10.0) -> Rounding:
+    r"""PARQ's proximal map: flat at the levels, steep between them, ever steeper.
+
+    .. math::
+        Q(w) = \mathrm{clip}\left(m + \frac{w - m}{\rho},\ q_-,\ q_+\right),\quad
+        \rho = \frac{\varsigma(t) - \varsigma(1)}{\varsigma(0) - \varsigma(1)},\quad
+        \varsigma(t) = \frac{1}{1 + e^{\kappa (t - 1/2)}}
+
+    q₋ and q₊ being the levels on both sides of w, m their mean, t the share of the annealing that is over. At first
+    (ρ = 1) every weight inside the grid is itself; from t = 1 on this is the nearest level.
+
+    Args:
+      updates: how many, from `start`, the annealing takes.
+      steepness: κ > 0 of the sigmoid schedule.
+
+    Returns:
+      A `Rounding`. Until it has hardened, weights are between levels, and `quantized` gives the nearest codes.
+
+    Raises:
+      ValueError: for fewer than one update or a steepness that is not positive and finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> soften = parq(updates=100).soften
+      >>> [round(float(soften(jnp.float32(0.4), 0.0, 0.0, 1.0, jnp.float32(t))), 2) for t in (0, 50, 70, 100)]
+      [0.4, 0.3, 0.0, 0.0]
+
+    References:
+      Jin et al., "PARQ: Piecewise-Affine Regularized Quantization", 2025, https://arxiv.org/abs/2503.15748, equation 14
+      and section 5.
+    """
+    _check_updates(updates)
+    grids.check_positive(steepness, "steepness", "10 is the usual value.")
+
+    def sigmoid(t: Any) -> jax.Array:
+        return jax.nn.sigmoid(jnp.asarray(steepness * (0.5 - t), jnp.float32))
+
+    def soften(ratio: Any, code: Any, below: Any, above: Any, since: jax.Array) -> jax.Array:
+        t = jnp.clip(since / updates, 0, 1)
+        inverse_slope = (sigmoid(t) - sigmoid(1.0)) / (sigmoid(0.0) - sigmoid(1.0))
+        middle = (below + above) / 2
+        moved = middle + (ratio - middle) / jnp.where(t < 1, inverse_slope, 1.0).astype(ratio.dtype)
+        return jnp.where(t < 1, grids.limit(moved, below, above), code)
+
+    return Rounding(soften)
+
+
+def binary_relax(updates: int) -> Rounding:
+    r"""BinaryRelax: a mean of the float weight and its nearest level, which moves to the level.
+
+    .. math:: Q(w) = (1 - t)\,w + t\,q
+
+    t being the share of the annealing that is over.
+
+    Args:
+      updates: how many, from `start`, the annealing takes.
+
+    Returns:
+      A `Rounding`.
+
+    Raises:
+      ValueError: for fewer than one update.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> soften = binary_relax(updates=100).soften
+      >>> [round(float(soften(jnp.float32(0.4), 0.0, 0.0, 1.0, jnp.float32(t))), 2) for t in (0, 50, 100)]
+      [0.4, 0.2, 0.0]
+
+    References:
+      Yin et al., "BinaryRelax", 2018, https://arxiv.org/abs/1801.06313.
+    """
+    _check_updates(updates)
+
+    def soften(ratio: Any, code: Any, below: Any, above: Any, since: jax.Array) -> jax.Array:
+        t = jnp.clip(since / updates, 0, 1).astype(ratio.dtype)
+        return jnp.where(t < 1, (1 - t) * ratio + t * code, code)
+
+    return Rounding(soften)
+
+
+def _check_updates(updates: Any) -> None:
+    arguments.static(updates, "updates")
+    arguments.whole(updates, "updates", low=1, remedy="Give the number of updates from `start` until the grid is hard.")
+
+
+def check(rounding: Any, key: Any) -> None:
+    """Check a `rounding=` argument: a name or a rule of this module."""
+    if not isinstance(rounding, Rounding):
+        if not isinstance(rounding, str):
+            arguments.instance(
+                rounding, Rounding, "rounding", "Give 'nearest', or call a factory: `roundings.parq(100)`."
+            )
+        arguments.choice(rounding, "rounding", grids.ROUNDINGS)
