@@ -25,11 +25,18 @@ import lenet_chains as chains
 import lenet_training as training
 import measuring
 import numpy as np
+from measuring import Promise
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sklearn.metrics import precision_score
 
-LEVELS, EPOCHS, TUNING_SEED = (0.9, 0.95, 0.98), 16, 100
-QUICK = ("random", "magnitude", "gradient, smoothed", "Taylor", "movement", "SNIP", "RigL", "straight-through")
+import clipjax
+
+LEVELS = {"LeNet-300-100": (0.9, 0.95, 0.98), "LeNet-5": (0.95, 0.98, 0.99)}
+BITS = (2, 3, 4, 5, "chosen")
+LESSON = training.Lesson(epochs=16, dropout=0.1)  # of every row
+TUNING_SEED = 100
+NETWORK = "LeNet-300-100"
+QUICK = ("dense", "random", "magnitude", "gradient, smoothed", "Taylor", "movement", "SNIP", "RigL", "straight-through")
 PUBLISHED = """\
 | published | 90 % | 92 % | 95 % | 98 % |
 | --- | ---: | ---: | ---: | ---: |
@@ -40,26 +47,48 @@ Facts = dict[str, Any]
 
 
 class Cell(NamedTuple):
-    """One cell of the tables: a method with one setting at one sparsity."""
+    """One cell of the tables: a chain at one sparsity."""
 
     method: str
     setting: dict[str, Any]
     level: float
+    limits: bool = False
+    bits: int | str | None = None
+    network: str = "LeNet-300-100"
+
+    @property
+    def row(self) -> str:
+        """The name of its row."""
+        extras = [" + D3"] * self.limits + [f" + {self.bits} bits"] * (self.bits is not None)
+        return self.method + "".join(extras)
 
     def key(self, seed: int, validate: bool) -> str:
         """Names a run: one that is saved under the same name is not repeated."""
         where = "validation" if validate else "test"
-        return f"{self.method} {self.setting} {self.level} seed {seed}, {EPOCHS} x {training.BATCH}, {where}"
+        length = f"{LESSON.epochs} x {LESSON.batch}, dropout {LESSON.dropout}"
+        return f"{self.network}, {self.row} {self.setting} {self.level} seed {seed}, {length}, {where}"
 
 
-def cells(names: Iterable[str], levels: tuple[float, ...], tried: bool = False) -> list[Cell]:
+def cells(names: Iterable[str], levels: tuple[float, ...], tried: bool = False, **rest: Any) -> list[Cell]:
     """The cells of some methods; of all the settings that were tried, or of the one in use."""
     return [
-        Cell(name, setting, level)
+        Cell(name, setting, level, **rest)
         for name in names
         for setting in (chains.METHODS[name].tried if tried else (chains.METHODS[name].setting,))
         for level in (levels if name != "dense" else (0.0,))
     ]
+
+
+def plan(network: str) -> list[Cell]:
+    """The whole table: every method, each with D3's clippings, and the grids of D4."""
+    names, levels = tuple(chains.METHODS), LEVELS[network]
+    middle = levels[1:2]
+    grid = cells(names, levels, network=network) + cells(names, middle, limits=True, network=network)
+    for bits in BITS:
+        grid += cells(("dense", "magnitude"), levels, bits=bits, network=network)
+    for bits in (4, "chosen"):
+        grid += cells(("magnitude",), middle, limits=True, bits=bits, network=network)
+    return grid
 
 
 class Store:
@@ -87,117 +116,172 @@ def train(grid: list[Cell], seeds: Iterable[int], folder: Path, validate: bool, 
     missing = [(cell, seed) for seed in seeds for cell in grid if cell.key(seed, validate) not in store.runs]
     if not missing:
         return
-    data, model = training.load(folder, validate), training.LeNet300()
+    data = training.load(folder, validate)
 
     @functools.cache
-    def program(method: str, setting: str) -> Callable[..., Any]:
+    def program(row: str) -> Callable[..., Any]:
+        cell = Cell(**json.loads(row))
+
         def chain(course: training.Course) -> Any:
-            return chains.METHODS[method].chain(course, chains.adam(course), **json.loads(setting))
+            return chains.build(course, cell.method, cell.setting, cell.limits, cell.bits)
 
-        return training.trainer(model, data, chain, EPOCHS)
+        return training.trainer(cell.network, data, chain, LESSON)
 
-    columns = TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description:48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=len(missing))
         for cell, seed in missing:
-            progress.update(bar, description=f"{cell.method}, {cell.level:.0%}, seed {seed}")
-            params, _, seconds = program(cell.method, json.dumps(cell.setting))(cell.level, seed)
-            predicted = training.predict(model, params, data.x_test)
-            store.add(cell.key(seed, validate), {"seconds": seconds, **measure(cell, params, predicted, data.y_test)})
+            progress.update(bar, description=f"{cell.row}, {cell.level:.0%}, seed {seed}")
+            run = program(json.dumps(cell._replace(level=0.0)._asdict()))  # the level is traced
+            params, opt_state, seconds = run(cell.level, seed)
+            facts = measure(cell, params, opt_state, data)
+            store.add(cell.key(seed, validate), {"seconds": seconds, **facts})
             progress.advance(bar)
 
 
-def measure(cell: Cell, params: Any, predicted: np.ndarray, labels: np.ndarray) -> Facts:
-    """What a run came to; asserts that exactly the zeros are there that its chain promises."""
+def measure(cell: Cell, params: Any, opt_state: Any, data: training.Data) -> Facts:
+    """What a run came to; asserts what its chain promises: the exact count of zeros, the bound, the grid."""
     kernels = measuring.kernels(params)
     zeros, wanted = sum(int((k == 0).sum()) for k in kernels), round(cell.level * sum(k.size for k in kernels))
-    assert zeros == wanted, f"{cell}: {zeros} zeros, {wanted} promised"
+    more = zeros > wanted and (cell.bits is not None or cell.method == "RigL")  # rounded to 0; grown and never moved
+    assert zeros == wanted or more, f"{cell}: {zeros} zeros, {wanted} promised"
+    removed = clipjax.report(opt_state).get("prune_mask/removed", 0)
+    assert removed == wanted, f"{cell}: a mask without {removed} weights, {wanted} promised"
+    widest = 8 if cell.bits == "chosen" else cell.bits
+    measuring.check(params, opt_state, Promise(bound=chains.BOUND if cell.limits else None, bits=widest))
+    predicted = training.answers(cell.network, params, data.x_test).argmax(-1)
+    precision = precision_score(data.y_test, predicted, average="macro", zero_division=0.0)
     return {
-        "error": 100 * float(np.mean(predicted != labels)),
-        "precision": 100 * float(precision_score(labels, predicted, average="macro", zero_division=0.0)),
-        "zeros": zeros,
+        "error": 100 * float(np.mean(predicted != data.y_test)),
+        "precision": 100 * float(precision),
+        "zeros": 100 * zeros / sum(k.size for k in kernels),
+        "bits": widths(params, opt_state) if cell.bits else [32] * len(kernels),
+        "bytes": file_bytes(params),
+        "raw": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
         "jax": jax.__version__,
     }
 
 
-def collect(grid: list[Cell], seeds: Iterable[int], validate: bool, store: Store) -> dict[int, list[Facts]]:
-    """The saved runs of every cell, by its place in the grid."""
-    keys = {i: [cell.key(seed, validate) for seed in seeds] for i, cell in enumerate(grid)}
-    return {i: [store.runs[key] for key in row if key in store.runs] for i, row in keys.items()}
+def file_bytes(params: Any) -> int:
+    """What the params take: for now what an order-0 entropy code of each array would, see measuring.py."""
+    return measuring.size(params)
 
 
-def spread(values: list[float]) -> str:
+def widths(params: Any, opt_state: Any) -> list[int]:
+    """The bits of every kernel on a grid."""
+    grids = jax.tree.leaves(clipjax.quantized(params, opt_state), is_leaf=lambda x: isinstance(x, clipjax.Quantized))
+    return [int(grid.bits) for grid in grids if isinstance(grid, clipjax.Quantized)]
+
+
+def collect(grid: list[Cell], seeds: Iterable[int], validate: bool, store: Store) -> list[tuple[Cell, list[Facts]]]:
+    """The cells of which runs are saved, with these."""
+    keys = [(cell, [cell.key(seed, validate) for seed in seeds]) for cell in grid]
+    found = [(cell, [store.runs[key] for key in names if key in store.runs]) for cell, names in keys]
+    return [(cell, runs) for cell, runs in found if runs]
+
+
+def spread(values: list[float], digits: int = 2) -> str:
     """Mean ± standard deviation over seeds."""
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if values[1:] else "")
+    mean = f"{np.mean(values):.{digits}f}"
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if values[1:] else mean
 
 
-def table(grid: list[Cell], runs: dict[int, list[Facts]], levels: tuple[float, ...], tried: bool = False) -> str:
-    """Test error of every row at every sparsity, and its train time against dense."""
-    head = ["error, %", *(["setting"] if tried else []), *(f"{level:.0%} zeros" for level in levels), "time, x dense"]
-    lines = [head, ["---"] * (1 + tried) + ["---:"] * (len(levels) + 1)]
-    base = [f["seconds"] for i, cell in enumerate(grid) for f in runs[i] if cell.method == "dense"]
-    rows: dict[tuple[str, str], dict[float, list[Facts]]] = {}
-    for i, cell in enumerate(grid):
-        if runs[i]:
-            rows.setdefault((cell.method, json.dumps(cell.setting)), {})[cell.level] = runs[i]
-    for (method, setting), row in rows.items():
-        spent = [f["seconds"] for found in row.values() for f in found]
-        errors = {level: spread([f["error"] for f in found]) for level, found in row.items()}
-        name = f"{method} ({errors[0.0]})" if 0.0 in errors else method
-        time = f"{np.median(spent) / np.median(base):.2f}" if base else ""
-        lines.append([name, *([setting] if tried else []), *(errors.get(level, "") for level in levels), time])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def lines(found: list[tuple[Cell, list[Facts]]]) -> list[dict[str, str]]:
+    """Every cell with all that was measured."""
+    base = [run["seconds"] for cell, runs in found if cell.row == "dense" for run in runs]
+    table = []
+    for cell, runs in found:
+        columns: dict[str, list[Any]] = {key: [run[key] for run in runs] for key in runs[0]}
+        size = np.mean(columns["bytes"])
+        table.append(
+            {
+                "network": cell.network,
+                "row": cell.row,
+                "setting": ", ".join(f"{k} {v}" for k, v in cell.setting.items()),
+                "error, %": spread(columns["error"]),
+                "macro precision, %": spread(columns["precision"]),
+                "train time, x dense": f"{np.median(columns['seconds']) / np.median(base):.2f}" if base else "",
+                "zeros, %": f"{np.mean(columns['zeros']):.2f}",
+                "bits": " ".join(f"{x:g}" for x in np.mean(columns["bits"], axis=0)),
+                "bytes": f"{size:,.0f}",
+                "compression, x": f"{columns['raw'][0] / size:.1f}",
+                "seeds": str(len(runs)),
+            }
+        )
+    return table
 
 
-def write_csv(path: Path, grid: list[Cell], runs: dict[int, list[Facts]]) -> None:
-    """One line a cell: means and standard deviations over its seeds."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        facts = ("error", "precision", "seconds", "zeros")
-        writer.writerow(["method", "setting", "level", "seeds", *(f"{f} {m}" for f in facts for m in ("mean", "sd"))])
-        for i, cell in enumerate(grid):
-            if runs[i]:
-                columns = [[run[fact] for run in runs[i]] for fact in facts]
-                sd = [np.std(c, ddof=1) if c[1:] else 0.0 for c in columns]
-                numbers = [f"{x:.4f}" for mean, s in zip(map(np.mean, columns), sd, strict=True) for x in (mean, s)]
-                writer.writerow([cell.method, json.dumps(cell.setting), cell.level, len(runs[i]), *numbers])
+def markdown(table: list[list[str]]) -> str:
+    """The first line is the head; columns of numbers are aligned to the right."""
+    rule = ["---:" if any(c.isdigit() for c in cell) else "---" for cell in table[1]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [table[0], rule, *table[1:]])
 
 
-def verdict(grid: list[Cell], runs: dict[int, list[Facts]]) -> str:
+def errors(found: list[tuple[Cell, list[Facts]]]) -> str:
+    """Test error of every row at every sparsity."""
+    levels = sorted({cell.level for cell, _ in found} - {0.0})
+    rows: dict[tuple[str, str], dict[float, str]] = {}
+    for cell, runs in found:
+        rows.setdefault((cell.row, str(cell.setting)), {})[cell.level] = spread([run["error"] for run in runs])
+    table = [["error, %", "setting", "dense", *(f"{level:.0%} zeros" for level in levels)]]
+    table += [[*row, *(cells.get(level, "") for level in (0.0, *levels))] for row, cells in rows.items()]
+    return markdown(table)
+
+
+def verdict(found: list[tuple[Cell, list[Facts]]]) -> str:
     """Whether magnitude at 95 % is as good as it must be."""
-    errors = [f["error"] for i, cell in enumerate(grid) for f in runs[i] if cell[::2] == ("magnitude", 0.95)]
-    holds = "holds" if errors and np.mean(errors) <= 1.8 else "FAILS"
-    return f"magnitude at 95 %: {spread(errors) if errors else 'no run'} % (at most 1.8 %): {holds}"
+    runs = [runs for cell, runs in found if (cell.row, cell.level, cell.network) == ("magnitude", 0.95, NETWORK)]
+    if not runs:
+        return "magnitude at 95 %: no run is saved"
+    reached = [run["error"] for run in runs[0]]
+    holds = "holds" if np.mean(reached) <= 1.8 else "FAILS"
+    return f"magnitude at 95 %: {spread(reached)} % over {len(reached)} seeds (at most 1.8 %): {holds}"
 
 
-def main() -> None:
-    """Trains what is missing, and prints the table and the verdict."""
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="where MNIST's four IDX files are, .gz or not")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "out", help="folder of the results")
-    parser.add_argument("--quick", action="store_true", help="three seeds, and the scores that issue no history")
+    parser.add_argument("--network", choices=LEVELS, default=NETWORK)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="three seeds, and scores alone")
     parser.add_argument("--tune", action="store_true", help="every setting tried, at 95 %% on validation images")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is saved")
     options = parser.parse_args()
     if options.data_dir is None and not options.table:
         parser.error("--data-dir DIR is needed to train: the folder of MNIST's IDX files.")
+    return options
+
+
+def main() -> None:
+    """Trains what is missing, and prints the tables and the verdict."""
+    options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     store = Store(options.out / "lenet.jsonl")
-    names, levels = ["dense", *(QUICK if options.quick else tuple(chains.METHODS)[1:])], LEVELS
-    seeds: Iterable[int] = range(3) if options.quick else range(5)
+    seeds: Iterable[int] = range(options.seeds)
     if options.tune:
-        levels, seeds = (0.95,), (TUNING_SEED,)
-    grid = cells(names, levels, options.tune)
+        name, seeds, grid = "lenet-tune", (TUNING_SEED,), cells(chains.METHODS, (0.95,), tried=True)
+    elif options.quick:
+        name, seeds, grid = "lenet-quick", range(3), cells(QUICK, LEVELS[NETWORK])
+    else:
+        name, grid = options.network.lower(), plan(options.network)
     if not options.table:
         train(grid, seeds, options.data_dir, options.tune, store)
-    runs = collect(grid, seeds, options.tune, store)
-    name = "lenet-tune" if options.tune else "lenet-quick" if options.quick else "lenet"
-    body = table(grid, runs, levels, options.tune)
-    write_csv(options.out / f"{name}.csv", grid, runs)
-    (options.out / f"{name}.md").write_text(body + "\n")
-    print(body)
+    found = collect(grid, seeds, options.tune, store)
+    if not found:
+        raise SystemExit(f"{store.path} holds no run of this table. Run without --table first.")
+    table = lines(found)
+    with (options.out / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)
+    full = markdown([list(table[0]), *(list(line.values()) for line in table)])
+    matrix = errors(found)
+    (options.out / f"{name}.md").write_text(f"{matrix}\n\n{full}\n")
+    print(matrix if options.tune or options.quick else f"{matrix}\n\n{full}")
     if not options.tune:
-        print(f"\n{PUBLISHED}\n\n{verdict(grid, runs)}")
+        print(f"\n{PUBLISHED}\n\n{verdict(found)}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ from lenet_training import Course
 import clipjax
 from clipjax import scores
 
+LIMIT, BOUND = 1e-3, 0.35  # D3's C and T
+TARGET_DB = 15.0  # D4: the signal to noise that a chosen bit width must reach
+LAST = 0.6  # the part of a training after which no mask changes any more
+
 
 class Method(NamedTuple):
     """`chain(course, optimizer, **setting)` makes the chain; `tried` are the settings it was chosen among."""
@@ -21,12 +25,25 @@ class Method(NamedTuple):
     tried: tuple[dict[str, Any], ...]
 
 
+def build(course: Course, method: str, setting: dict[str, Any], limits: bool, bits: Any) -> Any:
+    """A method's chain; with D3's two clippings, and quantized to some bits, or to "chosen" ones, as D4 asks."""
+    optimizer = adam(course)
+    if limits:
+        optimizer = optax.chain(clipjax.clip(LIMIT), optimizer, clipjax.clamp_weights(BOUND))
+    tx = METHODS[method].chain(course, optimizer, **setting)
+    if bits is None:
+        return tx
+    widths = clipjax.widths.sqnr(TARGET_DB) if bits == "chosen" else bits
+    start, stop = int(LAST * course.steps) + 1, int(0.9 * course.steps)
+    return optax.chain(tx, clipjax.fake_quantize(widths, start=start, stop=stop))
+
+
 def adam(course: Course, rate: float = 6e-3) -> optax.GradientTransformation:
     """The optimizer of every row: Adam, its rate decaying to 0 on a cosine."""
     return optax.adamw(optax.cosine_decay_schedule(rate, course.steps), weight_decay=0.05)
 
 
-def gradual(course: Course, *, begin: float = 0.1, end: float = 0.6, **options: Any) -> Any:
+def gradual(course: Course, *, begin: float = 0.1, end: float = LAST, **options: Any) -> Any:
     """Zeros from none to the level on the cubic schedule of Zhu and Gupta, in 40 refreshes."""
     start, stop = int(begin * course.steps), int(end * course.steps)
     schedule = optax.polynomial_schedule(0.0, course.level, 3, stop - start, start)
@@ -37,8 +54,9 @@ def gradual(course: Course, *, begin: float = 0.1, end: float = 0.6, **options: 
 def by(score: Callable[..., scores.Score]) -> Callable[..., optax.GradientTransformation]:
     """Gradual pruning by a score, behind the optimizer."""
 
-    def chain(course: Course, optimizer: Any, of: dict[str, Any] | None = None, **pruning: Any) -> Any:
-        return clipjax.with_gradient(optax.chain(optimizer, gradual(course, score=score(**(of or {})), **pruning)))
+    def chain(course: Course, optimizer: Any, decay: float | None = None, **pruning: Any) -> Any:
+        values = score() if decay is None else score(decay)
+        return clipjax.with_gradient(optax.chain(optimizer, gradual(course, score=values, **pruning)))
 
     return chain
 
@@ -49,9 +67,9 @@ def snip(course: Course, optimizer: Any, **pruning: Any) -> optax.GradientTransf
     return optax.chain(optimizer, clipjax.prune_mask(course.level, score=score, **pruning))
 
 
-def rigl(course: Course, optimizer: Any, share: float, every: int, end: float = 0.75, **pruning: Any) -> Any:
+def rigl(course: Course, optimizer: Any, share: float, every: int, **pruning: Any) -> Any:
     """Sparse from step 0; refreshes exchange a share of what is kept, by gradient."""
-    stop = int(end * course.steps)
+    stop = int(LAST * course.steps)
     regrow = optax.cosine_decay_schedule(share, stop)
     return clipjax.prune_mask(course.level, every=every, stop=stop, regrow=regrow, inner=optimizer, **pruning)
 
@@ -67,26 +85,34 @@ def dense(course: Course, optimizer: Any) -> optax.GradientTransformation:
     return optimizer
 
 
-
 def among(chain: Callable[..., Any], setting: dict[str, Any] | None = None, **choices: Any) -> Method:
-    """A method whose setting was chosen among every combination of some choices; the first one by default."""
+    """A method whose setting was chosen among every combination of some choices; the first by default."""
     tried = tuple(dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
-    assert setting is None or setting in tried, setting
-    return Method(chain, setting or tried[0], tried)
+    setting = setting or tried[0]
+    assert setting in tried, setting
+    return Method(chain, setting, tried)
 
 
-SCOPES = ("global", "erk")
-DECAYS = ({"decay": 0.9}, {"decay": 0.99}, {"decay": 0.999})
+SCOPES = ("erk", "global")
+DECAYS = (0.9, 0.99, 0.999, 0.9999)
 METHODS = {
     "dense": among(dense),
     "random": among(by(scores.random), scope=SCOPES),
     "magnitude": among(by(scores.magnitude), scope=SCOPES),
     "relative magnitude": among(by(scores.relative_magnitude), scope=SCOPES),
-    "gradient, one batch": among(by(scores.gradient), of=({"decay": 0.0},), scope=SCOPES),
-    "gradient, smoothed": among(by(scores.gradient), of=DECAYS, scope=SCOPES),
-    "Taylor": among(by(scores.taylor), of=DECAYS, scope=SCOPES),
-    "movement": among(by(scores.movement), of=DECAYS, scope=SCOPES, carry=(False, True)),
-    "SNIP": among(snip, scope=SCOPES),
-    "RigL": among(rigl, share=(0.3, 0.5), every=(50, 200), scope=SCOPES),
-    "straight-through": among(straight_through, inside=(False, True), scope=SCOPES),
+    "gradient, one batch": among(by(scores.gradient), scope=SCOPES, decay=(0.0,)),
+    "gradient, smoothed": among(by(scores.gradient), {"scope": "global", "decay": 0.9}, scope=SCOPES, decay=DECAYS),
+    "Taylor": among(by(scores.taylor), {"scope": "erk", "decay": 0.99}, scope=SCOPES, decay=DECAYS),
+    "movement": among(
+        by(scores.movement),
+        {"scope": "erk", "carry": False, "decay": 0.999},
+        scope=SCOPES,
+        carry=(False, True),
+        decay=DECAYS,
+    ),
+    "SNIP": among(snip, {"scope": "global"}, scope=SCOPES),
+    "RigL": among(
+        rigl, {"scope": "global", "share": 0.5, "every": 50}, scope=SCOPES, share=(0.3, 0.5), every=(50, 200)
+    ),
+    "straight-through": among(straight_through, scope=SCOPES, inside=(False, True)),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,25 +41,32 @@ def load(folder: Path, validate: bool) -> Data:
 class LeNet300(nn.Module):
     """784-300-100-10, 266,610 parameters."""
 
+    dropout: float = 0.0
+
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps f32[n, 28, 28, 1] to logits f32[n, 10]."""
         x = x.reshape(x.shape[0], -1)
         for width in (300, 100):
-            x = nn.relu(nn.Dense(width)(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(nn.Dense(width)(x)))
         return nn.Dense(10)(x)
 
 
 class LeNet5(nn.Module):
     """Caffe's LeNet: 20 and 50 filters of 5x5, each pooled to half, 500, 10; 431,080 parameters."""
 
+    dropout: float = 0.0
+
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps f32[n, 28, 28, 1] to logits f32[n, 10]."""
         for width in (20, 50):
             x = nn.max_pool(nn.Conv(width, (5, 5), padding="VALID")(x), (2, 2), (2, 2))
         x = nn.relu(nn.Dense(500)(x.reshape(x.shape[0], -1)))
-        return nn.Dense(10)(x)
+        return nn.Dense(10)(nn.Dropout(self.dropout, deterministic=not train)(x))
+
+
+MODELS = {"LeNet-300-100": LeNet300, "LeNet-5": LeNet5}
 
 
 class Course(NamedTuple):
@@ -80,53 +87,77 @@ class Course(NamedTuple):
     loss: Callable[[Any], jax.Array]
 
 
-def trainer(model: nn.Module, data: Data, chain: Callable[[Course], Any], epochs: int) -> Callable[..., Any]:
+class Lesson(NamedTuple):
+    """How a training goes: how long, and with what usual trick; `mix` is what the teacher's answers count."""
+
+    epochs: int
+    batch: int = BATCH
+    dropout: float = 0.0
+    smoothing: float = 0.0
+    mix: float = 0.0
+    temperature: float = 1.0
+
+
+def trainer(network: str, data: Data, chain: Callable[[Course], Any], lesson: Lesson) -> Callable[..., Any]:
     """Compiles a training: `train(level, seed)` is params, opt_state and the seconds that it took.
 
-    The seed, traced like the level, decides the first params, the batches and what the chain draws.
+    The seed, traced like the level, decides the first params, the batches and what the chain draws. With `mix` a third
+    argument is needed: the teacher's logits f32[n, 10] of the training images.
     """
-    batches = len(data.x) // BATCH
+    model, batches = MODELS[network](lesson.dropout), len(data.x) // lesson.batch
 
-    def loss_fn(params, x, y):
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params}, x), y).mean()
+    def loss_fn(params, x, y, taught=None, key=None):
+        logits = model.apply(
+            {"params": params}, x, train=key is not None, rngs=None if key is None else {"dropout": key}
+        )
+        labels = optax.smooth_labels(jax.nn.one_hot(y, 10), lesson.smoothing)
+        loss = optax.softmax_cross_entropy(logits, labels).mean()
+        if not lesson.mix or taught is None:
+            return loss
+        soft = jax.nn.softmax(taught / lesson.temperature)
+        distance = optax.softmax_cross_entropy(logits / lesson.temperature, soft).mean()
+        return (1 - lesson.mix) * loss + lesson.mix * lesson.temperature**2 * distance
 
-    def train(level, seed, x, y):
+    def train(level, seed, x, y, taught):
         key = jax.random.key(seed)
         params = model.init(key, x[:1])["params"]
-        draws = jax.random.fold_in(key, epochs)
-        tx = chain(Course(level, epochs * batches, draws, params, lambda p: loss_fn(p, x[:1000], y[:1000])))
+        draws = jax.random.fold_in(key, lesson.epochs)
+        tx = chain(Course(level, lesson.epochs * batches, draws, params, lambda p: loss_fn(p, x[:1000], y[:1000])))
 
         def step(carry, batch):
-            params, state = carry
-            grads = jax.grad(loss_fn)(params, x[batch], y[batch])
+            params, state, key = carry
+            key, mine = jax.random.split(key) if lesson.dropout else (key, None)
+            soft = taught[batch] if lesson.mix else None
+            grads = jax.grad(loss_fn)(params, x[batch], y[batch], soft, mine)
             updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), None
+            return (optax.apply_updates(params, updates), state, key), None
 
         def epoch(carry, number):
             order = jax.random.permutation(jax.random.fold_in(key, number), len(x))
-            return jax.lax.scan(step, carry, order[: batches * BATCH].reshape(batches, BATCH))
+            return jax.lax.scan(step, carry, order[: batches * lesson.batch].reshape(batches, lesson.batch))
 
-        return jax.lax.scan(epoch, (params, tx.init(params)), jnp.arange(epochs))[0]
+        return jax.lax.scan(epoch, (params, tx.init(params), draws), jnp.arange(lesson.epochs))[0][:2]
 
-    program = jax.jit(train).lower(jnp.float32(0), 0, data.x, data.y).compile()
+    def arguments(level, seed, taught=None):
+        given = jnp.zeros(()) if taught is None else taught
+        return jnp.float32(level), seed, data.x, data.y, given
 
-    def timed(level, seed):
+    shape = jnp.zeros((len(data.x), 10)) if lesson.mix else None
+    program = jax.jit(train).lower(*arguments(0, 0, shape)).compile()
+
+    def timed(level, seed, taught=None):
         begin = time.perf_counter()
-        params, state = jax.block_until_ready(program(jnp.float32(level), seed, data.x, data.y))
+        params, state = jax.block_until_ready(program(*arguments(level, seed, taught)))
         return params, state, time.perf_counter() - begin
 
     return timed
 
 
-def predict(model: nn.Module, params: Any, x: jax.Array) -> np.ndarray:
-    """Returns the class i64[n] of every image, a thousand images at a time."""
-    return np.concatenate([_predict(model, params, part) for part in _parts(x)])
-
-
-def _parts(x: jax.Array) -> Iterator[jax.Array]:
-    return (x[i : i + 1000] for i in range(0, len(x), 1000))
+def answers(network: str, params: Any, x: jax.Array) -> np.ndarray:
+    """Returns the logits f32[n, 10] of every image, a thousand images at a time."""
+    return np.concatenate([_apply(MODELS[network](), params, x[i : i + 1000]) for i in range(0, len(x), 1000)])
 
 
 @jax.jit(static_argnums=0)
-def _predict(model: nn.Module, params: Any, x: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, x).argmax(-1)
+def _apply(model: nn.Module, params: Any, x: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, x)
