@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
+AOT ?= .venv-aot
+H100 := $(wildcard ../shared/aot/h100.txtpb)
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint types mutants bench clean
+.PHONY: demo test slow lint types mutants bench aot clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -28,10 +30,15 @@ mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants.py $(ARGS)
 
 bench: $(VENV)/.bench
-	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+	set -e; for file in $(filter-out %/aot.py %/compiled.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+
+# Compiles for TPUs and GPUs that are not here; their plugins stay out of the other environment, which they would slow.
+aot:
+	$(MAKE) --no-print-directory VENV=$(AOT) $(AOT)/.aot
+	$(AOT)/bin/python benchmarks/aot.py $(if $(H100),--gpu-config $(H100)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AOT) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # One stamp for each extra: installed again whenever pyproject.toml changes.
 $(VENV)/.%: pyproject.toml | $(BIN)/python

@@ -13,7 +13,7 @@ from clipjax import _arguments as arguments
 from clipjax import _selecting as selecting
 from clipjax import _trees as trees
 from clipjax import structures
-from clipjax._typing import Tree
+from clipjax._typing import Tree, Where
 
 SCOPES = ("global", "leaf", "erk")
 _SPARSITY = "It is the fraction of zeros, e.g. 0.9."
@@ -34,7 +34,8 @@ def make_mask(
       scores: a tree of real arrays; every leaf takes part. Integers are compared as f32.
       sparsity: fraction in [0, 1), a number (may be traced), `per_leaf`, or a tree of fractions, for scope "leaf". None
         where the structure fixes it.
-      structure: what is removed together, `structures.element()` by default.
+      structure: what is removed together, `structures.element()` by default. With groups only the weights (rank >= 2,
+        not named bias, b, scale or offset) of the leaves that they name have a say; all others are kept.
       scope: "global" compares all leaves together; "leaf" each alone; "erk" too, with a sparsity that follows from the
         shape, see `prune_mask`.
 
@@ -56,18 +57,27 @@ def make_mask(
     check(sparsity, structure, scope)
     scores = jax.tree.map(jnp.asarray, scores)
     filled = jax.tree.map(lambda x: x if x.size else None, scores)
-    trees.map_with_path(structure.check, filled)
+    voters = filled
+    if structure.holds is not None:
+        filled = _where(structure.holds, filled)
+        voters = _where(trees.weights, filled)
+    structure.check(filled, voters)
     scope = effective(sparsity, scope)
-    units = pool(filled, structure)
-    masks = cut(units, structure, removals(sparsity, scope, units, filled), scope)
+    units = pool(voters, structure)
+    kept = cut(units, structure, removals(sparsity, scope, units, structure.owners(filled)), scope)
 
     def full(x: Any, mask: Any) -> Any:
         if x is None:
             return None
-        return jnp.ones(x.shape, bool) if mask is None else jnp.broadcast_to(structure.expand(mask, x), x.shape)
+        return jnp.ones(x.shape, bool) if mask is None else jnp.broadcast_to(mask, x.shape)
 
+    masks = trees.flatten(structure.expand(kept, filled))[0]
     leaves, treedef = trees.flatten(scores)
-    return treedef.unflatten([full(x, mask) for x, mask in zip(leaves, trees.flatten(masks)[0], strict=True)])
+    return treedef.unflatten([full(x, mask) for x, mask in zip(leaves, masks, strict=True)])
+
+
+def _where(where: Where, tree: Tree) -> Tree:
+    return trees.map_with_path(lambda path, x: x if where(path, x) else None, tree)
 
 
 def check(sparsity: Any, structure: Any, scope: str) -> None:
@@ -117,12 +127,12 @@ def pool(
     Args:
       values: a tree of scores.
       structure: what makes a unit.
-      finite: where the weights are finite; others count as 0 in their unit, and on their own may not go.
+      finite: where the weights of `values` are finite; others count as 0 in their unit, and on their own may not go.
       held: masks of units, those that are False go first.
       chosen: masks of units, only these may go, and only they are counted.
       safe: masks of units that stay.
     """
-    scores, treedef = jax.tree.flatten(values)
+    scores, treedef = trees.arrays(values)
     if not scores:
         return Pool([], [], treedef)
     dtype = trees.widest(scores)
@@ -130,7 +140,7 @@ def pool(
     if finite is not None:
         alive = jax.tree.leaves(finite)
         scores = [jnp.where(f, x, jnp.zeros_like(x)) for x, f in zip(scores, alive, strict=True)]
-    units = [structure.reduce(x) for x in scores]
+    units, treedef = trees.arrays(structure.reduce(treedef.unflatten(scores)))
     gone = [None] * len(units) if held is None else [~m for m in jax.tree.leaves(held)]
     keys = [selecting.order(u, gone=g) for u, g in zip(units, gone, strict=True)]
     sizes: list[Any] = [u.size for u in units]

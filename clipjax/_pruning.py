@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -126,37 +128,46 @@ def prune_mask(
     if every is None and callable(sparsity):
         every = 100
     scope = masks.effective(sparsity, scope)
+    where = trees.weights if where is None else where
 
     def pack(units: Tree) -> Any:
         return units if structure.whole else trees.by_path(units)
 
+    def votes(params: Tree) -> Callable[[Tree], Tree]:
+        """Trees without the leaves that die with a unit but have no say."""
+        return functools.partial(trees.restrict, picks=trees.pick(where, params))
+
     def init_fn(params: Tree) -> PruneState:
-        trees.map_with_path(structure.check, params)
-        units = jax.tree.map(lambda p: structure.reduce(jnp.zeros_like(p, jnp.float32)) == 0, params)
+        voters = votes(params)(params)
+        structure.check(params, voters)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), voters)
+        units = jax.tree.map(lambda u: u == 0, structure.reduce(zeros))
         if masks.varies(sparsity):
-            masks.shares(sparsity, scope, [], params)
-        return PruneState(pack(units), score.init(params), () if regrow is None else grow.init(params))
+            masks.shares(sparsity, scope, [], structure.owners(params))
+        return PruneState(pack(units), score.init(voters), () if regrow is None else grow.init(voters))
 
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
-        seen = score.observe(target, state.score, context)
-        growing = state.grow if regrow is None else grow.observe(target, state.grow, context)
+        vote = votes(context.params)
+        voters, heard = vote(target), _restricted(context, vote)
+        seen = score.observe(voters, state.score, heard)
+        growing = state.grow if regrow is None else grow.observe(voters, state.grow, heard)
 
         def refresh(target: Tree, landed: Tree) -> Any:
-            values = score.score(target, seen, context)
-            old = trees.place(state.mask, target)
-            ready = {"finite": jax.tree.map(jnp.isfinite, target)}
+            voters = vote(target)
+            values = score.score(voters, seen, heard)
+            old = trees.place(state.mask, structure.owners(target))
+            ready = {"finite": jax.tree.map(jnp.isfinite, voters)}
             if select is not None:
-                units = jax.tree.map(structure.reduce, values)
-                ready["chosen"] = selections.choose(select, units, key, context.count)
+                ready["chosen"] = selections.choose(select, structure.reduce(values), key, context.count)
             now = sparsity(context.count) if callable(sparsity) else sparsity
             units = masks.pool(values, structure, held=None if carry else old, **ready)
-            removed = masks.removals(now, scope, units, target)
+            removed = masks.removals(now, scope, units, structure.owners(target))
             if regrow is None:
                 kept = masks.cut(units, structure, removed, scope)
                 return pack(kept if carry else jax.tree.map(jnp.logical_and, kept, old))
             share = regrow(context.count) if callable(regrow) else regrow
             stay = masks.cut(units, structure, _before_growth(removed, units, old, share, scope), scope)
-            units = masks.pool(grow.score(target, growing, context), structure, safe=stay, **ready)
+            units = masks.pool(grow.score(voters, growing, heard), structure, safe=stay, **ready)
             return pack(masks.cut(units, structure, removed, scope))
 
         mask = projecting.refreshed(context, start, every, stop, refresh, state.mask)
@@ -166,10 +177,11 @@ def prune_mask(
 
     def survives(target: Tree, before: PruneState, after: PruneState) -> Tree:
         """What grows again starts at zero: its weight, and its moments."""
-        units = trees.place(after.mask, target)
+        owners = structure.owners(target)
+        units = trees.place(after.mask, owners)
         if regrow is not None:
-            units = jax.tree.map(jnp.logical_and, units, trees.place(before.mask, target))
-        return jax.tree.map(lambda w, m: structure.expand(m, w), target, units)
+            units = jax.tree.map(jnp.logical_and, units, trees.place(before.mask, owners))
+        return structure.expand(units, target)
 
     def hold_fn(target: Tree, state: PruneState, context: Context) -> Tree:
         kept = survives(target, state, state)
@@ -180,9 +192,14 @@ def prune_mask(
         carry=carry,
         inner=inner,
         start=start,
-        where=trees.weights if where is None else where,
+        where=where if structure.holds is None else structure.holds,
         key=key,
     )
+
+
+def _restricted(context: Context, vote: Callable[[Tree], Tree]) -> Context:
+    grad = None if context.grad is None else vote(context.grad)
+    return context._replace(params=vote(context.params), landed=vote(context.landed), grad=grad)
 
 
 def _before_growth(removed: list[Any], units: masks.Pool, old: Tree, share: Any, scope: str) -> list[Any]:
@@ -248,5 +265,8 @@ def _check_regrow(regrow: Any, structure: Any, carry: bool, inner: Any) -> None:
     if not callable(regrow):
         remedy = "It is the fraction of kept weights to exchange, e.g. 0.3, or a schedule."
         arguments.fraction(regrow, "regrow", remedy)
-    fixed = isinstance(structure, structures.Structure) and structure.keep is not None
-    arguments.require(not fixed, "regrow", "be None for n_of_m", regrow, "Use `carry=True` to let weights come back.")
+    if isinstance(structure, structures.Structure):
+        remedy = "Use `carry=True` to let weights come back."
+        arguments.require(structure.keep is None, "regrow", "be None for n_of_m", regrow, remedy)
+        remedy = "A unit whose weights in and out are 0 has no gradient and would not grow. " + remedy
+        arguments.require(structure.holds is None, "regrow", "be None with groups", regrow, remedy)

@@ -58,12 +58,9 @@ def keep(keys: Keys, k: jax.Array, *, pooled: bool) -> Keys:
       pooled: compare all arrays together, or each alone.
     """
     cut, surplus = _threshold(keys, k, pooled)
-    ties = [key == c for key, c in zip(keys, cut, strict=True)]
     below = _below(keys, jnp.stack([cut, cut + cut.dtype.type(1)]))
-    ends = _tie_ends(ties, below[1] - below[0], surplus, pooled)
-    return [
-        (key > c) | (tie & (_index(key.shape) < end)) for key, c, tie, end in zip(keys, cut, ties, ends, strict=True)
-    ]
+    ends = _tie_ends(keys, cut, below[1] - below[0], surplus, pooled)
+    return [(key > c) | ((key == c) & (_index(key.shape) < end)) for key, c, end in zip(keys, cut, ends, strict=True)]
 
 
 def _counts(masks: Keys) -> jax.Array:
@@ -123,7 +120,7 @@ def _add(a: Any, b: Any) -> Any:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
-def _tie_ends(ties: Keys, counts: jax.Array, surplus: jax.Array, pooled: bool) -> jax.Array:
+def _tie_ends(keys: Keys, cut: jax.Array, counts: jax.Array, surplus: jax.Array, pooled: bool) -> jax.Array:
     """The linear index in each array before which its ties are kept, the latest `surplus` ones being removed."""
     before = jnp.cumsum(counts[::-1], dtype=jnp.uint32)[::-1] - counts  # ties in the later arrays
     removed = jnp.minimum(surplus - jnp.minimum(surplus, before), counts) if pooled else surplus
@@ -133,7 +130,8 @@ def _tie_ends(ties: Keys, counts: jax.Array, surplus: jax.Array, pooled: bool) -
     def search(bit_and_end: Any) -> Any:
         bit, end = bit_and_end
         trial = end | bit
-        seen = [tie & (_index(tie.shape) < t) for tie, t in zip(ties, trial, strict=True)]
+        at = jax.lax.optimization_barrier(cut)  # or XLA would store the ties of all arrays ahead of the loop
+        seen = [(key == c) & (_index(key.shape) < t) for key, c, t in zip(keys, at, trial, strict=True)]
         return bit >> 1, jnp.where(_counts(seen) <= quota, trial, end)
 
     split = jnp.any((removed > 0) & (quota > 0))

@@ -5,9 +5,7 @@ A pruned unit is a slice of zeros that still costs memory and time.
 
 from __future__ import annotations
 
-import difflib
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clipjax import _arguments as arguments
+from clipjax import _groups as grouping
 from clipjax import _trees as trees
 from clipjax._typing import Tree
 
@@ -34,20 +33,10 @@ class Shrunk(NamedTuple):
     widths: dict[str, int]
 
 
-class _Member(NamedTuple):
-    """One leaf of a group: how the group writes it, its path, its axis counted from the end, its array and size."""
-
-    written: str
-    path: str
-    axis: int
-    leaf: Any
-    size: int
-
-
 Cuts = dict[str, dict[int, np.ndarray]]  # path -> axis counted from the end -> the indices that stay
 
 
-def shrink(variables: Tree, groups: Sequence[Mapping[str, int | tuple[int, ...]]], opt_state: Any = None) -> Shrunk:
+def shrink(variables: Tree, groups: grouping.Groups, opt_state: Any = None) -> Shrunk:
     r"""Remove dead units: smaller arrays, the same outputs, and an optimizer state that fits.
 
     A group names the leaves, and their axis, that hold the entries of the same n units. Its first leaf owns them, and
@@ -98,51 +87,20 @@ def shrink(variables: Tree, groups: Sequence[Mapping[str, int | tuple[int, ...]]
     paths = trees.paths(variables)
     cuts: Cuts = {}
     widths: dict[str, int] = {}
-    for group in groups:
-        members = [_find(written, axis, paths, leaves) for written, axes in group.items() for axis in _each(axes)]
-        owners = _owners(members)
+    for members in grouping.resolve(groups, variables):
+        owners = [m for m in members if grouping.owns(m, members[0])]
         keep = _alive(owners)
         widths |= {owner.written: len(keep) for owner in owners}
         for member in members:
-            _note(cuts, member, _indices(keep, member, owners[0]))
+            cuts.setdefault(member.path, {})[member.axis] = _indices(keep, member, owners[0])
     new = [_take(x, cuts.get(path, {})) for path, x in zip(paths, leaves, strict=True)]
     state = _follow(opt_state, _shapes(paths, leaves), cuts)
     return Shrunk(treedef.unflatten(new), state, widths)
 
 
-def _each(axes: Any) -> tuple[Any, ...]:
-    return tuple(axes) if isinstance(axes, tuple | list) else (axes,)
-
-
-def _find(written: str, axis: int, paths: list[str], leaves: list[Any]) -> _Member:
-    """The leaf that a group means: by its whole path, else by its path inside of a Linen collection."""
-    hits = [i for i, path in enumerate(paths) if path == written]
-    if not hits and any(path.startswith("params/") for path in paths):
-        hits = [i for i, path in enumerate(paths) if path.partition("/")[2] == written]
-    hits = [i for i in hits if hasattr(leaves[i], "shape")]
-    if len(hits) != 1:
-        near = difflib.get_close_matches(written, paths, n=5, cutoff=0.0)
-        remedy = f"Write the whole path, one of {[paths[i] for i in hits]}." if hits else f"Did you mean one of {near}?"
-        arguments.require(False, "groups", "name one array by each path", written, remedy)
-    path, leaf = paths[hits[0]], leaves[hits[0]]
-    ok = -leaf.ndim <= operator.index(axis) < leaf.ndim
-    arguments.require(ok, "groups", "name an axis that exists", axis, f"Leaf {path!r} has shape {leaf.shape}.")
-    return _Member(written, path, axis if axis < 0 else axis - leaf.ndim, leaf, int(leaf.shape[axis]))
-
-
-def _owners(members: list[_Member]) -> list[_Member]:
-    """The first leaf, and the other weights that are cut along the same axis counted from the end."""
-    first = members[0]
-    owners = [m for m in members if m is first or (m.axis == first.axis and trees.weights(m.path, m.leaf))]
-    for owner in owners:
-        remedy = f"It is cut along the same axis as {first.path!r} and must have its size, {first.size}."
-        arguments.require(owner.size == first.size, owner.path, "have the units of its group", owner.size, remedy)
-    return owners
-
-
-def _alive(owners: list[_Member]) -> np.ndarray:
+def _alive(owners: list[grouping.Member]) -> np.ndarray:
     """The units with a weight that is not 0, NaN included, in at least one owner."""
-    alive = np.zeros(owners[0].size, bool)
+    alive = np.zeros(grouping.units_of(owners[0]), bool)
     for owner in owners:
         others = tuple(a for a in range(-owner.leaf.ndim, 0) if a != owner.axis)
         alive |= np.asarray(jnp.any(jnp.asarray(owner.leaf) != 0, axis=others))
@@ -151,37 +109,25 @@ def _alive(owners: list[_Member]) -> np.ndarray:
     return np.flatnonzero(alive)
 
 
-def _indices(keep: np.ndarray, member: _Member, owner: _Member) -> np.ndarray:
+def _indices(keep: np.ndarray, member: grouping.Member, owner: grouping.Member) -> np.ndarray:
     """The indices of a leaf's axis that belong to the units that stay."""
-    repeats, rest = divmod(member.size, owner.size)
-    # A flattened map has the units as its fastest index only where they are the last axis of the features.
-    ok = not rest and (repeats == 1 or owner.axis == -1)
-    rule = f"have {owner.size} entries along the axis of its units" + ", or a multiple" * (owner.axis == -1)
-    arguments.require(ok, member.path, rule, member.size, f"Its units are those of {owner.path!r}.")
-    kept = (np.arange(repeats)[:, None] * owner.size + keep).ravel()
+    units = grouping.units_of(owner)
+    kept = (np.arange(member.repeats)[:, None] * units + keep).ravel()
     if member.path.rsplit("/", 1)[-1] in trees.NOT_WEIGHTS:
-        _check_silent(np.delete(np.arange(member.size), kept), member, owner)
+        _check_silent(np.delete(np.arange(member.repeats * units), kept), member, owner)
     return kept
 
 
-def _check_silent(cut: np.ndarray, member: _Member, owner: _Member) -> None:
+def _check_silent(cut: np.ndarray, member: grouping.Member, owner: grouping.Member) -> None:
     """A bias, scale or offset of a unit that is cut must be 0, else the outputs change."""
     others = tuple(a for a in range(-member.leaf.ndim, 0) if a != member.axis)
     loud = np.flatnonzero(np.asarray(jnp.any(jnp.asarray(member.leaf) != 0, axis=others)))
-    units = sorted({int(i) % owner.size for i in np.intersect1d(cut, loud)})
+    units = sorted({int(i) % grouping.units_of(owner) for i in np.intersect1d(cut, loud)})
     remedy = (
         f"The weights of these units in {owner.path!r} are 0, but cutting them would change the outputs: set them"
         f" to zero in {member.path!r} too, or prune it with the same units."
     )
     arguments.require(not units, member.path, "be 0 in the units that are cut", units, remedy)
-
-
-def _note(cuts: Cuts, member: _Member, kept: np.ndarray) -> None:
-    """Remember a cut; one axis of a leaf belongs to one group."""
-    axes = cuts.setdefault(member.path, {})
-    remedy = "Put all leaves that share these units into one group."
-    arguments.require(member.axis not in axes, member.path, "be cut once along each axis", member.axis, remedy)
-    axes[member.axis] = kept
 
 
 def _take(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
@@ -243,8 +189,4 @@ def _check(variables: Tree, groups: Any, opt_state: Any) -> None:
         raise TypeError(
             "`variables` and `opt_state` must be concrete, got traced arrays. Call `shrink` outside of jit."
         )
-    if not isinstance(groups, Sequence) or not all(isinstance(group, Mapping) and group for group in groups):
-        raise TypeError(
-            f"`groups` must be a list of dicts path -> axis, got {groups!r}."
-            ' Write `[{"conv/kernel": -1, "conv/bias": 0, "out/kernel": 0}]`.'
-        )
+    grouping.check(groups)

@@ -64,7 +64,7 @@ def sqnr(target_db: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
     remedy = "Give decibels, e.g. 20."
     arguments.require(arguments.is_number(target_db), "target_db", "be a number", target_db, remedy)
     allowed = _checked(allowed)
-    ratio = 10.0 ** (float(target_db) / 10)
+    ratio = 10.0 ** (min(float(target_db), 380.0) / 10)  # beyond that no f32 noise but 0 would do
 
     def choose(sizes: list[int], energy: jax.Array, noise: jax.Array) -> jax.Array:
         reached = energy[:, None] >= ratio * noise

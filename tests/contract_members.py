@@ -270,11 +270,29 @@ def held_zeros(params, state):
     assert np.all(np.asarray(params["dense"]["kernel"], np.float32)[dropped] == 0)
 
 
-# A given mask has the shape of one tree: it runs wherever that tree does.
+# A given mask, and a group, belong to one tree: they run wherever that tree does.
 GIVEN = row(
     "prune_mask", "weight", lambda _, start: clipjax.prune_mask(mask=MASK, start=start), held_zeros, start=(0, 1)
 )
-ALL = [*MEMBERS, GIVEN]
+
+
+def dead_together(params, state):
+    """Half of the units of the group, in all that the tree has of it."""
+    leaves = [np.asarray(params[m][k], np.float32) for m, k in (("dense", "kernel"), ("out", "kernel"))]
+    dead = (leaves[0] == 0).all(axis=0)
+    assert dead.sum() >= 8 and (np.asarray(params["dense"]["bias"])[dead] == 0).all()
+    assert (leaves[1][dead] == 0).all()
+
+
+GROUP = {"dense/kernel": -1, "dense/bias": 0, "out/kernel": 0}
+GROUPED = row(
+    "prune_groups",
+    "weight",
+    lambda _, sparsity: clipjax.prune_mask(sparsity, structure=structures.unit(groups=[GROUP])),
+    dead_together,
+    **HALF,
+)
+ALL = [*MEMBERS, GIVEN, GROUPED]
 WEIGHT = [m for m in ALL if m.side in ("weight", "inner")]
 GRADIENT = [m for m in ALL if m.side == "gradient"]
 

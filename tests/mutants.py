@@ -17,7 +17,7 @@ import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-COPIED = ("clipjax", "tests", "pyproject.toml", "README.md")
+COPIED = ("clipjax", "tests", "benchmarks", "pyproject.toml", "README.md")
 
 
 class Mutant(NamedTuple):
@@ -35,7 +35,7 @@ MUTANTS = (
     Mutant("_landing.py", "gone & jnp.isfinite(landed), -p", "gone, -p", "pruning", "emitted_as_it_is"),
     Mutant("_landing.py", "reached > wanted, inward, u)", "reached < 0, inward, u)", "projecting", "land"),
     Mutant("_landing.py", "move - (apart | kind.type(1))", "move - kind.type(1)", "projecting", "land"),
-    Mutant("_projecting.py", "(n != w) & (w != 0)", "(w != w)", "projecting", "edited"),
+    Mutant("_projecting.py", "off & (w != 0)", "(w != w)", "projecting", "edited"),
     Mutant(
         "_projecting.py",
         "edited | ~jnp.isfinite(z), w, z)",
@@ -54,6 +54,14 @@ MUTANTS = (
     Mutant(
         "_projecting.py", "key_at(key, state.count - 1)", "key_at(key, state.count)", "contract_chain", "stochastic"
     ),
+    Mutant(
+        "_projecting.py",
+        "steps = _aligned(updates, params, picks)",
+        "steps = jax.tree.map(lambda u: u + 0 * jnp.sum(u), _aligned(updates, params, picks))",
+        "passes",
+        "whole_chain",
+    ),
+    Mutant("_norms.py", "if ord <= 1:", "if ord < 1:", "passes", "clip_norm_one"),
     Mutant("_projecting.py", "(since % every == 0)", "(since % every == 1)", "projecting", "refreshes_are_due"),
     Mutant("_projecting.py", "| (context.count == stop)", "", "projecting", "refreshes_are_due"),
     Mutant("_projecting.py", '{"grad": updates, **extra}', '{**extra, "grad": updates}', "pruning", "callers_own_wins"),
@@ -78,15 +86,15 @@ MUTANTS = (
     Mutant("_selecting.py", "near & 1 == 1", "near & 1 == 0", "selecting", "share"),
     Mutant(
         "_pruning.py",
-        "structure.expand(m, w), target, units)",
-        "jnp.ones((), bool), target, units)",
+        "return structure.expand(units, target)",
+        "return jax.tree.map(lambda w: jnp.ones((), bool), target)",
         "pruning",
         "once_and_holds",
     ),
     Mutant("_pruning.py", "held=None if carry else old", "held=None", "pruning", "nest"),
     Mutant(
         "_pruning.py",
-        "jax.tree.map(jnp.logical_and, units, trees.place(before.mask, target))",
+        "jax.tree.map(jnp.logical_and, units, trees.place(before.mask, owners))",
         "units",
         "pruning_cycles",
         "rigl",
@@ -102,6 +110,10 @@ MUTANTS = (
     Mutant(
         "structures.py", "(other == groups) & (j < place)", "(other == groups) & (j > place)", "structures", "n_of_m"
     ),
+    Mutant("structures.py", "masks[m.index] & spread", "spread", "groups", "reference"),
+    Mutant("structures.py", "jnp.int32, shape, 1) % n ==", "jnp.int32, shape, 1) // n ==", "groups", "sharded"),
+    Mutant("_groups.py", "votes[members[0].index] is not None", "votes is not None", "groups", "bad_groups"),
+    Mutant("_pruning.py", "where if structure.holds is None else structure.holds", "where", "groups", "reference"),
     Mutant("structures.py", "rank < n,", "rank <= n,", "structures", "n_of_m"),
     Mutant(
         "structures.py",
@@ -133,14 +145,47 @@ MUTANTS = (
         "codes",
     ),
     Mutant("_grids.py", "2 ** (int(bits) - 1) - 1)", "2 ** (int(bits) - 1))", "grids", "codes"),
-    Mutant("_grids.py", "jnp.asarray(1 + bits,", "jnp.asarray(0 * bits,", "grids", "short"),
+    Mutant("_grids.py", "drop = jnp.asarray(1 + bits,", "drop = jnp.asarray(0 * bits,", "grids", "short"),
+    Mutant("_grids.py", "step * parts > whole", "step * parts > 2 * whole", "grids", "share"),
+    Mutant("_grids.py", "(k + 1) * step <= limit, k + 1, k", "(k + 1) * step <= limit, k, k", "grids", "share"),
+    Mutant(
+        "_grids.py",
+        "low - jnp.floor(surplus / 2)",
+        "low - surplus",
+        "plans quantizing_tables",
+        "interval or tensorflow",
+    ),
     Mutant("_grids.py", "k * step > limit, k - 1, k)", "k * step > limit, k - 1, k - 1)", "grids", "multiples"),
     Mutant("_grids.py", "near.astype(wide) < exact if up", "near.astype(wide) > exact if up", "grids", "inwards"),
-    Mutant("steps.py", "(size > 0).astype", "(size >= 0).astype", "steps", "mse"),
-    Mutant("steps.py", "jnp.abs(x), axes) / grids.top(bits)", "jnp.abs(x), axes) / bits", "steps", "absmax"),
-    Mutant("_quantizing.py", "jnp.maximum(reach, largest))", "largest)", "contract_chain", "reach"),
-    Mutant("_quantizing.py", "(landed != 0) & jnp.isfinite(x)", "jnp.isfinite(x)", "contract_chain", "step_ignores"),
-    Mutant("_quantizing.py", "jnp.where(x == 0, jnp.zeros_like(code), code)", "code", "quantizing", "one_bit"),
+    Mutant("_fitting.py", "counted = size > 0", "counted = size >= 0", "steps", "one_bit"),
+    Mutant("_fitting.py", "(size > 0).astype(x.dtype)", "(size >= 0).astype(x.dtype)", "steps", "sigma"),
+    Mutant("_fitting.py", "(keys > 0) & (keys <= middle)", "keys <= middle", "steps", "percentile"),
+    Mutant("_fitting.py", "math.sqrt(0.5)", "0.5", "steps", "power_of_two"),
+    Mutant("steps.py", "near > limit, near / 2, near", "near > limit, near, near", "steps", "power_of_two"),
+    Mutant("steps.py", "0.7 * fitting.mean_size", "0.0 * fitting.mean_size", "steps", "twn"),
+    Mutant(
+        "steps.py",
+        "grids.share(fitting.over(jnp.max, jnp.abs(x), axes), grids.top(bits)",
+        "grids.share(fitting.over(jnp.max, x, axes), grids.top(bits)",
+        "steps",
+        "absmax",
+    ),
+    Mutant("_plans.py", "jnp.maximum(grid.reach, largest))", "largest)", "contract_chain", "reach"),
+    Mutant("_plans.py", "(landed != 0) & jnp.isfinite(x)", "jnp.isfinite(x)", "contract_chain", "step_ignores"),
+    Mutant("_plans.py", "(w == 0) & (jnp.asarray(one) == 1)", "w == 1e9", "quantizing", "one_bit"),
+    Mutant("_plans.py", "for side in (-shown, shown)", "for side in (shown, shown)", "plans", "affine"),
+    Mutant("_plans.py", "jnp.minimum(ends[0], top + zero)", "jnp.minimum(ends[0], top)", "plans", "spends_its_levels"),
+    Mutant("_plans.py", "two, low, below", "two, below, below", "roundings", "parq_matches"),
+    Mutant("widths.py", "energy[:, None] >= ratio * noise", "energy[:, None] <= ratio * noise", "plans", "sqnr"),
+    Mutant("widths.py", "(cost <= left)", "(cost <= left + 99)", "plans", "budget"),
+    Mutant("widths.py", "jnp.where(x == 0, x, code * step)", "code * step", "plans", "pruned_weights"),
+    Mutant("roundings.py", "(sigmoid(t) - sigmoid(1.0))", "sigmoid(t)", "roundings", "parq_matches"),
+    Mutant("roundings.py", "(1 - t) * ratio + t * code", "ratio", "roundings", "relax"),
+    Mutant("_forwarding.py", "limited - grids.ratio(fixed, s)", "limited", "forwarding", "lsq"),
+    Mutant("_forwarding.py", 'outside & (gradient != "straight_through")', "outside", "forwarding", "after_the_values"),
+    Mutant("_blocks.py", "(have, want // have)", "(want // have, have)", "plans", "groups"),
+    Mutant("_quantizing.py", "jnp.isnan(ratio), 0, ratio) +", "jnp.isnan(ratio), 0, ratio) + 0 *", "plans", "affine"),
+    Mutant("_projecting.py", "> held.near * jnp.abs(w)", "> 0 * jnp.abs(w)", "roundings", "float_weights"),
     Mutant(
         "_clamping.py",
         'w if when == "after" else p.astype',

@@ -25,7 +25,7 @@ def test_leaves_none_masked_empty_scalar_pass(member):
     odd = {"none": None, "hole": optax.MaskedNode(), "empty": jnp.zeros((0, 3)), "scalar": jnp.float32(0.05)}
     if member in members.WEIGHT:
         odd["steps"] = jnp.arange(3)
-    params = odd | {"dense": {"kernel": KERNEL}, "out": {"kernel": None}}
+    params = odd | {"dense": {"kernel": KERNEL, "bias": None}, "out": {"kernel": None}}
     tx = alone(member)
     with jax.disable_jit():
         state = tx.init(params)
@@ -40,7 +40,7 @@ def test_leaves_none_masked_empty_scalar_pass(member):
 @every_member
 def test_dtype_of_updates(member, dtype):
     """Rule 4: the gradient's dtype is kept before the optimizer; f32 comes out after it, never the narrow dtype."""
-    params = {"dense": {"kernel": jax.ShapeDtypeStruct((8, 16), dtype)}}
+    params = {"dense": {"kernel": jax.ShapeDtypeStruct((8, 16), dtype), "bias": None}, "out": {"kernel": None}}
     tx = alone(member)
     updates, state = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
     expected = "float32" if member in members.WEIGHT else dtype

@@ -23,6 +23,7 @@ ANOTHER_ORDER = {member.name: "the sum of powers" for member in members.GRADIENT
     "project_norm": "the sum of squares",
     "prune_units": "the mean of a unit",
     "prune_select": "the mean of a unit",
+    "prune_groups": "the mean of a unit",
     "quantize": "the squared errors of steps.mse",
     "quantize_inner": "the squared errors of steps.mse",
     "quantize_no_carry": "the squared errors of steps.mse",

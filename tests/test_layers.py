@@ -18,7 +18,7 @@ FILES = [*PACKAGE.glob("*.py"), *pathlib.Path(__file__).parent.glob("*.py")]
 # DESIGN.md, "Layout". Inside levels 0 and 1 the order of a line is the order of imports: a module may use those before.
 LEVELS = (
     (0, ("_typing", "_arguments", "_trees")),
-    (1, ("_norms", "_selecting", "_blocks", "_grids", "_fitting", "_landing", "_following", "_windows")),
+    (1, ("_norms", "_selecting", "_blocks", "_grids", "_fitting", "_landing", "_following", "_windows", "_groups")),
     (
         1,
         (

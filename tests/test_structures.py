@@ -22,7 +22,7 @@ def test_element_is_every_weight_alone():
     element = structures.element()
     np.testing.assert_array_equal(element.reduce(X), X)
     assert element.whole and element.min_keep == 0
-    element.check("any", jnp.ones(()))
+    element.check(jnp.ones(()), jnp.ones(()))
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
@@ -47,7 +47,7 @@ def test_unit_of_a_vector_is_the_entry():
 @pytest.mark.parametrize("axis", [1, -2])
 def test_unit_check_names_the_leaf_and_its_rank(axis):
     with pytest.raises(ValueError, match=rf"`axis` must exist in every picked leaf, got {axis}.*'enc/w' has rank 1"):
-        structures.unit(axis).check("enc/w", jnp.ones(3))
+        structures.unit(axis).check(*[{"enc": {"w": jnp.ones(3)}}] * 2)
 
 
 def reference_n_of_m(scores, n, m, axis):
@@ -93,4 +93,4 @@ def test_block_scores_are_means_and_expand_covers_the_leaf(shape, height, width)
 
 def test_block_needs_two_axes():
     with pytest.raises(ValueError, match=r"`axis` must exist in every picked leaf.*'b' has rank 1"):
-        structures.block(2, 2).check("b", jnp.ones(3))
+        structures.block(2, 2).check(*[{"b": jnp.ones(3)}] * 2)

@@ -1,0 +1,163 @@
+"""MNIST, the two LeNets, and a whole training as one compiled program: what lenet.py runs, without any chain."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import mnist
+
+BATCH = 256
+HELD_OUT = 10_000  # the last training images, on which settings are chosen
+
+
+class Data(NamedTuple):
+    """Images f32[n, 28, 28, 1] in [0, 1] and labels i32[n] to train on, then the same two to test on."""
+
+    x: jax.Array
+    y: jax.Array
+    x_test: jax.Array
+    y_test: np.ndarray
+
+
+def load(folder: Path, validate: bool) -> Data:
+    """Returns MNIST, or its training images alone, the last of them to test on."""
+    x, y, x_test, y_test = mnist.load(folder)
+    if validate:
+        (x, x_test), (y, y_test) = np.split(x, [-HELD_OUT]), np.split(y, [-HELD_OUT])
+    return Data(jnp.asarray(x), jnp.asarray(y), jnp.asarray(x_test), y_test)
+
+
+class LeNet300(nn.Module):
+    """784-300-100-10, 266,610 parameters."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps f32[n, 28, 28, 1] to logits f32[n, 10]."""
+        x = x.reshape(x.shape[0], -1)
+        for width in (300, 100):
+            x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(nn.Dense(width)(x)))
+        return nn.Dense(10)(x)
+
+
+class LeNet5(nn.Module):
+    """Caffe's LeNet: 20 and 50 filters of 5x5, each pooled to half, 500, 10; 431,080 parameters."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps f32[n, 28, 28, 1] to logits f32[n, 10]."""
+        for width in (20, 50):
+            x = nn.max_pool(nn.Conv(width, (5, 5), padding="VALID")(x), (2, 2), (2, 2))
+        x = nn.relu(nn.Dense(500)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(10)(nn.Dropout(self.dropout, deterministic=not train)(x))
+
+
+MODELS = {"LeNet-300-100": LeNet300, "LeNet-5": LeNet5}
+
+
+class Course(NamedTuple):
+    """What a chain is built for.
+
+    Attributes:
+      level: the sparsity to reach, f32[]; traced, so one program serves every level.
+      steps: how many updates there will be.
+      key: the PRNG key of what the chain draws.
+      params: the first params.
+      loss: params -> loss of the first thousand training images.
+    """
+
+    level: jax.Array
+    steps: int
+    key: jax.Array
+    params: Any
+    loss: Callable[[Any], jax.Array]
+
+
+class Lesson(NamedTuple):
+    """How a training goes: how long, and with what usual trick; `mix` is what the teacher's answers count."""
+
+    epochs: int
+    batch: int = BATCH
+    dropout: float = 0.0
+    smoothing: float = 0.0
+    mix: float = 0.0
+    temperature: float = 1.0
+
+
+def trainer(network: str, data: Data, chain: Callable[[Course], Any], lesson: Lesson) -> Callable[..., Any]:
+    """Compiles a training: `train(level, seed)` is params, opt_state and the seconds that it took.
+
+    The seed, traced like the level, decides the first params, the batches and what the chain draws. With `mix` a third
+    argument is needed: the teacher's logits f32[n, 10] of the training images.
+    """
+    model, batches = MODELS[network](lesson.dropout), len(data.x) // lesson.batch
+
+    def loss_fn(params, x, y, taught=None, key=None):
+        logits = model.apply(
+            {"params": params}, x, train=key is not None, rngs=None if key is None else {"dropout": key}
+        )
+        labels = optax.smooth_labels(jax.nn.one_hot(y, 10), lesson.smoothing)
+        loss = optax.softmax_cross_entropy(logits, labels).mean()
+        if not lesson.mix or taught is None:
+            return loss
+        soft = jax.nn.softmax(taught / lesson.temperature)
+        distance = optax.softmax_cross_entropy(logits / lesson.temperature, soft).mean()
+        return (1 - lesson.mix) * loss + lesson.mix * lesson.temperature**2 * distance
+
+    def train(level, seed, x, y, taught):
+        key = jax.random.key(seed)
+        params = model.init(key, x[:1])["params"]
+        draws = jax.random.fold_in(key, lesson.epochs)
+        tx = chain(Course(level, lesson.epochs * batches, draws, params, lambda p: loss_fn(p, x[:1000], y[:1000])))
+
+        def step(carry, batch):
+            params, state, key = carry
+            key, mine = jax.random.split(key) if lesson.dropout else (key, None)
+            soft = taught[batch] if lesson.mix else None
+            grads = jax.grad(loss_fn)(params, x[batch], y[batch], soft, mine)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state, key), None
+
+        def epoch(carry, number):
+            order = jax.random.permutation(jax.random.fold_in(key, number), len(x))
+            return jax.lax.scan(step, carry, order[: batches * lesson.batch].reshape(batches, lesson.batch))
+
+        return jax.lax.scan(epoch, (params, tx.init(params), draws), jnp.arange(lesson.epochs))[0][:2]
+
+    def arguments(level, seed, taught=None):
+        given = jnp.zeros(()) if taught is None else taught
+        return jnp.float32(level), seed, data.x, data.y, given
+
+    shape = jnp.zeros((len(data.x), 10)) if lesson.mix else None
+    program = jax.jit(train).lower(*arguments(0, 0, shape)).compile()
+
+    def timed(level, seed, taught=None):
+        begin = time.perf_counter()
+        params, state = jax.block_until_ready(program(*arguments(level, seed, taught)))
+        return params, state, time.perf_counter() - begin
+
+    return timed
+
+
+def answers(network: str, params: Any, x: jax.Array) -> np.ndarray:
+    """Returns the logits f32[n, 10] of every image, a thousand images at a time."""
+    return np.concatenate([_apply(MODELS[network](), params, x[i : i + 1000]) for i in range(0, len(x), 1000)])
+
+
+@jax.jit(static_argnums=0)
+def _apply(model: nn.Module, params: Any, x: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, x)
