@@ -6,14 +6,21 @@ the same model from them. `constriction` codes; it is an extra, and imported whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 CHUNK = 1 << 18  # symbols that are widened to i32 at a time; a multiple of 8
 FLUSH = 8  # bytes by which a code may exceed its information
 _MANTISSA = {1: 4, 2: 11}  # bits of a stored frequency's mantissa by its bytes
+
+
+class Plan(NamedTuple):
+    """A way to write something: its size in bytes, rounded up, and a function that appends it."""
+
+    size: float
+    write: Callable[[bytearray], None]
 
 
 class Cursor:
@@ -122,7 +129,7 @@ def read_table(cursor: Cursor, size: int) -> np.ndarray:
     return frequencies
 
 
-Part = tuple[np.ndarray, np.ndarray]  # symbols and the frequencies to code them with
+Part = tuple[Callable[[], np.ndarray], np.ndarray]  # symbols, made when they are coded, and their frequencies
 
 
 def _constriction() -> Any:
@@ -137,16 +144,17 @@ def _model(stream: Any, frequencies: np.ndarray) -> Any:
     return stream.model.Categorical(frequencies, perfect=False)
 
 
-def push(parts: list[Part]) -> bytes:
-    """The parts, in the order in which they will be read, as one code with its number of words in front."""
+def push(parts: list[Part], out: bytearray) -> None:
+    """Append the parts, in the order in which they will be read, as one code with its number of words in front."""
     stream = _constriction()
     coder = stream.stack.AnsCoder()
     for symbols, frequencies in reversed(parts):
         model = _model(stream, frequencies)
-        for chunk in reversed(list(chunks(symbols))):
+        for chunk in reversed(list(chunks(symbols()))):
             coder.encode_reverse(chunk.astype(np.int32), model)
     words = coder.get_compressed()
-    return whole(words.size) + words.astype("<u4").tobytes()
+    out += whole(words.size)
+    out += words.astype("<u4", copy=False).data
 
 
 class Pops:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,9 @@ LIMIT = 1 << 16  # the largest alphabet
 NAMES = ("packed", "order 0", "rows and columns")
 """The codes in words, in the order of the byte that tells them apart."""
 
-Plan = tuple[float, Callable[[], bytes]]
-"""A way to write the symbols: its bytes, and how to do it."""
 
-
-def encode(symbols: np.ndarray, size: int, zero: int | None = None) -> tuple[bytes, int]:
-    """Write symbols in the smallest of three ways.
+def plan(symbols: np.ndarray, size: int, zero: int | None = None) -> tuple[ans.Plan, int]:
+    """The smallest of three ways to write symbols.
 
     Packed codes of ceil(log2 size) bits; an order-0 ANS code; or, for a matrix with a symbol for zero, one with a
     density of zeros for every class of rows and of columns.
@@ -30,22 +26,26 @@ def encode(symbols: np.ndarray, size: int, zero: int | None = None) -> tuple[byt
       zero: the symbol that pruning leaves, if there is one.
 
     Returns:
-      The bytes, and how many the packed codes take.
+      The plan, and how many bytes packed codes take.
     """
     if size == 1 or not symbols.size:
-        return b"", 0
+        return ans.Plan(0, lambda out: None), 0
     counts = ans.histogram(symbols, size)
-    options: list[Plan | None] = [_packed(symbols, size), _order0(symbols, counts)]
+    options: list[ans.Plan | None] = [_packed(symbols, size), _order0(symbols, counts)]
     if zero is not None and min(symbols.shape) > 1 and 0 < counts[zero] < symbols.size:
         options.append(densities.plan(symbols, counts, zero))
-    kind, (_, write) = min(
-        ((i, option) for i, option in enumerate(options) if option is not None), key=lambda numbered: numbered[1][0]
-    )
-    return bytes([kind]) + write(), 1 + _packed_size(symbols, size)
+    numbered = [(i, option) for i, option in enumerate(options) if option]
+    kind, chosen = min(numbered, key=lambda pair: pair[1].size)
+
+    def write(out: bytearray) -> None:
+        out.append(kind)
+        chosen.write(out)
+
+    return ans.Plan(1 + chosen.size, write), 1 + int(numbered[0][1].size)
 
 
 def decode(cursor: ans.Cursor, shape: tuple[int, int], size: int) -> np.ndarray:
-    """Read what `encode` wrote: u8 or u16 symbols [rows, columns], each below `size`."""
+    """Read what a plan wrote: u8 or u16 symbols [rows, columns], each below `size`."""
     out = np.zeros(shape, symbol_dtype(size))
     if size == 1 or not out.size:
         return out
@@ -65,18 +65,14 @@ def _width(size: int) -> int:
     return max(size - 1, 1).bit_length()
 
 
-def _packed_size(symbols: np.ndarray, size: int) -> int:
-    return -(-symbols.size * _width(size) // 8)
-
-
-def _packed(symbols: np.ndarray, size: int) -> Plan:
+def _packed(symbols: np.ndarray, size: int) -> ans.Plan:
     bits = _width(size)
 
-    def write() -> bytes:
-        parts = (((part[:, None] >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8) for part in ans.chunks(symbols))
-        return b"".join(np.packbits(part).tobytes() for part in parts)
+    def write(out: bytearray) -> None:
+        for part in ans.chunks(symbols):
+            out += np.packbits(((part[:, None] >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8)).data
 
-    return _packed_size(symbols, size), write
+    return ans.Plan(-(-symbols.size * bits // 8), write)
 
 
 def _read_packed(cursor: ans.Cursor, out: np.ndarray, size: int) -> None:
@@ -89,9 +85,14 @@ def _read_packed(cursor: ans.Cursor, out: np.ndarray, size: int) -> None:
         raise ValueError(f"A payload has a symbol beyond its alphabet of {size}.")
 
 
-def _order0(symbols: np.ndarray, counts: np.ndarray) -> Plan:
+def _order0(symbols: np.ndarray, counts: np.ndarray) -> ans.Plan:
     table, frequencies, size = ans.table(counts)
-    return size + ans.FLUSH, lambda: table + ans.push([(symbols, frequencies)])
+
+    def write(out: bytearray) -> None:
+        out += table
+        ans.push([(lambda: symbols, frequencies)], out)
+
+    return ans.Plan(size + ans.FLUSH, write)
 
 
 def _read_order0(cursor: ans.Cursor, out: np.ndarray, size: int) -> None:

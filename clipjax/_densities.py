@@ -6,7 +6,8 @@ class of columns, has one share of nonzeros; the nonzeros are coded after them, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +19,8 @@ _FULL = (1 << 16) - 1  # a stored share of nonzeros: 0 and _FULL are exact, and 
 _WORTH = 16  # bits that a split must save
 
 
-def plan(symbols: np.ndarray, counts: np.ndarray, zero: int) -> tuple[float, Callable[[], bytes]] | None:
-    """The bytes that this code takes, and how to write it; None where lines are too alike for classes."""
+def plan(symbols: np.ndarray, counts: np.ndarray, zero: int) -> ans.Plan | None:
+    """How to write this code; None where lines are too alike for classes."""
     alive = symbols != zero
     rows, columns = (np.count_nonzero(alive, axis=axis) for axis in (1, 0))
     classes = _classes(rows, symbols.shape[1]), _classes(columns, symbols.shape[0])
@@ -32,11 +33,11 @@ def plan(symbols: np.ndarray, counts: np.ndarray, zero: int) -> tuple[float, Cal
     rest = np.where(np.arange(counts.size) == zero, 0, counts)
     table, frequencies, values = ans.table(rest)
 
-    def write() -> bytes:
-        parts = [*best.parts(alive), (symbols[alive], frequencies)]
-        return ans.whole(zero) + table + best.head() + ans.push(parts)
+    def write(out: bytearray) -> None:
+        out += ans.whole(zero) + table + best.head()
+        ans.push([*best.parts(alive), (lambda: symbols[alive], frequencies)], out)
 
-    return len(ans.whole(zero)) + values + best.size + ans.FLUSH, write
+    return ans.Plan(len(ans.whole(zero)) + values + best.size + ans.FLUSH, write)
 
 
 def read(cursor: ans.Cursor, out: np.ndarray, size: int) -> None:
@@ -110,10 +111,11 @@ class _Blocks(NamedTuple):
     def parts(self, alive: np.ndarray) -> list[ans.Part]:
         """The classes and then, block by block, which entries are alive."""
         named = zip(self.classes, self.tables, self.depth, strict=True)
-        parts: list[ans.Part] = [(c, table[1]) for c, table, d in named if d]
+        parts: list[ans.Part] = [(functools.partial(np.asarray, c), table[1]) for c, table, d in named if d]
         for place, share in self.each():
             if 0 < share < _FULL:
-                parts += [(alive[np.ix_(rows, place[1])], _bernoulli(share)) for rows in _strips(*place)]
+                at = [np.ix_(rows, place[1]) for rows in _strips(*place)]
+                parts += [(functools.partial(alive.__getitem__, i), _bernoulli(share)) for i in at]
         return parts
 
     def each(self) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], int]]:

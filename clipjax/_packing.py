@@ -71,7 +71,7 @@ def load(
         back as they were, and other containers as dicts.
       sharding: where leaves go: one sharding or device, a tree of them, or a function of `(path, ShapeDtypeStruct)`.
       dequantize: False returns a `Quantized` for every leaf that is codes * steps, for inference with integers.
-      max_bytes: how many bytes the leaves may take together; by default 2^28, or 1000 times the file where that is
+      max_bytes: how many bytes the leaves may take together; by default 2^26, or 1000 times the file where that is
         more, so that a small hostile file cannot ask for gigabytes.
 
     Returns:

@@ -41,7 +41,7 @@ class Payload(NamedTuple):
       packed: the bytes of alphabet, packed codes and escapes, at most those of the array.
     """
 
-    data: bytes | None
+    data: bytearray | None
     packed: int
 
 
@@ -58,14 +58,16 @@ def pack(x: np.ndarray) -> Payload:
     if found is None:
         return Payload(None, x.nbytes)
     symbols, alphabet = found
-    code, packed = coding.encode(symbols, alphabet.size, alphabet.zero)
-    head = zlib.crc32(alphabets.patterns(x).data).to_bytes(4, "little") + _head(alphabet)
-    tail = alphabet.escapes.astype(alphabet.escapes.dtype.newbyteorder("<")).tobytes()
-    size = len(head) + len(code) + len(tail)
-    packed = min(len(head) + packed + len(tail), x.nbytes)
-    if size >= x.nbytes:
+    code, packed = coding.plan(symbols, alphabet.size, alphabet.zero)
+    head, escapes = _head(alphabet), alphabet.escapes.nbytes
+    packed = min(4 + len(head) + packed + escapes, x.nbytes)
+    if 4 + len(head) + code.size + escapes >= x.nbytes:
         return Payload(None, packed)
-    return Payload(b"".join((head, code, tail)), packed)
+    data = bytearray(zlib.crc32(alphabets.patterns(x).data).to_bytes(4, "little"))
+    data += head
+    code.write(data)
+    data += alphabet.escapes.astype(alphabet.escapes.dtype.newbyteorder("<"), copy=False).data
+    return Payload(data if len(data) < x.nbytes else None, packed)
 
 
 def unpack(data: bytes, dtype: np.dtype, shape: tuple[int, ...], dequantize: bool = True) -> np.ndarray | Grid:
@@ -82,8 +84,10 @@ def unpack(data: bytes, dtype: np.dtype, shape: tuple[int, ...], dequantize: boo
     found, book, escapes = alphabet
     if dequantize or found is None or escapes.size or (book << book.dtype.type(1)).any():
         return out
-    codes = np.where(symbols < found.levels, symbols.astype(np.int32) + found.low, 0)
-    return Grid(codes.astype(np.int16).reshape(shape), found.step)
+    codes = np.empty(shape, np.int16)
+    for code, part in zip(ans.chunks(codes), ans.chunks(symbols), strict=True):
+        code[:] = np.where(part < found.levels, part.astype(np.int32) + found.low, 0)
+    return Grid(codes, found.step)
 
 
 def entropy(x: np.ndarray) -> int:

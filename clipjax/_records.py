@@ -17,7 +17,7 @@ from clipjax import _container as container
 from clipjax import _payloads as payloads
 
 VERSION = "1"
-_SMALL = 1 << 28  # a file may always decode to this many bytes,
+_SMALL = 1 << 26  # a file may always decode to this many bytes,
 _GROWTH = 1000  # or to this many times its own size
 
 

@@ -232,7 +232,7 @@ MUTANTS = (
     Mutant("_norms.py", "jax.lax.pmax(top, at) if at", "top if at", "clipping_sharded", "shard_map"),
     Mutant("_multiples.py", " + np.float32(0)  # no -0", "  # no -0", "packing", "sign_of_zero"),
     Mutant("_alphabets.py", "np.where(there, searched, book.size)", "book.size", "coding", "book_has_every"),
-    Mutant("_ans.py", "reversed(list(chunks(symbols)))", "list(chunks(symbols))", "coding", "order_0"),
+    Mutant("_ans.py", "reversed(list(chunks(symbols())))", "list(chunks(symbols()))", "coding", "order_0"),
     Mutant("_densities.py", "classes[order] = sorted", "classes[:] = sorted", "coding", "densities"),
     Mutant("_records.py", "if zlib.crc32(data) != self.checksum:", "if False:", "fuzz", "damage"),
     Mutant("_records.py", "if not reader.intact():", "if False:", "fuzz", "damage"),
