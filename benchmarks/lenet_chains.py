@@ -101,16 +101,16 @@ METHODS = {
     "magnitude": among(by(scores.magnitude), scope=SCOPES),
     "relative magnitude": among(by(scores.relative_magnitude), scope=SCOPES),
     "gradient, one batch": among(by(scores.gradient), scope=SCOPES, decay=(0.0,)),
-    "gradient, smoothed": among(by(scores.gradient), scope=SCOPES, decay=DECAYS),
-    "Taylor": among(by(scores.taylor), scope=SCOPES, decay=DECAYS),
+    "gradient, smoothed": among(by(scores.gradient), {"scope": "global", "decay": 0.9}, scope=SCOPES, decay=DECAYS),
+    "Taylor": among(by(scores.taylor), {"scope": "erk", "decay": 0.99}, scope=SCOPES, decay=DECAYS),
     "movement": among(
         by(scores.movement),
-        {"scope": "erk", "carry": False, "decay": 0.9999},
+        {"scope": "erk", "carry": False, "decay": 0.999},
         scope=SCOPES,
         carry=(False, True),
         decay=DECAYS,
     ),
-    "SNIP": among(snip, scope=SCOPES),
+    "SNIP": among(snip, {"scope": "global"}, scope=SCOPES),
     "RigL": among(
         rigl, {"scope": "global", "share": 0.5, "every": 50}, scope=SCOPES, share=(0.3, 0.5), every=(50, 200)
     ),
