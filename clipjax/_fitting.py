@@ -104,5 +104,6 @@ def given(step: Any, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def check_percent(value: Any, name: str) -> None:
     """Check a percentage in (0, 100]."""
+    arguments.static(value, name)
     ok = arguments.is_number(value) and 0 < value <= 100
     arguments.require(ok, name, "lie in (0, 100]", value, "Try 99.9.")

@@ -143,17 +143,21 @@ def share(whole: jax.Array, parts: Any, bits: Any) -> jax.Array:
 
 
 def multiples(limit: jax.Array, step: jax.Array) -> jax.Array:
-    """The largest whole k with k * s <= limit, exact where k * s is, for limit >= 0."""
+    """The largest whole k with k * s <= limit, exact where k * s is; 0 for limit < 0."""
     k = jnp.floor(limit / step)  # may be one off to either side: XLA takes a quotient as a product
     k = jnp.where((k + 1) * step <= limit, k + 1, k)
     return jnp.maximum(jnp.where(k * step > limit, k - 1, k), 0)
 
 
 def ends(step: jax.Array, bits: Any, below: jax.Array, above: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many levels lie on both sides of zero in [-below, above], cut at both ends to what the width has."""
+    """How many levels lie on both sides of zero in [-below, above], cut at both ends to what the width has.
+
+    Never beyond zero: a side that has none gives none.
+    """
     low, high = multiples(below, step), multiples(above, step)
     surplus = jnp.maximum(low + high - 2 * jnp.asarray(top(bits), low.dtype), 0)
-    return low - jnp.floor(surplus / 2), high - jnp.ceil(surplus / 2)
+    cut = jnp.minimum(jnp.maximum(jnp.floor(surplus / 2), surplus - high), low)
+    return low - cut, high - (surplus - cut)
 
 
 def shared_axes(ndim: int, axis: int | tuple[int, ...] | None, group: int | None = None) -> tuple[int, ...]:

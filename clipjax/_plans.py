@@ -131,16 +131,17 @@ def fit(plan: Plan, seen: Measured) -> Grid:
 
 def fitted(plan: Plan, seen: Measured, step: jax.Array, bits: Any) -> Grid:
     """The grid of a step and a width, which may be traced."""
-    return Grid(step, seen.reach, _zero_point(plan, step, seen.reach, bits), jnp.asarray(bits, jnp.int32))
+    return Grid(step, seen.reach, _zero_point(plan, seen, step, bits), jnp.asarray(bits, jnp.int32))
 
 
-def _zero_point(plan: Plan, step: jax.Array, reach: jax.Array, bits: Any) -> jax.Array:
-    """The code of 0: 0 where both sides are alike; else the surplus of levels is cut from both ends."""
+def _zero_point(plan: Plan, seen: Measured, step: jax.Array, bits: Any) -> jax.Array:
+    """The code of 0: 0 where both sides are alike; else from where weights are, which the reach may exceed by far."""
     if (not plan.rule.affine and plan.rule.limits is None) or 1 in plan.allowed:
         return jnp.zeros(step.shape, jnp.int32)
-    below, above = sides_of(plan, reach)
     if plan.rule.limits is not None:
         below, above = (jnp.asarray(abs(end), jnp.float32) for end in plan.rule.limits)
+    else:
+        below, above = (fitting.over(jnp.max, side, seen.axes) for side in (-seen.values, seen.values))
     low, _ = grids.ends(step, bits, below, above)
     return (low - jnp.asarray(grids.top(bits), low.dtype)).astype(jnp.int32)
 

@@ -133,7 +133,7 @@ def fake_quantize(
     _check_bits(bits, rule, step)
     for name, value in (("axis", axis), ("group", group), ("carry", carry)):
         arguments.static(value, name)
-    roundings.check(rounding, key)
+    roundings.check(rounding)
     arguments.times(start, every, stop)
     where = trees.weights if where is None else where
 
@@ -253,9 +253,10 @@ def quantized(params: Tree, opt_state: Any) -> Tree:
     References:
       D4, section 2.2: floats become integers.
     """
-    states = [state for state in trees.find(opt_state, QuantizeState) if isinstance(state.step, dict)]
+    found = trees.find(opt_state, QuantizeState)
     remedy = "Pass the state of an optimizer with `clipjax.fake_quantize` in it."
-    arguments.require(states, "opt_state", "hold a quantizer", type(opt_state).__name__, remedy)
+    arguments.require(found, "opt_state", "hold a quantizer", type(opt_state).__name__, remedy)
+    states = [state for state in found if isinstance(state.step, dict)]  # those that govern a leaf
 
     def codes(path: str, leaf: Any) -> Any:
         for state in states:

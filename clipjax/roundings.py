@@ -109,7 +109,7 @@ def _check_updates(updates: Any) -> None:
     arguments.whole(updates, "updates", low=1, remedy="Give the number of updates from `start` until the grid is hard.")
 
 
-def check(rounding: Any, key: Any) -> None:
+def check(rounding: Any) -> None:
     """Check a `rounding=` argument: a name or a rule of this module."""
     if not isinstance(rounding, Rounding):
         if not isinstance(rounding, str):

@@ -67,8 +67,8 @@ def interval(lo: float, hi: float) -> Step:
     and the codes are those whose values lie in [lo, hi].
 
     Args:
-      lo: lower end, at most 0.
-      hi: upper end, at least 0, above `lo`.
+      lo: lower end, at most 0. Static.
+      hi: upper end, at least 0, above `lo`. Static.
 
     Returns:
       A `Step`.
@@ -84,6 +84,8 @@ def interval(lo: float, hi: float) -> Step:
     References:
       D0, section 2.2, step 3.
     """
+    for name, end in (("lo", lo), ("hi", hi)):
+        arguments.static(end, name)
     ok = arguments.finite((lo, hi)) and lo <= 0 <= hi and lo < hi
     remedy = "The grid holds 0, so that a pruned weight is on it: lo <= 0 <= hi and lo < hi."
     arguments.require(ok, "lo, hi", "be finite and enclose 0", (lo, hi), remedy)
@@ -149,7 +151,7 @@ def percentile(q: float = 99.9) -> Step:
     without interpolation, exact and without a sort, by 32 counting passes.
 
     Args:
-      q: percent, in (0, 100]; 100 is `absmax`.
+      q: percent, in (0, 100]; 100 is `absmax`. Static.
 
     Returns:
       A `Step`.

@@ -40,8 +40,8 @@ def sqnr(target_db: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
     .. math:: \mathrm{SQNR}(b) = 10 \log_{10} \frac{\sum w^2}{\sum (Q_b(w) - w)^2} \ge \text{target}
 
     Args:
-      target_db: the target in decibels; 6 dB are about one bit.
-      allowed: the widths to choose from, each 1 to 16.
+      target_db: the target in decibels; 6 dB are about one bit. Static.
+      allowed: the widths to choose from, each 1 to 16. Static.
 
     Returns:
       A `Width`, for `fake_quantize(bits=)`: each leaf's width is chosen at `start` and at every refresh, and frozen at
@@ -61,6 +61,7 @@ def sqnr(target_db: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
     References:
       D4, section 2.2, steps 1 and 2.
     """
+    arguments.static(target_db, "target_db")
     remedy = "Give decibels, e.g. 20."
     arguments.require(arguments.is_number(target_db), "target_db", "be a number", target_db, remedy)
     allowed = _checked(allowed)
@@ -80,8 +81,8 @@ def budget(bits: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
     width, as long as one can be paid for.
 
     Args:
-      bits: mean bits per weight.
-      allowed: the widths to choose from, each 1 to 16.
+      bits: mean bits per weight. Static.
+      allowed: the widths to choose from, each 1 to 16. Static.
 
     Returns:
       A `Width`, see `sqnr`.
@@ -98,7 +99,9 @@ def budget(bits: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
     References:
       D4, section 2.2, step 2. Cover and Thomas, "Elements of Information Theory", section 10.3.3.
     """
-    arguments.require(arguments.is_number(bits), "budget", "be a number", bits, "Give mean bits, e.g. 4.")
+    arguments.static(bits, "budget")
+    ok = arguments.is_number(bits) and arguments.finite(bits)
+    arguments.require(ok, "budget", "be a finite number", bits, "Give mean bits, e.g. 4.")
     allowed = _checked(allowed)
     remedy = f"The smallest allowed width is {allowed[0]}."
     arguments.require(bits >= allowed[0], "budget", "be at least the smallest width", bits, remedy)
@@ -110,7 +113,8 @@ def budget(bits: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
 
 
 def _checked(allowed: tuple[int, ...]) -> tuple[int, ...]:
-    arguments.require(len(allowed) > 0, "allowed", "hold widths", allowed, "Try (2, 4, 8).")
+    ok = isinstance(allowed, tuple | list | range) and len(allowed) > 0
+    arguments.require(ok, "allowed", "hold widths", allowed, "Try (2, 4, 8).")
     for width in allowed:
         arguments.bits(width, "allowed")
     return tuple(sorted({int(width) for width in allowed}))
@@ -133,7 +137,7 @@ def choose_bits(
     By `widths.sqnr` with a target, by `widths.budget` with a budget.
 
     Args:
-      params: a tree of concrete arrays.
+      params: a tree of concrete arrays; zeros and non-finite entries are ignored.
       target_db: the SQNR to reach, in decibels.
       budget: mean bits per picked weight.
       allowed: the widths to choose from, each 1 to 16.
@@ -174,7 +178,7 @@ def choose_bits(
             remedy = "Give a tree like the params."
             arguments.require(path in weighs, "sensitivity", "name every picked leaf", path, remedy)
         h = None if sensitivity is None else grids.view(jnp.broadcast_to(weighs[path], leaf.shape), size)
-        x = grids.view(leaf.astype(jnp.float32), size)
+        x = grids.view(jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)).astype(jnp.float32), size)
         spectra.append(_spectrum(x, h, rule, grids.shared_axes(leaf.ndim, own, size), width.allowed))
     chosen = {}
     if spectra:

@@ -74,6 +74,27 @@ def test_affine_grid_keeps_zeros():
         assert int((params["kernel"] == 0).sum()) >= 50
 
 
+@pytest.mark.parametrize("group", [None, 2])
+def test_affine_grid_of_weights_that_shrink(group):
+    """Its levels follow the weights, not the larger ones of before, and 0 stays one of them on either side."""
+    mask = {"kernel": jnp.arange(16).reshape(8, 2) % 4 > 0}
+    tx = optax.chain(clipjax.prune_mask(mask=mask), clipjax.fake_quantize(4, step=steps.minmax(), group=group, every=1))
+    for sign in (1, -1):
+        w = {"kernel": sign * jnp.asarray(np.random.default_rng(0).uniform(0.2, 1.0, size=(8, 2)), jnp.float32)}
+        for i, (params, state) in enumerate(run(tx, w, [still, lambda p, s=sign: -0.13 * s + 0 * p, still])):
+            z, p = np.where(mask["kernel"], state[1].carry["kernel"], 0), np.asarray(params["kernel"])
+            assert (p[~np.asarray(mask["kernel"])] == 0).all()
+            if i != 1:  # a weight that moves by more than half is on the grid one update later
+                assert np.abs(p - z).max() <= 0.5001 * np.max(clipjax.quantized(params, state)["kernel"].step)
+
+
+def test_interval_of_sixteen_bits_keeps_zero_on_its_end():
+    """Short steps leave more multiples inside than there are codes: what is cut is cut at the other end."""
+    w = {"kernel": jnp.array([[0.0, 1.0], [0.5, 0.0]])}
+    ((params, _),) = run(clipjax.fake_quantize(16, step=steps.interval(0.0, 1.0)), w, [still])
+    assert params["kernel"][0, 0] == params["kernel"][1, 1] == 0 and params["kernel"][0, 1] > 0.95
+
+
 @pytest.mark.parametrize(("lo", "hi"), [(-0.25, 0.75), (0.0, 1.0)])
 def test_interval_codes_fit_eight_bits(lo, hi):
     """An uneven interval needs its zero point: 254 levels above zero are no i8."""
@@ -226,6 +247,24 @@ def test_sensitivity_moves_the_bits():
         clipjax.choose_bits(w, budget=4.0, sensitivity={"q": jnp.float32(1.0)})
 
 
+@pytest.mark.parametrize("target", [{"target_db": 20.0}, {"budget": 5.0}])
+def test_choose_bits_leaves_out_what_is_not_finite(target):
+    """As `choose_step` does; a NaN would compare as a target never reached."""
+    w = {"q": LAYERS["gaussian"], "k": LAYERS["flat"]}
+    bad = {"q": w["q"].at[0, :2].set(jnp.array([jnp.nan, jnp.inf])), "k": w["k"]}
+    zero = {"q": w["q"].at[0, :2].set(0), "k": w["k"]}
+    assert clipjax.choose_bits(bad, **target) == clipjax.choose_bits(zero, **target)
+
+
+def test_quantized_of_a_member_that_governs_nothing_is_the_params():
+    tx, w = clipjax.fake_quantize(4), {"kernel": jnp.ones((2, 2), jnp.int32), "bias": jnp.ones(2)}
+    with pytest.warns(UserWarning, match="picks no float array"):
+        state = tx.init(w)
+    np.testing.assert_array_equal(clipjax.quantized(w, state)["bias"], w["bias"])
+    with pytest.raises(ValueError, match="`opt_state` must hold a quantizer"):
+        clipjax.quantized(w, optax.sgd(0.1).init(w))
+
+
 def test_report_shows_the_chosen_widths():
     tx = clipjax.fake_quantize(widths.sqnr(20.0))
     ((_, state),) = run(tx, LAYERS, [still])
@@ -242,6 +281,8 @@ def test_bad_arguments_name_the_remedy():
         (lambda: clipjax.fake_quantize(1, step=steps.minmax()).init(w), "`bits` must be at least 2 for an affine grid"),
         (lambda: widths.sqnr(20.0, ()), "`allowed` must hold widths"),
         (lambda: widths.sqnr("a lot"), "`target_db` must be a number"),
+        (lambda: widths.budget(float("inf")), "`budget` must be a finite number"),
+        (lambda: widths.sqnr(20.0, 4), "`allowed` must hold widths"),
         (lambda: widths.budget(1.5), "`budget` must be at least the smallest width"),
         (lambda: steps.percentile(0), r"`q` must lie in \(0, 100\]"),
         (lambda: steps.sigma(-1.0), "`k` must be positive"),
@@ -251,3 +292,11 @@ def test_bad_arguments_name_the_remedy():
             build()
     with pytest.raises(TypeError, match="`group` must be a static"):
         clipjax.fake_quantize(4, group=jnp.int32(4))
+    for build, name in (
+        (lambda value: widths.sqnr(value), "target_db"),
+        (lambda value: widths.budget(value), "budget"),
+        (lambda value: steps.percentile(value), "q"),
+        (lambda value: steps.interval(-1.0, value), "hi"),
+    ):
+        with pytest.raises(TypeError, match=f"`{name}` must be a static"):
+            jax.jit(build)(4.0)
