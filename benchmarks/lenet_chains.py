@@ -77,8 +77,8 @@ def rigl(course: Course, optimizer: Any, share: float, every: int, **pruning: An
 def straight_through(course: Course, optimizer: Any, inside: bool, **pruning: Any) -> optax.GradientTransformation:
     """Gradual pruning whose float weights keep learning, so that a weight can come back."""
     if inside:
-        return gradual(course, carry=True, inner=optimizer, **pruning)
-    return optax.chain(optimizer, gradual(course, carry=True, **pruning))
+        return gradual(course, inner=optimizer, **pruning)
+    return optax.chain(optimizer, gradual(course, **pruning))
 
 
 def dense(course: Course, optimizer: Any) -> optax.GradientTransformation:
@@ -101,18 +101,18 @@ METHODS = {
     "magnitude": among(by(scores.magnitude), scope=SCOPES),
     "relative magnitude": among(by(scores.relative_magnitude), scope=SCOPES),
     "gradient, one batch": among(by(scores.gradient), scope=SCOPES, decay=(0.0,)),
-    "gradient, smoothed": among(by(scores.gradient), {"scope": "global", "decay": 0.9}, scope=SCOPES, decay=DECAYS),
-    "Taylor": among(by(scores.taylor), {"scope": "erk", "decay": 0.99}, scope=SCOPES, decay=DECAYS),
+    "gradient, smoothed": among(by(scores.gradient), scope=SCOPES, decay=DECAYS),
+    "Taylor": among(by(scores.taylor), scope=SCOPES, decay=DECAYS),
     "movement": among(
         by(scores.movement),
-        {"scope": "erk", "carry": False, "decay": 0.999},
+        {"scope": "erk", "carry": False, "decay": 0.9999},
         scope=SCOPES,
         carry=(False, True),
         decay=DECAYS,
     ),
-    "SNIP": among(snip, {"scope": "global"}, scope=SCOPES),
+    "SNIP": among(snip, scope=SCOPES),
     "RigL": among(
         rigl, {"scope": "global", "share": 0.5, "every": 50}, scope=SCOPES, share=(0.3, 0.5), every=(50, 200)
     ),
-    "straight-through": among(straight_through, scope=SCOPES, inside=(False, True)),
+    "straight-through": among(straight_through, carry=(True,), scope=SCOPES, inside=(False, True)),
 }

@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="train nothing, print what is saved")
     options = parser.parse_args()
     if options.data_dir is None and not options.table:
-        parser.error("--data-dir DIR is needed to train: the folder of MNIST's IDX files.")
+        parser.exit(message="Skipped: --data-dir DIR is needed to train, the folder of MNIST's IDX files.\n")
     options.out.mkdir(parents=True, exist_ok=True)
     store = Store(options.out / "lenet_grids.jsonl")
     seeds = range(options.seeds)

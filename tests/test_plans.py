@@ -14,6 +14,7 @@ from clipjax import steps, widths
 pytestmark = pytest.mark.usefixtures("strict")
 
 RNG = np.random.default_rng(0)
+ABSMAX = steps.absmax()  # one rule, so that compiled functions are shared
 
 
 def run(tx, params, gradients):
@@ -98,13 +99,13 @@ def test_interval_of_sixteen_bits_keeps_zero_on_its_end():
 @pytest.mark.parametrize(("lo", "hi"), [(-0.25, 0.75), (0.0, 1.0)])
 def test_interval_codes_fit_eight_bits(lo, hi):
     """An uneven interval needs its zero point: 254 levels above zero are no i8."""
-    w = {"kernel": jnp.asarray(RNG.uniform(lo, hi, size=(40, 40)), jnp.float32)}
+    w = {"kernel": jnp.asarray(np.linspace(lo, hi, 1600).reshape(40, 40), jnp.float32)}  # the ends are weights too
     tx = clipjax.fake_quantize(8, step=steps.interval(lo, hi))
     ((params, state),) = run(tx, w, [still])
     q = clipjax.quantized(params, state)["kernel"]
     assert q.codes.dtype == jnp.int8 and np.abs(np.int32(q.codes)).max() <= 127
     np.testing.assert_array_equal(back(q), params["kernel"])
-    assert np.abs(params["kernel"] - w["kernel"]).max() <= 1.01 / 254 * (hi - lo)  # half a step inside
+    assert np.abs(params["kernel"] - w["kernel"]).max() <= 0.51 / 254 * (hi - lo) + 1e-6
 
 
 def grouped(w, g, axis, fn):
@@ -217,7 +218,7 @@ def test_widths_follow_the_distribution_until_stop():
     assert states[0] == 5 and states[1:] == [2, 2, 2, 2]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(budget=st.floats(2, 8), seed=st.integers(0, 99))
 def test_budget_inside_the_run_is_kept_and_spent(budget, seed):
     """The mean over all weights; no leaf's next width could still be paid for; the same as before the run."""
@@ -225,7 +226,7 @@ def test_budget_inside_the_run_is_kept_and_spent(budget, seed):
     shapes = {"q": (7, 30), "k": (20, 3), "v": (5, 5)}
     w = {k: jnp.asarray(rng.normal(size=s) * rng.uniform(0.1, 2), jnp.float32) for k, s in shapes.items()}
     allowed = (2, 3, 4, 6, 8)
-    tx = clipjax.fake_quantize(widths.budget(budget, allowed), step=steps.absmax())
+    tx = clipjax.fake_quantize(widths.budget(budget, allowed), step=ABSMAX)
     state = tx.update(jax.tree.map(jnp.zeros_like, w), tx.init(w), w)[1]
     found = {name: int(b) for name, b in state.projection.bits.items()}
     spent, total = sum(found[k] * w[k].size for k in w), sum(x.size for x in w.values())
@@ -233,7 +234,7 @@ def test_budget_inside_the_run_is_kept_and_spent(budget, seed):
     for name, b in found.items():
         wider = min([a for a in allowed if a > b], default=None)
         assert wider is None or spent + (wider - b) * w[name].size > budget * total
-    assert found == clipjax.choose_bits(w, budget=budget, allowed=allowed, step=steps.absmax())
+    assert found == clipjax.choose_bits(w, budget=budget, allowed=allowed, step=ABSMAX)
 
 
 def test_sensitivity_moves_the_bits():
