@@ -34,3 +34,6 @@ def row(name, side, build, holds=None, gradient=False, **numbers):
 
 
 KEY = (jax.random.key(1), jax.random.key(7))
+
+# For tests of which compiling is most of the time; what must be exact after optimization runs at the default level.
+QUICK = {"xla_backend_optimization_level": "0"}

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract_row import QUICK
 
 import clipjax
 
-QUICK = {"xla_backend_optimization_level": "0"}  # compile time dominates; exactness runs at the default level
 every_member = pytest.mark.parametrize("member", members.ALL, ids=members.name_of)
 
 

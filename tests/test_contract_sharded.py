@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract_row import QUICK
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import clipjax
 
 every_member = pytest.mark.parametrize("member", members.ALL, ids=members.name_of)
-QUICK = {"xla_backend_optimization_level": "0"}
 SPECS = {"dense": {"kernel": P("data", "model"), "bias": P("model")}, "out": {"kernel": P("model", "data")}}
 MOVES = ("all-gather", "all-to-all", "collective-permute", " sort(", "custom-call")
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract_row import QUICK
 
 import clipjax
 from clipjax import scores, selections
@@ -145,7 +146,9 @@ def run(tx, tree, steps=6):
         return (tree, state), (tree, state)
 
     start = (tree, tx.init(tree))
-    return jax.jit(lambda: jax.lax.scan(step, start, jax.random.split(jax.random.key(3), steps)))()[1]
+
+    keys = jax.random.split(jax.random.key(3), steps)
+    return jax.jit(lambda: jax.lax.scan(step, start, keys), compiler_options=QUICK)()[1]
 
 
 def build(cycle, optimizer):

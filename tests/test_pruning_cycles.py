@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract_row import QUICK
 
 import clipjax
 from clipjax import scores, structures
@@ -102,7 +103,9 @@ def train(tx, steps=STEPS, params=PARAMS):
         return (params, state), (params, state)
 
     start = (params, tx.init(params))
-    return jax.jit(lambda: jax.lax.scan(step, start, jax.random.split(jax.random.key(3), steps)))()[1]
+
+    keys = jax.random.split(jax.random.key(3), steps)
+    return jax.jit(lambda: jax.lax.scan(step, start, keys), compiler_options=QUICK)()[1]
 
 
 def erdos_renyi(sparsity, shapes, sizes):
