@@ -64,13 +64,14 @@ def norm(
 def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dtype: str) -> jax.Array:
     """The 2-norm from the sums of x², (x/c)² and (x c)² for a large c: one is right wherever the norm is a float.
 
-    Accelerators take the three in one pass. A CPU would pass three times, so it takes the others only where the first
-    has left the range in which it is right.
+    Accelerators take the three in one pass. A CPU would pass three times, so it takes a second only where the first has
+    left the range in which it is right, with the scale that it needs.
     """
     shrink, grow, floor = (table[dtype] for table in (_SHRINK, _GROW, _FLOOR))
 
     def squares(scale: Any) -> jax.Array:
-        return total(lambda x: jnp.sum(jnp.square(_scaled(x, scale))))
+        scales = itertools.repeat(scale) if np.ndim(scale) == 0 else iter(scale)
+        return total(lambda x: jnp.sum(jnp.square(_scaled(x, next(scales)))))
 
     def pick(plain: jax.Array) -> jax.Array:
         shrunk, grown = squares(shrink), squares(grow)
@@ -78,7 +79,13 @@ def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dt
         return jnp.where((plain < floor) & ~jnp.isinf(grown), jnp.sqrt(grown) * shrink, safe)
 
     def rescue(plain: jax.Array) -> jax.Array:
-        return jax.lax.cond(jnp.all((plain >= floor) & ~jnp.isinf(plain)), jnp.sqrt, pick, plain)
+        right = (plain >= floor) & ~jnp.isinf(plain)
+        return jax.lax.cond(jnp.all(right), jnp.sqrt, again, plain)
+
+    def again(plain: jax.Array) -> jax.Array:
+        large, small = jnp.isinf(plain), plain < floor
+        scaled = jnp.sqrt(squares(jnp.where(large, shrink, jnp.where(small, grow, plain.dtype.type(1)))))
+        return jnp.where(large, scaled * grow, jnp.where(small, scaled * shrink, scaled))
 
     return jax.lax.platform_dependent(squares(None), cpu=rescue, default=pick)
 
