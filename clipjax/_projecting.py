@@ -111,23 +111,23 @@ def project(
         def floats() -> Tree:
             return _explained(held, state, weights, narrow, before, start)
 
-        seen = params
+        seen, now = params, floats()
         if carry and inner:
-            seen, updates = trees.merge(params, floats(), picks), _widened(updates, picks)
+            seen, updates = trees.merge(params, now, picks), _widened(updates, picks)
         updates, inner_state = inside.update(updates, state.inner, seen, **extra)
         steps = _aligned(updates, params, picks)
 
-        def again() -> tuple[Tree, Tree]:
-            target = jax.tree.map(jnp.add, floats(), steps)
+        def moved_from(floats: Tree) -> tuple[Tree, Tree]:
+            target = jax.tree.map(jnp.add, floats, steps)
             return target, target if inner or not carry else jax.tree.map(jnp.add, weights, steps)
 
-        target, landed = again()
-        context = context._replace(landed=landed, again=again)
+        target, landed = moved_from(now)
+        context = context._replace(landed=landed, again=lambda: moved_from(floats()))
         new, projected = held.apply(target, state.projection, context)
         active = None if _always(start) else state.count >= start
         if carry:
             if not inner:
-                target = _drop(held, target, floats(), weights, steps, new, projected, context, active)
+                target = _drop(held, target, now, weights, steps, new, projected, context, active)
                 new = _hold(held, target, projected, context)
             new = jax.tree.map(lambda n, t: _keep(active, jnp.where(jnp.isfinite(t), n, t), t), new, target)
             moved = jax.tree.map(landing.land, weights, _rounded(new, narrow))
