@@ -85,6 +85,18 @@ def test_norm_of_mixed_magnitudes(order):
         check([values], order)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_norm_as_accelerators_take_it_is_numpys(scale, monkeypatch):
+    """Three sums in one pass, of which one is right; CPU takes them one after another."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    for values in ([1.0], [0.6, -0.8], [1.0, 1e-30], [[1.0, -0.5], [0.25, 1.0]]):
+        array = np.asarray(values, np.float32) * np.float32(scale)
+        for each in (False, True):
+            got = jax.jit(functools.partial(norms.norm, each=each))([jnp.asarray(array), jnp.zeros(3)])
+            expected = reference_norm([array], 2)
+            np.testing.assert_allclose(np.ravel(got)[0], expected if expected <= HUGE else np.inf, rtol=3e-6)
+
+
 @pytest.mark.parametrize("order", [8, 20, 64, 65, 100])
 def test_norm_of_a_high_order_is_right_up_to_the_largest_float(order):
     for scale in (1e-36, 1.0, 1e38, 3e38):
