@@ -99,7 +99,8 @@ def main() -> None:
             del run[3][-8:-4]
 
     base = statistics.median(runs["adam"][3])
-    print(f"jax {jax.__version__}, {jax.devices()[0].platform}, {options.leaves} leaves of {side} x {side}, {compiler or 'default options'}")
+    vectors = f", vectors of {options.vectors} bits" if options.vectors else ""
+    print(f"jax {jax.__version__}, {jax.devices()[0].platform}, {options.leaves} leaves of {side} x {side}{vectors}")
     print(f"{'variant':34s} {'ms':>8s} {'ratio':>7s} {'temporaries MB':>15s}")
     ratios = {}
     for name, (_, _, _, times, temp) in runs.items():
