@@ -71,7 +71,8 @@ def chain(row: Row, course: training.Course) -> optax.GradientTransformation:
 
 def key(row: Row, seed: int) -> str:
     """Names a run."""
-    return f"{row.name}, {row.form}, {LESSON.epochs} x {LESSON.batch}, dropout {LESSON.dropout}, every {EVERY}, seed {seed}"
+    how = f"{LESSON.epochs} x {LESSON.batch}, dropout {LESSON.dropout}, every {EVERY}"
+    return f"{row.name}, {row.form}, {how}, seed {seed}"
 
 
 def train(seeds: range, folder: Path, store: Store) -> None:
