@@ -8,10 +8,13 @@ AOT ?= .venv-aot
 H100 := $(wildcard ../shared/aot/h100.txtpb)
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint types mutants bench aot clean
+.PHONY: demo notebook test slow lint types mutants bench aot clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
+
+notebook: $(VENV)/.test
+	$(BIN)/python tests/test_notebook.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
