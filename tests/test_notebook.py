@@ -30,6 +30,7 @@ def check(notebook):
     assert not [word for word in TRACES if word in str([cell.outputs for cell in code])]
 
 
+@pytest.mark.slow  # a minute; `.ci/run` asks for it by name
 @pytest.mark.filterwarnings("ignore")  # of the kernel's connection
 def test_every_cell_runs(tmp_path):
     check(executed(tmp_path))
