@@ -146,7 +146,8 @@ def prune_mask(
             return ()
         owners = dict(trees.governed(units))
         cut = trees.governed(jax.eval_shape(structure.expand, units, params))
-        return {path: jnp.ones((), bool) for path, _ in cut if path not in owners} or ()
+        others = {path: jnp.ones((), bool) for path, _ in cut if path not in owners}
+        return others or jnp.zeros(())  # one leaf all the same, see `trees.by_path`
 
     def init_fn(params: Tree) -> PruneState:
         voters = votes(params)(params)

@@ -117,7 +117,8 @@ def summarize(params: Tree, opt_state: Any = None, *, widths: tuple[int, ...] = 
     projects = _projects(opt_state)
     carried = [dict(trees.governed(s.carry)) for s in projects if isinstance(s.projection, QuantizeState)]
     pruned = [s.projection for s in projects if isinstance(s.projection, PruneState)]
-    masks = [dict(trees.governed(s.members)) | dict(trees.governed(s.mask)) for s in pruned]
+    found = [trees.governed(s.members) + trees.governed(s.mask) for s in pruned]
+    masks = [{path: m for path, m in named if m.dtype == bool} for named in found]
     rows = [_row(path, leaf, grids, masks, carried, tried) for path, leaf in trees.governed(params)]
     total = {
         "path": "total",
