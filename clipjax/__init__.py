@@ -11,9 +11,10 @@ from clipjax._packing import load, pack, save, unpack
 from clipjax._projecting import project, with_gradient
 from clipjax._pruning import prune_mask
 from clipjax._quantizing import Quantized, fake_quantize, quantized
-from clipjax._reporting import Summary, report, summarize
+from clipjax._reporting import report
 from clipjax._shrinking import Shrunk, shrink
 from clipjax._skipping import skip_spikes
+from clipjax._summarizing import Summary, summarize
 from clipjax._trees import per_leaf
 from clipjax.projections import Context, Projection
 from clipjax.scores import snip, synflow

@@ -18,7 +18,7 @@ from clipjax import _container as container
 from clipjax import _layouts as layouts
 from clipjax import _packing as packing
 from clipjax import _records as records
-from clipjax._reporting import Summary
+from clipjax._summarizing import Summary
 from clipjax._typing import Tree
 
 

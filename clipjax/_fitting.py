@@ -44,6 +44,9 @@ def order_statistic(x: jax.Array, percent: float, axes: tuple[int, ...]) -> jax.
 
     Exact, by 32 counting passes over the bits of the floats, which are in the order of their magnitudes: no sort.
     """
+    shared = math.prod(x.shape[a] for a in axes)
+    remedy = "Give more of them with `axis` or `group`, or use `steps.absmax()` or `steps.sigma()`."
+    arguments.require(shared <= selecting.MOST, "step", "rank less than 2**32 weights for each step", shared, remedy)
     keys = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
     count = over(lambda m, **k: jnp.sum(m, dtype=jnp.uint32, **k), keys > 0, axes)
     rank = count if percent >= 100 else jnp.maximum(selecting.share(jnp.float32(percent / 100), count), 1)

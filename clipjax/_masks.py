@@ -43,7 +43,8 @@ def make_mask(
       A tree of bool arrays of the shapes of `scores`.
 
     Raises:
-      ValueError: for a sparsity outside [0, 1), None where the structure needs one, an unknown scope.
+      ValueError: for a sparsity outside [0, 1), None where the structure needs one, an unknown scope, and 2**32 units
+        or more that are compared.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,6 +64,7 @@ def make_mask(
         voters = _where(trees.weights, filled)
     structure.check(filled, voters)
     scope = effective(sparsity, scope)
+    check_sizes(jax.eval_shape(structure.reduce, voters), structure, scope)
     units = pool(voters, structure)
     kept = cut(units, structure, removals(sparsity, scope, units, structure.owners(filled)), scope)
 
@@ -92,6 +94,21 @@ def check(sparsity: Any, structure: Any, scope: str) -> None:
     arguments.require(sparsity is not None, "sparsity", "be given for this structure", sparsity, _SPARSITY)
     if arguments.known(sparsity) and not varies(sparsity):
         arguments.fraction(sparsity, "sparsity", _SPARSITY)
+
+
+def check_sizes(units: Tree, structure: structures.Structure, scope: str) -> None:
+    """Refuse more units than are counted exactly: of one array, or of all together for scope "global"."""
+    if structure.keep is not None:
+        return
+    sizes = [(path, int(u.size)) for path, u in trees.governed(units)]
+    remedy = "Remove larger units (`structures.unit()`, `block()`) or n of m, or split the array."
+    for path, size in sizes:
+        rule = "make less than 2**32 units of each array"
+        arguments.require(size <= selecting.MOST, "structure", rule, (path, size), remedy)
+    total = sum(size for _, size in sizes)
+    remedy = 'Use "leaf" or "erk", which compare each array alone, or larger units (`structures.unit()`).'
+    ok = scope != "global" or total <= selecting.MOST
+    arguments.require(ok, "scope", "compare less than 2**32 units together", (scope, total), remedy)
 
 
 def varies(sparsity: Any) -> bool:

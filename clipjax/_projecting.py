@@ -57,7 +57,7 @@ def project(
         before see the visible weights.
       start: the first update that projects; may be traced.
       where: `where(path, leaf) -> bool`, which float leaves are held; every one by default.
-      key: PRNG key for projections that draw; folded with the count.
+      key: PRNG key for projections that draw; folded with the count. `jax.random.key(0)` by default.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; its updates are f32 where parameters are narrower.

@@ -28,11 +28,13 @@ class PruneState(NamedTuple):
       mask: bool arrays, True keeps, one entry per unit (they broadcast to the weights); None at leaves not governed.
       score: the state of the score.
       grow: the state of the score by which removed weights grow again; () without `regrow`.
+      members: a True for each leaf, keyed by path, that is cut by the units of another one; () without groups.
     """
 
     mask: Any
     score: Any
     grow: Any
+    members: Any = ()
 
 
 def prune_mask(
@@ -85,7 +87,8 @@ def prune_mask(
       grow: which removed weights grow first: `scores.gradient(decay=0.0)` by default (RigL); `scores.random()` is SET.
       select: which entries (units) are candidates, redrawn at each refresh; sparsity then counts candidates.
       mask: a tree of bool arrays, True keeps, that is held as it is; may be traced. Leaves without one pass.
-      key: PRNG key for random scores and selections; folded with the count.
+      key: PRNG key for random scores and selections; folded with the count. `jax.random.key(0)` by default, as in
+        `fake_quantize`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; its updates are f32 where parameters are narrower. Extra
@@ -94,7 +97,8 @@ def prune_mask(
     Raises:
       ValueError: for a sparsity outside [0, 1), a schedule without `stop`, stop < start, every < 1, an unknown scope,
         regrow without inner, with carry or n_of_m, neither or both of sparsity and mask; at init for a mask of the
-        wrong shape; at update for missing `params`, or a missing `grad` of a gradient score.
+        wrong shape, for 2**32 units or more in one array, or in all with scope "global"; at update for missing
+        `params`, or a missing `grad` of a gradient score.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -137,14 +141,24 @@ def prune_mask(
         """Trees without the leaves that die with a unit but have no say."""
         return functools.partial(trees.restrict, picks=trees.pick(where, params))
 
+    def members(units: Tree, params: Tree) -> Any:
+        if structure.holds is None:
+            return ()
+        owners = dict(trees.governed(units))
+        cut = trees.governed(jax.eval_shape(structure.expand, units, params))
+        others = {path: jnp.ones((), bool) for path, _ in cut if path not in owners}
+        return others or jnp.zeros(())  # one leaf all the same, see `trees.by_path`
+
     def init_fn(params: Tree) -> PruneState:
         voters = votes(params)(params)
         structure.check(params, voters)
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), voters)
         units = jax.tree.map(lambda u: u == 0, structure.reduce(zeros))
+        masks.check_sizes(units, structure, scope)
         if masks.varies(sparsity):
             masks.shares(sparsity, scope, [], structure.owners(params))
-        return PruneState(pack(units), score.init(voters), () if regrow is None else grow.init(voters))
+        growing = () if regrow is None else grow.init(voters)
+        return PruneState(pack(units), score.init(voters), growing, members(units, params))
 
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
         vote = votes(context.params)
@@ -171,7 +185,7 @@ def prune_mask(
             return pack(masks.cut(units, structure, removed, scope))
 
         mask = projecting.refreshed(context, start, every, stop, refresh, state.mask)
-        new = PruneState(mask, seen, growing)
+        new = PruneState(mask, seen, growing, state.members)
         kept = survives(target, state, new)
         return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, kept), new
 

@@ -103,7 +103,8 @@ def fake_quantize(
       stop: the last refresh; may be traced. None refreshes for ever.
       carry: keep the float weights, 4 bytes a weight. Without it small updates are lost.
       inner: a transformation that sees the float weights, see `project`.
-      key: PRNG key for stochastic rounding; folded with the count.
+      key: PRNG key for stochastic rounding; folded with the count. `jax.random.key(0)` by default: every run then
+        draws alike, and so does every member without a key; give each run and each member its own to have them differ.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; its updates are f32 where parameters are narrower. The extra argument

@@ -1,18 +1,13 @@
-"""Telemetry of every clipjax member inside any optimizer state, and a table of what became of each leaf."""
+"""Telemetry of every clipjax member inside any optimizer state."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import html
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from clipjax import _payloads as payloads
 from clipjax import _trees as trees
 from clipjax._clamping import ClampState
 from clipjax._clipping import ClipNormState, ClipState
@@ -20,7 +15,6 @@ from clipjax._projecting import ProjectState
 from clipjax._pruning import PruneState
 from clipjax._quantizing import QuantizeState
 from clipjax._skipping import SkipState
-from clipjax._typing import Tree
 
 Entries = dict[str, jax.Array]
 
@@ -154,123 +148,3 @@ _ENTRIES: dict[str, Any] = {
     "fake_quantize": _quantize,
     "project": _project,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """A table with a row per leaf: prints as text, shows as HTML in a notebook, converts to a dict.
-
-    Attributes:
-      rows: one dict per leaf, and the total as the last one.
-    """
-
-    rows: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The rows keyed by path; the total under "total"."""
-        return {row["path"]: {k: v for k, v in row.items() if k != "path"} for row in self.rows}
-
-    def __str__(self) -> str:
-        """The table as aligned text."""
-        cells = [list(self.rows[0]), *([_shown(v) for v in row.values()] for row in self.rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(key)}</th>" for key in self.rows[0])
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(_shown(v))}</td>" for v in row.values()) + "</tr>" for row in self.rows
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def summarize(params: Tree, opt_state: Any = None) -> Summary:
-    r"""What became of each leaf: picked or not, shape, sparsity, bits, step, SQNR and bytes.
-
-    The signal to quantization noise is :math:`10 \log_{10} (\sum z^2 / \sum (w - z)^2)` in decibels, z being the
-    carried float weights. The bytes are: `bytes` raw; `packed_bytes` as a codebook or steps with packed codes;
-    `coded_bytes` as `save` writes the leaf; `entropy_bytes` the order-0 entropy of its bit patterns, with each distinct
-    pattern once. The middle two need `constriction` (`pip install 'clipjax[files]'`), and are None without.
-
-    Args:
-      params: a tree of concrete arrays.
-      opt_state: the optimizer state that belongs to them; without it only the params are described.
-
-    Returns:
-      A `Summary`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> summarize({"kernel": jnp.array([[0.0, 2.0]])}).to_dict()["kernel"]["sparsity"]
-      0.5
-    """
-    grids = [g for g in trees.find(opt_state, QuantizeState) if isinstance(g.step, dict)]
-    projects = _projects(opt_state)
-    carried = [(s.projection, dict(trees.governed(s.carry))) for s in projects if s.carry != ()]
-    masks = [dict(trees.governed(s.projection.mask)) for s in projects if isinstance(s.projection, PruneState)]
-    rows = [_row(path, leaf, grids, masks, carried) for path, leaf in trees.governed(params)]
-    total = {
-        "path": "total",
-        "picked": "",
-        "shape": (sum(int(np.prod(r["shape"])) for r in rows),),
-        "sparsity": _share(sum(r["sparsity"] * np.prod(r["shape"]) for r in rows), rows),
-        "bits": None,
-        "step": None,
-        "sqnr_db": None,
-        **{key: _total(rows, key) for key in ("bytes", "packed_bytes", "coded_bytes", "entropy_bytes")},
-    }
-    return Summary([*rows, total])
-
-
-def _projects(opt_state: Any) -> list[ProjectState]:
-    """Every `ProjectState`, those inside an `inner=` too."""
-    outer = trees.find(opt_state, ProjectState)
-    return [s for state in outer for s in (*_projects(state.inner), state)]
-
-
-def _row(path: str, leaf: Any, grids: list[Any], masks: list[Any], carried: list[Any]) -> dict[str, Any]:
-    x = np.asarray(jnp.asarray(leaf).astype(jnp.float32) if trees.floating(leaf) else leaf)
-    grid = next((g for g in grids if path in g.step), None)
-    picked = ["prune"] * any(path in m for m in masks) + ["quantize"] * (grid is not None)
-    float_weights = next((z[path] for s, z in carried if isinstance(s, QuantizeState) and path in z), None)
-    return {
-        "path": path,
-        "picked": "+".join(picked),
-        "shape": x.shape,
-        "sparsity": float(np.mean(x == 0)) if x.size else 0.0,
-        "bits": (int(grid.bits[path]) or None) if grid else None,
-        "step": float(np.mean(grid.step[path])) if grid else None,
-        "sqnr_db": _sqnr(x, float_weights),
-        **_sizes(np.asarray(leaf)),
-    }
-
-
-def _sizes(x: np.ndarray) -> dict[str, int | None]:
-    packed, coded = None, None
-    with contextlib.suppress(ImportError):
-        data, packed = payloads.pack(x)
-        coded = x.nbytes if data is None else len(data)
-    return {"bytes": x.nbytes, "packed_bytes": packed, "coded_bytes": coded, "entropy_bytes": payloads.entropy(x)}
-
-
-def _total(rows: list[dict[str, Any]], key: str) -> int | None:
-    return None if any(row[key] is None for row in rows) else sum(row[key] for row in rows)
-
-
-def _sqnr(levels: np.ndarray, weights: Any) -> float | None:
-    if weights is None:
-        return None
-    z = np.asarray(weights, np.float64)
-    noise = np.sum(np.square(levels - z))
-    return float(10 * np.log10(np.sum(np.square(z)) / noise)) if noise else float("inf")
-
-
-def _share(part: Any, rows: list[dict[str, Any]]) -> float:
-    return float(part / max(sum(np.prod(r["shape"]) for r in rows), 1))
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -17,6 +17,7 @@ from clipjax import _trees as trees
 
 Keys = list[jax.Array]
 
+MOST = 2**32 - 1  # what a count holds
 _DIGIT = 3  # bits of the threshold that one pass settles
 
 

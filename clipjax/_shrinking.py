@@ -5,6 +5,7 @@ A pruned unit is a slice of zeros that still costs memory and time.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,12 +26,13 @@ class Shrunk(NamedTuple):
     Attributes:
       variables: the tree with smaller arrays.
       opt_state: the optimizer state that belongs to it, None where none was given.
-      widths: the number of units left, keyed by the path of every owner as its group writes it.
+      widths: the number of units left, keyed by the path of every owner as its group writes it; by (path, axis), the
+        axis counted from the end, for an owner that is cut by several groups.
     """
 
     variables: Any
     opt_state: Any
-    widths: dict[str, int]
+    widths: dict[str | tuple[str, int], int]
 
 
 Cuts = dict[str, dict[int, np.ndarray]]  # path -> axis counted from the end -> the indices that stay
@@ -86,11 +88,14 @@ def shrink(variables: Tree, groups: grouping.Groups, opt_state: Any = None) -> S
     leaves, treedef = trees.flatten(variables)
     paths = trees.paths(variables)
     cuts: Cuts = {}
-    widths: dict[str, int] = {}
-    for members in grouping.resolve(groups, variables):
-        owners = [m for m in members if grouping.owns(m, members[0])]
+    widths: dict[str | tuple[str, int], int] = {}
+    found = grouping.resolve(groups, variables)
+    owned = [[m for m in members if grouping.owns(m, members[0])] for members in found]
+    times = collections.Counter(owner.path for owners in owned for owner in owners)
+    for members, owners in zip(found, owned, strict=True):
         keep = _alive(owners)
-        widths |= {owner.written: len(keep) for owner in owners}
+        for o in owners:
+            widths[o.written if times[o.path] == 1 else (o.written, o.axis)] = len(keep)
         for member in members:
             cuts.setdefault(member.path, {})[member.axis] = _indices(keep, member, owners[0])
     new = [_take(x, cuts.get(path, {})) for path, x in zip(paths, leaves, strict=True)]

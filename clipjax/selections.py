@@ -40,7 +40,7 @@ def bernoulli(p: Any, *, key: Any = None) -> Selection:
 
     Args:
       p: probability in [0, 1]; may be traced.
-      key: PRNG key; the member's by default.
+      key: PRNG key; the member's by default, and `jax.random.key(0)` where that has none.
 
     Returns:
       A `Selection`.
@@ -66,7 +66,7 @@ def leaves(p: Any, *, key: Any = None) -> Selection:
 
     Args:
       p: probability in [0, 1]; may be traced.
-      key: PRNG key; the member's by default.
+      key: PRNG key; the member's by default, and `jax.random.key(0)` where that has none.
 
     Returns:
       A `Selection`.
@@ -91,7 +91,7 @@ def largest(fraction: Any) -> Selection:
       A `Selection`.
 
     Raises:
-      ValueError: for a fraction outside (0, 1].
+      ValueError: for a fraction outside (0, 1]; at update for 2**32 entries or more.
 
     Example:
       >>> import jax.numpy as jnp
@@ -110,7 +110,10 @@ def largest(fraction: Any) -> Selection:
         if not arrays:
             return tree
         keys = [selecting.order(jnp.abs(x.astype(jnp.float32))) for x in arrays]
-        cut = selecting.share(1 - fraction, sum(x.size for x in arrays))
+        size = sum(x.size for x in arrays)
+        remedy = "Select with `bernoulli`, or split the tree with `optax.partition`."
+        arguments.require(size <= selecting.MOST, "select", "compare less than 2**32 entries", size, remedy)
+        cut = selecting.share(1 - fraction, size)
         return treedef.unflatten(selecting.keep(keys, jnp.full(len(keys), cut), pooled=True))
 
     return Selection(choose)
@@ -132,7 +135,7 @@ def _random(draw: Callable[[jax.Array, Any], jax.Array]) -> Callable[[Tree, jax.
 
 
 def key_at(key: Any, count: jax.Array) -> jax.Array:
-    """The key of one update: the given one (0 by default) folded with the count, never global."""
+    """The key of one update: the given one, `jax.random.key(0)` for None, folded with the count, never global."""
     return jax.random.fold_in(jax.random.key(0) if key is None else key, count)
 
 

@@ -64,7 +64,7 @@ def sqnr(target_db: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
     arguments.static(target_db, "target_db")
     remedy = "Give decibels, e.g. 20."
     arguments.require(arguments.is_number(target_db), "target_db", "be a number", target_db, remedy)
-    allowed = _checked(allowed)
+    allowed = checked(allowed)
     ratio = 10.0 ** (min(float(target_db), 380.0) / 10)  # beyond that no f32 noise but 0 would do
 
     def choose(sizes: list[int], energy: jax.Array, noise: jax.Array) -> jax.Array:
@@ -102,7 +102,7 @@ def budget(bits: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
     arguments.static(bits, "budget")
     ok = arguments.is_number(bits) and arguments.finite(bits)
     arguments.require(ok, "budget", "be a finite number", bits, "Give mean bits, e.g. 4.")
-    allowed = _checked(allowed)
+    allowed = checked(allowed)
     remedy = f"The smallest allowed width is {allowed[0]}."
     arguments.require(bits >= allowed[0], "budget", "be at least the smallest width", bits, remedy)
 
@@ -112,11 +112,12 @@ def budget(bits: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
     return Width(allowed, choose)
 
 
-def _checked(allowed: tuple[int, ...]) -> tuple[int, ...]:
+def checked(allowed: tuple[int, ...], name: str = "allowed") -> tuple[int, ...]:
+    """Widths without repetition, rising."""
     ok = isinstance(allowed, tuple | list | range) and len(allowed) > 0
-    arguments.require(ok, "allowed", "hold widths", allowed, "Try (2, 4, 8).")
+    arguments.require(ok, name, "hold widths", allowed, "Try (2, 4, 8).")
     for width in allowed:
-        arguments.bits(width, "allowed")
+        arguments.bits(width, name)
     return tuple(sorted({int(width) for width in allowed}))
 
 

@@ -6,7 +6,7 @@ each row the script asserts on the final params whatever the chain promises, to 
     python examples/digits.py                                     # scikit-learn's digits, nothing to download
     python examples/digits.py --data mnist --data-dir DIR --rows ah
 
-It prints a table and writes it with four figures to ``out/``, and saves row (h) there. A process of its own loads that
+It prints a table and writes it with five figures to ``out/``, and saves row (h) there. A process of its own loads that
 file, and must find the same accuracy.
 """
 

@@ -1,4 +1,4 @@
-"""The figures of digits.py: weights before and after, accuracy and sparsity over steps, gradient norms, sizes."""
+"""The figures of digits.py: weights before and after, their distribution, accuracy over steps, norms, sizes."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,12 +8,16 @@ import matplotlib
 import matplotlib.pyplot as plt
 import measuring
 import numpy as np
+import optax
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from training import Run
+
+import clipjax
 
 matplotlib.use("Agg")
 
 
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 GREY, BLUE, ORANGE = "#9aa0a6", "#1f5fa8", "#d9601a"
 COLORS = {"a": "#444444", "e": "#2a8c5b", "h": ORANGE, "i": "#8a4fbf", "j": BLUE}
 STYLE = {
@@ -30,7 +34,7 @@ STYLE = {
 
 def draw(runs: Mapping[str, Run], names: Mapping[str, str], folder: Path) -> Iterator[Path]:
     """Writes every figure for which the rows are there, and yields its path."""
-    needs = {"weights": "ah", "training": "", "gradients": "h", "sizes": "a"}
+    needs = {"weights": "ah", "distribution": "ah", "training": "", "gradients": "h", "sizes": "a"}
     for name, rows in needs.items():
         if set(rows) <= set(runs):
             with plt.rc_context(STYLE):
@@ -59,6 +63,38 @@ def _weights(runs: Mapping[str, Run], names: Mapping[str, str]) -> plt.Figure:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="upper right", ncols=2)
     figure.suptitle("Weights before and after: floats become few levels, most of them zero", x=0.01, ha="left")
     return figure
+
+
+def _distribution(runs: Mapping[str, Run], names: Mapping[str, str]) -> plt.Figure:
+    """A column a kernel: the float weights of (h) and the levels of its grid; the SQNR that each width would reach."""
+    run, rows = runs["h"], {letter: _rows(runs[letter]) for letter in "ah"}
+    layers = [layer for layer in ("conv1", "conv2", "hidden", "logits") if layer in run.params]
+    floats = next(carry for _, carry in optax.tree_utils.tree_get_all_with_path(run.opt_state, "carry") if carry)
+    figure, axes = plt.subplots(2, len(layers), figsize=(3.1 * len(layers), 5.8), layout="constrained")
+    for (top, bottom), layer in zip(axes.T, layers, strict=True):
+        row, z = rows["h"][f"{layer}/kernel"], np.asarray(floats[layer]["kernel"]).ravel()
+        for level in np.unique(run.params[layer]["kernel"]):
+            top.axvline(level, color=ORANGE, linewidth=0.9, alpha=0.8, zorder=0)
+        top.hist(z[z != 0], zorder=2, bins=71, color=GREY)
+        top.set_title(f"{layer}: {np.sum(z != 0):,} weights left")
+        facts = f"σ {row['sigma']:.3f}    max/σ {row['max_sigma']:.1f}    kurtosis {row['kurtosis']:.1f}"
+        top.set_xlabel(f"float weight\n{facts}")
+        for letter, color in (("a", COLORS["a"]), ("h", ORANGE)):
+            reached = [rows[letter][f"{layer}/kernel"][f"sqnr_db_{bits}"] for bits in WIDTHS]
+            bottom.plot(WIDTHS, reached, "o-", color=color, markersize=3.5, label=f"({letter}) {names[letter]}")
+        bottom.plot(row["bits"], row["sqnr_db"], "o", color=ORANGE, markersize=10, fillstyle="none")
+        bottom.set(xlabel="bits", xticks=WIDTHS, ylim=(0, 60))
+        bottom.grid(axis="y", color=GREY, linewidth=0.4, alpha=0.5)
+    axes[0, 0].set_ylabel("surviving weights in a bin")
+    axes[1, 0].set_ylabel("signal to quantization noise, dB")
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    title = "What is left of each kernel, and the width it needs (lines: the levels of (h); ring: what (h) reached)"
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def _rows(run: Run) -> dict[str, dict]:
+    return clipjax.summarize(run.params, run.opt_state, widths=WIDTHS).to_dict()
 
 
 def _training(runs: Mapping[str, Run], names: Mapping[str, str]) -> plt.Figure:

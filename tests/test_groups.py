@@ -269,3 +269,14 @@ def test_none_leaves_pass_and_a_tree_without_leaves_is_legal():
     updates, state = tx.update(tree, tx.init(tree), tree)
     assert updates["a"]["bias"] is None and int((~state.projection.mask["a/kernel"]).sum()) == 4
     optax.tree_utils.tree_map_params(tx, lambda x: x, state)
+
+
+def test_widths_of_a_leaf_that_several_groups_own_do_not_collide():
+    """Heads and what is in a head: the same kernels own both, along different axes."""
+    query = jnp.ones((3, 4, 5)).at[:, 1].set(0.0).at[:, :, 2:].set(0.0)
+    params = {"query": query, "key": query, "out": jnp.ones((5, 3))}
+    groups = [{"query": -2, "key": -2}, {"query": -1, "key": -1, "out": 0}]
+    small, _, widths = clipjax.shrink(params, groups)
+    assert widths == {("query", -2): 3, ("key", -2): 3, ("query", -1): 2, ("key", -1): 2}
+    assert small["query"].shape == small["key"].shape == (3, 3, 2) and small["out"].shape == (2, 3)
+    assert clipjax.shrink(params, groups[:1]).widths == {"query": 3, "key": 3}

@@ -26,6 +26,7 @@ LEVELS = (
             "widths",
             "roundings",
             "_plans",
+            "_distributions",
             "projections",
             "selections",
             "structures",

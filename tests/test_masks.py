@@ -7,7 +7,7 @@ import pytest
 from test_pruning_cycles import erdos_renyi
 
 import clipjax
-from clipjax import structures
+from clipjax import selections, steps, structures
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -77,3 +77,53 @@ def test_structure_that_fixes_the_sparsity_wants_none():
     np.testing.assert_array_equal(mask, np.array([[0, 0], [1, 1], [0, 0], [1, 1]], bool))
     with pytest.raises(ValueError, match=r"`sparsity` must be None for n_of_m, got 0\.5"):
         clipjax.make_mask(scores, 0.5, structure=structures.n_of_m(1, 2))
+
+
+HALF = (1 << 16, 1 << 15)  # 2**31
+COUNTED = {  # shapes, arguments, what the error says; shapes alone: nothing is allocated
+    "2**31": ([HALF, (2, 2)], {}, None),
+    "2**32 - 2**15": ([HALF, ((1 << 16) - 1, 1 << 15)], {}, None),
+    "2**32": ([HALF, HALF], {}, r"`scope` must compare less than 2\*\*32 units together, got .*, 4294967296\). Use"),
+    "2**33": ([HALF] * 4, {}, r"`scope` must .*8589934592"),
+    "leaf": ([HALF] * 4, {"scope": "leaf"}, None),
+    "erk": ([HALF] * 4, {"scope": "erk"}, None),
+    "one array": ([(1 << 17, 1 << 15)], {"scope": "leaf"}, r"`structure` must .*got \('w0', 4294967296\). Remove"),
+    "units": ([(1 << 17, 1 << 15)] * 2, {"structure": structures.unit()}, None),
+    "n of m": ([(1 << 17, 1 << 15)], {"structure": structures.n_of_m(2, 4), "sparsity": None}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_more_units_than_are_counted_are_refused(case):
+    shapes, arguments, message = COUNTED[case]
+    arguments = {"sparsity": 0.9} | arguments
+    params = {f"w{i}": jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes)}
+    tx = clipjax.prune_mask(**arguments)
+
+    def masks(x):
+        return clipjax.make_mask(x, **arguments)
+
+    if message is None:
+        jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+        assert all(
+            m.shape == p.shape for m, p in zip(jax.eval_shape(masks, params).values(), params.values(), strict=True)
+        )
+        return
+    for call in (tx.init, masks):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(call, params)
+
+
+@pytest.mark.parametrize("size", [2**32 - 1, 2**32])
+def test_others_that_count_refuse_it_too(size):
+    shape = jax.ShapeDtypeStruct((size,), jnp.float32)
+    calls = {
+        "`select` must": lambda x: selections.largest(0.1).choose([x], None),
+        "`step` must": lambda x: clipjax.choose_step(x, 4, step=steps.percentile(99)),
+    }
+    for message, call in calls.items():
+        if size == 2**32:
+            with pytest.raises(ValueError, match=f"{message}.*{size}"):
+                jax.eval_shape(call, shape)
+        else:
+            jax.eval_shape(call, shape)

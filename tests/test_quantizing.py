@@ -191,6 +191,18 @@ def test_all_zero_and_nan_leaves():
     np.testing.assert_allclose(new["x"], [[np.nan, 7 * s], [-3 * s, s]], rtol=1e-6)
 
 
+def test_stochastic_rounding_without_a_key_takes_key_0():
+    """As the docstring says: every run draws alike."""
+    params = {"kernel": jnp.full((8, 8), 0.5)}
+
+    def level(**kwargs):
+        tx = clipjax.fake_quantize(4, step=1.0, rounding="stochastic", **kwargs)
+        return tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0]
+
+    chex.assert_trees_all_equal(level(), level(), level(key=jax.random.key(0)))
+    assert not np.array_equal(level()["kernel"], level(key=jax.random.key(1))["kernel"])
+
+
 def test_stochastic_rounding_is_keyed_by_count():
     """Another draw at every update, the same ones for the same key; the mean is the weight."""
     w = {"kernel": jnp.full((50, 80), 0.3).at[0, 0].set(2.0)}  # a level lies within the reach
