@@ -20,7 +20,7 @@ from clipjax._quantizing import QuantizeState
 from clipjax._typing import Tree
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Summary:
     """A row per leaf: prints as text, shows as HTML in a notebook, converts to a dict.
 
@@ -39,6 +39,9 @@ class Summary:
     def __str__(self) -> str:
         """The tables as aligned text."""
         return "\n\n".join(_text(rows) for rows in self._tables())
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         return "".join(_html(rows) for rows in self._tables())

@@ -129,6 +129,7 @@ def test_leaves_without_a_float_weight_have_no_distribution(leaf):
     summary = clipjax.summarize({"w": leaf, "none": None})
     assert all(summary.to_dict()["w"][key] is None for key in FACTS)
     assert "sigma" not in str(summary) and summary._repr_html_().count("<table>") == 1
+    assert repr(summary) == str(summary)
     assert list(summary.to_dict()) == ["w", "total"]
 
 
