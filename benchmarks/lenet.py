@@ -1,5 +1,6 @@
 """Question: which score prunes LeNet best on MNIST, and is magnitude at 95 % of zeros at most 1.8 % wrong?
 
+    python benchmarks/lenet.py --data-dir DIR             # everything: an hour and more on one core
     python benchmarks/lenet.py --data-dir DIR --quick     # LeNet-300-100, three seeds, ten minutes on 2 idle cores
     python benchmarks/lenet.py --data-dir DIR --tune      # every setting that was tried, on validation images
     python benchmarks/lenet.py --table --quick            # from what is saved, without training
@@ -7,7 +8,8 @@
 Every row is one chain around the same optimizer (lenet_chains.py), trained for the same epochs from the same first
 params on the same batches, the whole training one compiled program (lenet_training.py). Seeds are the outermost loop:
 what else the machine does slows all rows alike, and an interrupted run has complete tables of fewer seeds. After every
-run the exact count of zeros is asserted. Runs are kept in out/lenet.jsonl as they end and are not repeated.
+run the exact count of zeros is asserted. Runs are kept in out/lenet.jsonl as they end and are not repeated; where there
+are none, --table prints those that are committed beside this file.
 """
 
 from __future__ import annotations
@@ -112,6 +114,11 @@ class Store:
         self.runs[key] = {"key": key, **facts}
         with self.path.open("a") as file:
             file.write(json.dumps(self.runs[key]) + "\n")
+
+
+def saved(path: Path) -> Path:
+    """The runs of this machine, or those that are committed beside this file."""
+    return path if path.exists() else Path(__file__).with_name(path.name)
 
 
 def train(grid: list[Cell], seeds: Iterable[int], folder: Path, validate: bool, store: Store) -> None:
@@ -266,7 +273,8 @@ def main() -> None:
     """Trains what is missing, and prints the tables and the verdict."""
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
-    store = Store(options.out / "lenet.jsonl")
+    path = options.out / "lenet.jsonl"
+    store = Store(saved(path) if options.table else path)
     seeds: Iterable[int] = range(options.seeds)
     if options.tune:
         name, seeds, grid = "lenet-tune", (TUNING_SEED,), cells(chains.METHODS, (0.95,), tried=True)
