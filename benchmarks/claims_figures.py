@@ -22,10 +22,8 @@ def draw(found: Callable[..., list[Any]], sweeps: Mapping[str, Any], gains: Sequ
         letter, optimizer = name.split(", ")
         errors = np.array([found(name, limit) for limit in limits])
         axis = left if letter == "C" else middle
-        places = [10 * max(limits[1:]), *limits[1:]]
-        axis.errorbar(
-            places, errors.mean(1), errors.std(1, ddof=1), color=color, marker="o", capsize=2, label=optimizer
-        )
+        places = [1.0, *limits[1:]]
+        axis.plot(places, errors.mean(1), color=color, marker="o", label=optimizer)
         axis.annotate("no limit", (places[0], errors[0].mean()), xytext=(0, 6), textcoords="offset points", fontsize=8)
     for axis, title in ((left, "gradient threshold C"), (middle, "weight bound T")):
         axis.set(xscale="log", yscale="log", xlabel=f"{title}, tighter to the right", ylabel="test error, %, log scale")
@@ -37,8 +35,10 @@ def draw(found: Callable[..., list[Any]], sweeps: Mapping[str, Any], gains: Sequ
     for color, gain in zip(COLORS, gains, strict=True):
         for key, line, what in (("norms", "-", "as they are"), ("clipped", "--", "clipped to ±.01")):
             values = np.mean(found("deep|clip", gain, key=key), axis=0)
-            right.plot(range(1, len(values) + 1), values, line, color=color, label=f"{gain:g} x He, {what}")
-    right.set(yscale="log", xlabel="layer of 20", ylabel="norm of its first gradient, log scale")
-    right.legend(frameon=False, fontsize=8)
+            look = {"color": color, "linewidth": 4, "alpha": 0.35} if line == "-" else {"color": color}
+            right.plot(range(1, len(values) + 1), values, line, label=f"{gain:g} x He, {what}", **look)
+    right.set(yscale="log", xlabel="layer", ylabel="norm of its first gradient, log scale", ylim=(1e-7, 1e9))
+    right.set_xticks([1, 5, 10, 15, 20])
+    right.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
     figure.savefig(path, dpi=130)
     plt.close(figure)
