@@ -229,7 +229,8 @@ def lines(found: list[tuple[Cell, list[Facts]]]) -> list[dict[str, str]]:
 
 def markdown(table: list[list[str]]) -> str:
     """The first line is the head; columns of numbers are aligned to the right."""
-    rule = ["---:" if any(c.isdigit() for c in cell) else "---" for cell in table[1]]
+    columns = ("".join(cell[:1] for cell in column[1:]) for column in zip(*table, strict=True))
+    rule = ["---:" if firsts and not firsts.strip("+-0123456789") else "---" for firsts in columns]
     return "\n".join("| " + " | ".join(line) + " |" for line in [table[0], rule, *table[1:]])
 
 
