@@ -55,8 +55,8 @@ def against_sparsity(found: Found, published: dict[str, dict[float, float]], pat
 
 
 def against_bytes(found: Found, path: Path) -> None:
-    """Every cell as a point; the line joins those that no other beats in both."""
-    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    """Every cell as a point; the line joins those that no other beats in both, which are listed by number."""
+    figure, axis = plt.subplots(figsize=(9.5, 4.6), layout="constrained")
     points = [(cell, *_mean(runs, "bytes"), *_mean(runs, "error")) for cell, runs in found]
     kinds = {"zeros alone": (False, "#0072b2"), "zeros and a grid": (True, "#d55e00")}
     best = sorted(p for p in ((size, error) for _, size, _, error, _ in points))
@@ -67,15 +67,19 @@ def against_bytes(found: Found, path: Path) -> None:
         if mine:
             _, size, _, error, deviation = zip(*mine, strict=True)
             axis.errorbar(size, error, deviation, color=color, marker="o", markersize=5, linestyle="", label=name)
-    for cell, size, _, error, _ in points:
+    names = []
+    for cell, size, _, error, _ in sorted(points, key=lambda point: point[1]):
         if (size, error) in front:
-            label = f"{cell.row}, {cell.level:.0%}" if cell.level else cell.row
-            axis.annotate(label, (size, error), xytext=(4, -10), textcoords="offset points", fontsize=8)
+            names.append(f"{cell.row}, {cell.level:.0%}" if cell.level else cell.row)
+            beside = (-3, -13) if len(names) % 2 else (5, 4)  # neighbours would overlap
+            axis.annotate(len(names), (size, error), xytext=beside, textcoords="offset points", fontsize=9)
+    listed = "\n".join(f"{i}  {name}" for i, name in enumerate(names, 1))
+    axis.annotate(listed, (1.02, 1), xycoords="axes fraction", va="top", fontsize=9, linespacing=1.6)
     lowest = min(error for *_, error, _ in points)
     axis.set(
         xscale="log",
         yscale="log",
-        ylim=(0.95 * lowest, 3 * lowest),
+        ylim=(0.9 * lowest, 3 * lowest),
         xlabel="bytes, log scale",
         ylabel="test error, %, log scale",
     )
