@@ -179,7 +179,7 @@ def main() -> None:
     seeds: Iterable[int] = range(options.seeds)
     if options.tune:
         networks = {row.network for row in rows}
-        rows = [Row(f"{n} {i}", n, None, r) for n in networks for i, r in enumerate(chains.TRIED[n])]
+        rows = [Row(f"{n}: {r.words}", n, None, r) for n in networks for r in chains.TRIED[n]]
         seeds = (TUNING_SEED,)
     store = Store(options.out)
     if not options.table:

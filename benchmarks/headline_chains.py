@@ -41,6 +41,12 @@ class Recipe(NamedTuple):
     scope: str = "erk"
 
     @property
+    def words(self) -> str:
+        """What differs from the defaults."""
+        mine = self._asdict().items()
+        return ", ".join(f"{name} {value}" for name, value in mine if value != self._field_defaults.get(name))
+
+    @property
     def lesson(self) -> Lesson:
         """How it is trained."""
         return Lesson(self.epochs, self.batch, self.dropout, mix=self.mix, temperature=4.0)
@@ -94,4 +100,20 @@ BEST = {
     "LeNet-300-100-120x": Recipe(0.972, (3, 3, 3)),
     "LeNet-5-200x": Recipe((0.4, 0.92, 0.988, 0.85), (4, 3, 3, 3), epochs=8, batch=128, rate=3e-3),
 }
-TRIED: dict[str, tuple[Recipe, ...]] = {"LeNet-300-100": (), "LeNet-5": ()}
+TRIED = {
+    "LeNet-300-100": (
+        Recipe(0.95, (2, 2, 3), epochs=16),
+        Recipe(0.95, (2, 2, 3), epochs=16, mix=0.7),
+        Recipe(0.97, (3, 3, 4), epochs=16, mix=0.7),
+        Recipe(0.97, (4, 4, 4), epochs=16, mix=0.7),
+        Recipe(0.94, (3, 3, 4), epochs=16, mix=0.7, scope="global"),
+        Recipe(0.94, (3, 3, 4), epochs=16, mix=0.7, decay=0.02),
+        Recipe(0.93, (2, 2, 3), mix=0.7),
+        Recipe(0.96, (3, 3, 4)),
+        Recipe(0.96, (3, 3, 4), mix=0.7),
+        Recipe(0.96, (3, 3, 4), dropout=0.2),
+        Recipe(0.96, (3, 3, 4), mix=0.7, scope="global"),
+        Recipe(0.96, (3, 3, 4), rate=3e-3),
+    ),
+    "LeNet-5": (Recipe((0.4, 0.92, 0.988, 0.85), (4, 3, 3, 3), epochs=8, batch=128, rate=3e-3),),
+}
