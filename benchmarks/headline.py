@@ -3,7 +3,7 @@
     python benchmarks/headline.py --data-dir DIR --seeds 5                # every row from scratch
     python benchmarks/headline.py --data-dir DIR --row LeNet-300-100-80x  # one row
     python benchmarks/headline.py --data-dir DIR --tune                   # all that was tried, on validation images
-    python benchmarks/headline.py --table                                 # what is saved, without training
+    python benchmarks/headline.py --table [--tune]                        # what is saved, without training
 
 Goals, as bytes of the file that `clipjax.save` writes against those of the f32 arrays, mean over seeds: LeNet-300-100
 at least 80x at 1.64 % test error (Deep Compression has 40x at 1.58 %, its reference 1.64 %) and 120x at 1.92 %
@@ -153,7 +153,9 @@ def show(rows: Iterable[Row], seeds: Iterable[int], validate: bool, store: Store
         )
         if row.goal is not None:
             verdicts.append(verdict(row, float(np.mean(columns["error"])), float(times), len(runs)))
-    print("\n\n".join([markdown(table)] * bool(table[1:]) + ["\n".join(verdicts)] * bool(verdicts)))
+    if table[1:]:
+        print(markdown(table))
+    print(*verdicts, sep="\n")
 
 
 def verdict(row: Row, error: float, times: float, seeds: int) -> str:
@@ -178,7 +180,7 @@ def main() -> None:
     rows = [row for row in ROWS if options.row in (None, row.name)]
     seeds: Iterable[int] = range(options.seeds)
     if options.tune:
-        networks = {row.network for row in rows}
+        networks = dict.fromkeys(row.network for row in rows)
         rows = [Row(f"{n}: {r.words}", n, None, r) for n in networks for r in chains.TRIED[n]]
         seeds = (TUNING_SEED,)
     store = Store(options.out)
