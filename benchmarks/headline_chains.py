@@ -1,0 +1,123 @@
+"""The recipes of headline.py, those that were tried, and the chain that a recipe makes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import lenet_chains as chains
+import optax
+from lenet_training import Course, Lesson
+
+import clipjax
+from clipjax import scores
+
+
+class Recipe(NamedTuple):
+    """What one training is told.
+
+    Attributes:
+      level: the fraction of zeros of all kernels together, spread over them by `scope`; or one of each kernel.
+      bits: of the kernels, in the order of the layers.
+      bias_bits: of every bias.
+      epochs: how long.
+      batch: images an update.
+      rate: Adam's, on a cosine to 0.
+      decay: AdamW's weight decay.
+      dropout: the share of hidden units that are dropped.
+      mix: what the answers of the dense net of the same seed count (distillation); 0 trains no such net.
+      scope: of the mask, where `level` is one number.
+    """
+
+    level: float | tuple[float, ...]
+    bits: tuple[int, ...]
+    bias_bits: int = 4
+    epochs: int = 40
+    batch: int = 256
+    rate: float = 6e-3
+    decay: float = 0.05
+    dropout: float = 0.1
+    mix: float = 0.0
+    scope: str = "erk"
+
+    @property
+    def words(self) -> str:
+        """What differs from the defaults."""
+        mine = self._asdict().items()
+        return ", ".join(f"{name} {value}" for name, value in mine if value != self._field_defaults.get(name))
+
+    @property
+    def lesson(self) -> Lesson:
+        """How it is trained."""
+        return Lesson(self.epochs, self.batch, self.dropout, mix=self.mix, temperature=4.0)
+
+
+TEACHER = Lesson(epochs=30, dropout=0.3), 3e-3, 0.05  # of the recipes with `mix`: its lesson, rate and decay
+LAYERS = {"LeNet-300-100": ("Dense_0", "Dense_1", "Dense_2"), "LeNet-5": ("Conv_0", "Conv_1", "Dense_0", "Dense_1")}
+
+
+def layer(path: str) -> str:
+    """The layer that a leaf belongs to."""
+    return path.split("/")[0]
+
+
+def optimizer(rate: float, decay: float, steps: int) -> optax.GradientTransformation:
+    """AdamW on a cosine to 0."""
+    return optax.adamw(optax.cosine_decay_schedule(rate, steps), weight_decay=decay)
+
+
+def chain(network: str, recipe: Recipe, course: Course) -> optax.GradientTransformation:
+    """A grid for all leaves, biases too, around the optimizer and masks by movement: both see the float weights.
+
+    Zeros are complete at 60 % of the training (`chains.gradual`), the steps are frozen for its last tenth.
+    """
+    layers = LAYERS[network]
+
+    def bits(path: str, leaf: jax.Array) -> int:
+        return recipe.bits[layers.index(layer(path))] if leaf.ndim > 1 else recipe.bias_bits
+
+    inner = optax.chain(optimizer(recipe.rate, recipe.decay, course.steps), *masks(layers, recipe, course))
+    stop = int(0.9 * course.steps)
+    grid = clipjax.fake_quantize(clipjax.per_leaf(bits), where=lambda path, leaf: True, stop=stop, inner=inner)
+    return clipjax.with_gradient(grid)  # movement is a sum of weight times gradient
+
+
+def masks(layers: tuple[str, ...], recipe: Recipe, course: Course) -> list[optax.GradientTransformation]:
+    """One mask for all kernels, or one for each."""
+    score = scores.movement(0.9999)
+    if not isinstance(recipe.level, tuple):
+        return [chains.gradual(course._replace(level=recipe.level), score=score, scope=recipe.scope)]
+
+    def only(name: str) -> Any:
+        return lambda path, leaf: layer(path) == name and leaf.ndim > 1
+
+    levels = zip(layers, recipe.level, strict=True)
+    return [chains.gradual(course._replace(level=x), score=score, where=only(name)) for name, x in levels]
+
+
+BEST = {
+    "LeNet-300-100-80x": Recipe(0.95, (3, 3, 4)),
+    "LeNet-300-100-120x": Recipe(0.972, (3, 3, 3)),
+    "LeNet-5-200x": Recipe((0.4, 0.92, 0.9905, 0.87), (4, 3, 3, 3), epochs=12, batch=64, rate=2e-3),
+}
+TRIED = {
+    "LeNet-300-100": (
+        Recipe(0.95, (2, 2, 3), epochs=16),
+        Recipe(0.95, (2, 2, 3), epochs=16, mix=0.7),
+        Recipe(0.97, (3, 3, 4), epochs=16, mix=0.7),
+        Recipe(0.97, (4, 4, 4), epochs=16, mix=0.7),
+        Recipe(0.94, (3, 3, 4), epochs=16, mix=0.7, scope="global"),
+        Recipe(0.94, (3, 3, 4), epochs=16, mix=0.7, decay=0.02),
+        Recipe(0.93, (2, 2, 3), mix=0.7),
+        Recipe(0.96, (3, 3, 4)),
+        Recipe(0.96, (3, 3, 4), mix=0.7),
+        Recipe(0.96, (3, 3, 4), dropout=0.2),
+        Recipe(0.96, (3, 3, 4), mix=0.7, scope="global"),
+        Recipe(0.96, (3, 3, 4), rate=3e-3),
+    ),
+    "LeNet-5": (
+        Recipe((0.4, 0.92, 0.988, 0.85), (4, 3, 3, 3), epochs=8, batch=128, rate=3e-3),
+        Recipe((0.4, 0.92, 0.9915, 0.88), (4, 3, 3, 3), epochs=8, batch=128, rate=6e-3),
+        Recipe((0.4, 0.92, 0.99, 0.87), (4, 3, 3, 3), epochs=8, batch=64, rate=2e-3),
+    ),
+}
