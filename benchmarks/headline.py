@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import headline_chains as chains
 import jax
 import jax.numpy as jnp
+import lenet
+import lenet_figures as figures
 import lenet_training as training
 import measuring
 import numpy as np
@@ -165,6 +167,19 @@ def verdict(row: Row, error: float, times: float, seeds: int) -> str:
     return f"{row.name}: {times:.1f}x, {error:.3f} % over {seeds} seeds ({least}): {'holds' if holds else 'FAILS'}"
 
 
+def draw(rows: Iterable[Row], seeds: Iterable[int], store: Store, path: Path) -> None:
+    """The headline of LeNet-300-100 and Deep Compression among all that lenet.py tried."""
+    cells = lenet.collect(lenet.plan("LeNet-300-100"), seeds, False, Store(lenet.saved(path.with_name("lenet.jsonl"))))
+    marked = [("Deep Compression, as published", 1_066_440 / 40, 1.58)]
+    for row in rows:
+        runs = [store.runs[key] for seed in seeds if (key := row.key(seed, False)) in store.runs]
+        if row.network == "LeNet-300-100" and runs:
+            size, error = (float(np.mean([run[key] for run in runs])) for key in ("bytes", "error"))
+            marked.append((f"headline.py, {1_066_440 / size:.0f}x", size, error))
+    if cells:
+        figures.against_bytes(cells, path, marked)
+
+
 def main() -> None:
     """Trains what is missing and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -189,6 +204,7 @@ def main() -> None:
     show(rows, seeds, options.tune, store)
     if not options.tune:
         print(f"\n{PUBLISHED}")
+        draw(rows, seeds, store, Path(__file__).with_name("pareto.png"))
 
 
 if __name__ == "__main__":

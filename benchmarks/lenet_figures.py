@@ -54,8 +54,11 @@ def against_sparsity(found: Found, published: dict[str, dict[float, float]], pat
     plt.close(figure)
 
 
-def against_bytes(found: Found, path: Path) -> None:
-    """Every cell as a point; the line joins those that no other beats in both, which are listed by number."""
+def against_bytes(found: Found, path: Path, marked: Sequence[tuple[str, float, float]] = ()) -> None:
+    """Every cell as a point; the line joins those that no other beats in both, which are listed by number.
+
+    Marked ones, of a name, bytes and an error, are no cells.
+    """
     figure, axis = plt.subplots(figsize=(9.5, 4.6), layout="constrained")
     points = [(cell, *_mean(runs, "bytes"), *_mean(runs, "error")) for cell, runs in found]
     kinds = {"zeros alone": (False, "#0072b2"), "zeros and a grid": (True, "#d55e00")}
@@ -75,6 +78,8 @@ def against_bytes(found: Found, path: Path) -> None:
             axis.annotate(len(names), (size, error), xytext=beside, textcoords="offset points", fontsize=9)
     listed = "\n".join(f"{i}  {name}" for i, name in enumerate(names, 1))
     axis.annotate(listed, (1.02, 1), xycoords="axes fraction", va="top", fontsize=9, linespacing=1.6)
+    for (name, size, error), marker in zip(marked, "*PXD", strict=False):
+        axis.plot(size, error, marker, color="#009e73", markersize=11, linestyle="", label=name)
     lowest = min(error for *_, error, _ in points)
     axis.set(
         xscale="log",
