@@ -218,7 +218,7 @@ def lines(found: list[tuple[Cell, list[Facts]]]) -> list[dict[str, str]]:
                 "macro precision, %": spread(columns["precision"]),
                 "train time, x dense": f"{min(columns['seconds']) / min(base):.2f}" if base else "",
                 "zeros, %": f"{np.mean(columns['zeros']):.2f}",
-                "bits": " ".join(f"{x:g}" for x in np.mean(columns["bits"], axis=0)),
+                "bits": " ".join(f"{x:.3g}" for x in np.mean(columns["bits"], axis=0)),
                 "bytes": f"{size:,.0f}",
                 "compression, x": f"{columns['raw'][0] / size:.1f}",
                 "seeds": str(len(runs)),
