@@ -1,6 +1,6 @@
 """Claims: those that the documents D0 to D4 make, settled: true, false, or how much.
 
-    python benchmarks/claims.py --data-dir DIR [--text FILE]     # some twelve minutes on one core
+    python benchmarks/claims.py --data-dir DIR [--text FILE]     # some twenty minutes on one core
     python benchmarks/claims.py --table                          # from what is saved, without training
 
 Measured here (claims_training.py): clipping, clamping, pruning and quantizing alone and merged; thresholds from loose
