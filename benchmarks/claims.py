@@ -1,13 +1,13 @@
 """Claims: those that the documents D0 to D4 make, settled: true, false, or how much.
 
-    python benchmarks/claims.py --data-dir DIR [--text FILE]     # some twelve minutes on one core
+    python benchmarks/claims.py --data-dir DIR [--text FILE]     # some twenty minutes on one core
     python benchmarks/claims.py --table                          # from what is saved, without training
 
 Measured here (claims_training.py): clipping, clamping, pruning and quantizing alone and merged; thresholds from loose
 to strangling; a training whose masks are sorted beside `prune_mask`'s; gradients of a plain net of 20 layers; the time
-of small models; a text transformer. Three seeds, one for thresholds; a training is one compiled program. What compares
-the scores with one another is read from the runs of lenet.py. Runs are kept in out/claims.jsonl as they end and are not
-repeated; --table prints them, or those that are committed beside this file where there are none.
+of small models; a text transformer. Three seeds; a training is one compiled program. What compares the scores with one
+another is read from the runs of lenet.py. Runs are kept in out/claims.jsonl as they end and are not repeated; --table
+prints them, or those that are committed beside this file where there are none.
 """
 
 from __future__ import annotations

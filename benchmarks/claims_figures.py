@@ -23,7 +23,8 @@ def draw(found: Callable[..., list[Any]], sweeps: Mapping[str, Any], gains: Sequ
         errors = np.array([found(name, limit) for limit in limits])
         axis = left if letter == "C" else middle
         places = [1.0, *limits[1:]]
-        axis.plot(places, errors.mean(1), color=color, marker="o", label=optimizer)
+        look = {"color": color, "marker": "o", "capsize": 2, "label": optimizer}
+        axis.errorbar(places, errors.mean(1), errors.std(1, ddof=1), **look)
         axis.annotate("no limit", (places[0], errors[0].mean()), xytext=(0, 6), textcoords="offset points", fontsize=8)
     for axis, title in ((left, "gradient threshold C"), (middle, "weight bound T")):
         axis.set(xscale="log", yscale="log", xlabel=f"{title}, tighter to the right", ylabel="test error, %, log scale")
