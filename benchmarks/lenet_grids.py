@@ -6,7 +6,7 @@ Weights are quantized from the first update on, by a member behind the optimizer
 ("inner"). Beside them: the same without carry, where what rounding removed is lost (D4's trap), widths that follow the
 distributions inside the run (`widths.sqnr`, `widths.budget`) against the same mean width everywhere. Every seed trains
 all rows on the same batches from the same first params; a training is one compiled program (lenet_training.py). Runs
-are kept in out/lenet_grids.jsonl and are not repeated; --table prints what is saved.
+are kept in out/lenet_grids.jsonl and are not repeated; --table prints what is saved there, or beside this file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import lenet_training as training
 import measuring
 import numpy as np
 import optax
-from lenet import Store, markdown, spread
+from lenet import Store, markdown, saved, spread
 from lenet import widths as widths_of
 from measuring import Promise
 from rich.progress import track
@@ -132,7 +132,8 @@ def main() -> None:
     if options.data_dir is None and not options.table:
         parser.exit(message="Skipped: --data-dir DIR is needed to train, the folder of MNIST's IDX files.\n")
     options.out.mkdir(parents=True, exist_ok=True)
-    store = Store(options.out / "lenet_grids.jsonl")
+    path = options.out / "lenet_grids.jsonl"
+    store = Store(saved(path) if options.table else path)
     seeds = range(options.seeds)
     if not options.table:
         train(seeds, options.data_dir, store)
