@@ -58,6 +58,7 @@ def _decibels(w: np.ndarray, widths: tuple[int, ...]) -> dict[int, float]:
     filled[: w.size] = w
     found = _spectrum(filled, rule=stepping.mse(), axes=(0,), allowed=widths)
     noise = np.asarray(found.noise, np.float64)
+    noise = np.minimum.accumulate(noise)  # a wider grid has every level of a narrower one
     with np.errstate(divide="ignore"):
         ratios = 10 * np.log10(float(found.energy) / noise)
     return dict(zip(widths, ratios.tolist(), strict=True))

@@ -110,9 +110,9 @@ def _prune(state: PruneState, per_leaf: bool) -> Entries:
     removed = [jnp.sum(~m, dtype=jnp.float32) for _, m in masks]
     total = sum(m.size for _, m in masks)
     gone = sum(removed, jnp.zeros(()))
-    entries = {"sparsity": gone / max(total, 1), "removed": gone}
+    entries = {"sparsity": gone / float(max(total, 1)), "removed": gone}
     if per_leaf:
-        entries |= {f"sparsity/{path}": r / m.size for (path, m), r in zip(masks, removed, strict=True)}
+        entries |= {f"sparsity/{path}": r / float(m.size) for (path, m), r in zip(masks, removed, strict=True)}
     return entries
 
 

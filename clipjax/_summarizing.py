@@ -7,6 +7,7 @@ import dataclasses
 import html
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -94,7 +95,7 @@ def summarize(params: Tree, opt_state: Any = None, *, widths: tuple[int, ...] = 
     larger, the more bits a target takes (`choose_bits`). All are None where no float weight survives.
 
     Args:
-      params: a tree of concrete arrays.
+      params: a tree of concrete arrays; PRNG keys among them are passed over.
       opt_state: the optimizer state that belongs to them; without it only the params are described.
       widths: those of the columns `sqnr_db_2` and so on, each 1 to 16. Each takes 32 passes over the weights; () none.
 
@@ -115,14 +116,14 @@ def summarize(params: Tree, opt_state: Any = None, *, widths: tuple[int, ...] = 
     References:
       D4, section 2.2, step 1: analyse the distribution of each array, then choose its bits.
     """
-    tried = widening.checked(widths, "widths") if widths not in ((), []) else ()
+    tried = () if isinstance(widths, tuple | list) and not widths else widening.checked(widths, "widths")
     grids = [g for g in trees.find(opt_state, QuantizeState) if isinstance(g.step, dict)]
     projects = _projects(opt_state)
     carried = [dict(trees.governed(s.carry)) for s in projects if isinstance(s.projection, QuantizeState)]
     pruned = [s.projection for s in projects if isinstance(s.projection, PruneState)]
     found = [trees.governed(s.members) + trees.governed(s.mask) for s in pruned]
     masks = [{path: m for path, m in named if m.dtype == bool} for named in found]
-    rows = [_row(path, leaf, grids, masks, carried, tried) for path, leaf in trees.governed(params)]
+    rows = [_row(path, leaf, grids, masks, carried, tried) for path, leaf in trees.governed(params) if not _drawn(leaf)]
     total = {
         "path": "total",
         "picked": "",
@@ -137,6 +138,11 @@ def summarize(params: Tree, opt_state: Any = None, *, widths: tuple[int, ...] = 
     return Summary([*rows, total])
 
 
+def _drawn(leaf: Any) -> bool:
+    """True for PRNG keys, which are no weights."""
+    return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.extended)
+
+
 def _projects(opt_state: Any) -> list[ProjectState]:
     """Every `ProjectState`, those inside an `inner=` too."""
     outer = trees.find(opt_state, ProjectState)
@@ -146,7 +152,7 @@ def _projects(opt_state: Any) -> list[ProjectState]:
 def _row(
     path: str, leaf: Any, grids: list[Any], masks: list[Any], carried: list[Any], widths: tuple[int, ...]
 ) -> dict[str, Any]:
-    x = np.asarray(jnp.asarray(leaf).astype(jnp.float32) if trees.floating(leaf) else leaf)
+    x = np.asarray(jnp.asarray(leaf).astype(trees.wide(leaf.dtype)) if trees.floating(leaf) else leaf)
     grid = next((g for g in grids if path in g.step), None)
     held = [m[path] for m in masks if path in m]
     picked = ["prune"] * bool(held) + ["quantize"] * (grid is not None)
@@ -200,6 +206,8 @@ def _sqnr(levels: np.ndarray, weights: Any) -> float | None:
     if weights is None:
         return None
     z = np.asarray(weights, np.float64)
+    finite = np.isfinite(z) & np.isfinite(levels)
+    z, levels = z[finite], levels[finite]
     noise = np.sum(np.square(levels - z))
     return float(10 * np.log10(np.sum(np.square(z)) / noise)) if noise else float("inf")
 

@@ -316,3 +316,11 @@ def test_a_removed_weight_with_a_non_finite_target_is_emitted_as_it_is():
     params = optax.apply_updates(params, updates)
     updates, state = tx.update({"kernel": jnp.array([[jnp.inf, jnp.nan, -jnp.inf, 0.5]])}, state, params)
     np.testing.assert_array_equal(optax.apply_updates(params, updates)["kernel"], [[np.inf, np.nan, -np.inf, 4.5]])
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+def test_report_of_more_weights_than_an_i32_counts(scope):
+    sizes = [40_000] if scope == "global" else [32_768, 32_768]
+    params = {f"w{i}": jax.ShapeDtypeStruct((65_536, n), jnp.float32) for i, n in enumerate(sizes)}
+    told = jax.eval_shape(lambda p: clipjax.report(clipjax.prune_mask(0.5, scope=scope).init(p), per_leaf=True), params)
+    assert told["prune_mask/sparsity"].dtype == jnp.float32

@@ -159,7 +159,7 @@ def test_no_widths_no_sqnr(widths):
     assert found["sigma"] == 1.0 and not any(key.startswith("sqnr_db_") for key in found)
 
 
-@pytest.mark.parametrize("widths", [(0,), (4, 17), 4, (2.5,)])
+@pytest.mark.parametrize("widths", [(0,), (4, 17), 4, (2.5,), np.array([2, 3])])
 def test_bad_widths_are_refused(widths):
     with pytest.raises(ValueError, match="`widths` must"):
         row(jnp.ones(3), widths=widths)
@@ -225,3 +225,20 @@ def test_sigma_is_that_of_the_step_rule():
     w = jnp.asarray(RNG.normal(size=(30, 30)) + 0.5, jnp.float32)
     step = float(clipjax.choose_step(w, 2, step=steps.sigma(1.0)))
     np.testing.assert_allclose(row(w)["sigma"], step, rtol=1e-5)
+
+
+def test_a_wider_grid_is_never_worse():
+    """Each has all levels of the narrower one, also for weights that lie on a grid already."""
+    row = clipjax.summarize({"w": jnp.array([[1.0, 2.0, 3.0], [-1.0, -3.0, 2.0]])}).to_dict()["w"]
+    assert row["sqnr_db_2"] < row["sqnr_db_3"] == row["sqnr_db_4"] == row["sqnr_db_8"] == np.inf
+
+
+def test_a_weight_that_is_not_finite_is_passed_over():
+    tx, params = clipjax.fake_quantize(4), {"w": jax.random.normal(jax.random.key(0), (8, 8))}
+    updates = {"w": jnp.zeros((8, 8)).at[0, 0].set(jnp.inf)}
+    updates, state = tx.update(updates, tx.init(params), params)
+    assert np.isfinite(clipjax.summarize(optax.apply_updates(params, updates), state).to_dict()["w"]["sqnr_db"])
+
+
+def test_keys_are_no_weights():
+    assert list(clipjax.summarize({"w": jnp.ones(2), "key": jax.random.key(0)}).to_dict()) == ["w", "total"]
