@@ -25,13 +25,12 @@ from typing import Any, NamedTuple
 import headline_chains as chains
 import jax
 import jax.numpy as jnp
-import lenet
 import lenet_figures as figures
 import lenet_training as training
 import measuring
 import numpy as np
 from headline_chains import Recipe
-from lenet import TUNING_SEED, Store, file_bytes, markdown, spread
+from lenet import TUNING_SEED, Store, collect, file_bytes, markdown, plan, saved, spread
 from measuring import Promise
 from rich.progress import track
 
@@ -169,14 +168,16 @@ def verdict(row: Row, error: float, times: float, seeds: int) -> str:
 
 def draw(rows: Iterable[Row], seeds: Iterable[int], store: Store, path: Path) -> None:
     """The headline of LeNet-300-100 and Deep Compression among all that lenet.py tried."""
-    cells = lenet.collect(lenet.plan("LeNet-300-100"), seeds, False, Store(lenet.saved(path.with_name("lenet.jsonl"))))
-    marked = [("Deep Compression, as published", 1_066_440 / 40, 1.58)]
+    cells = collect(plan("LeNet-300-100"), seeds, False, Store(saved(path.with_name("lenet.jsonl"))))
+    marked = []
     for row in rows:
         runs = [store.runs[key] for seed in seeds if (key := row.key(seed, False)) in store.runs]
         if row.network == "LeNet-300-100" and runs:
             size, error = (float(np.mean([run[key] for run in runs])) for key in ("bytes", "error"))
-            marked.append((f"headline.py, {1_066_440 / size:.0f}x", size, error))
-    if cells:
+            raw = runs[0]["raw"]
+            marked.append((f"headline.py, {raw / size:.0f}x", size, error))
+    if cells and marked:
+        marked.append(("Deep Compression, as published", raw / 40, 1.58))
         figures.against_bytes(cells, path, marked)
 
 
@@ -204,7 +205,8 @@ def main() -> None:
     show(rows, seeds, options.tune, store)
     if not options.tune:
         print(f"\n{PUBLISHED}")
-        draw(rows, seeds, store, Path(__file__).with_name("pareto.png"))
+        if options.row is None:
+            draw(rows, seeds, store, options.out.with_name("pareto.png"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Claims: LeNet-300-100 on MNIST loses at most .05 points of accuracy at 8 and 4 bits, .1 ternary, .3 binary.
 
     python benchmarks/lenet_grids.py --data-dir DIR [--seeds 5] [--table]
+    python benchmarks/lenet_grids.py --data-dir DIR --tune     # the settings that were tried, on held-out images
 
 Weights are quantized from the first update on, by a member behind the optimizer ("chain") and by one around it
 ("inner"). Beside them: the same without carry, where what rounding removed is lost (D4's trap), widths that follow the
@@ -29,12 +30,24 @@ from rich.progress import track
 import clipjax
 from clipjax import widths
 
-# Of every row, chosen on held-out images, two seeds: 40 epochs without dropout cost .00 points at 4 bits, .16 ternary,
-# .11 binary; with lenet.py's dropout and decay, which improve the float network most, .10, .12 and .26, and 16 epochs
-# .16, .33 and .54. What the members before have landed on, which no level exceeds, is seen at refreshes alone: more of
-# them let the levels of a young network grow (every 10 against every 100, ternary: 1.80 % against 1.87).
-LESSON = training.Lesson(epochs=40)
-RATE, DECAY, EVERY = 3e-3, 1e-4, 20  # Adam's rate on a cosine to 0, AdamW's decay, updates between refreshes
+
+class Setting(NamedTuple):
+    """How every row is trained: by AdamW, its rate on a cosine to 0, with so many updates between two refreshes.
+
+    What the members before have landed on, which no level exceeds, is seen at refreshes alone: more of them let the
+    levels of a young network grow.
+    """
+
+    epochs: int = 40
+    dropout: float = 0.0
+    rate: float = 3e-3
+    decay: float = 1e-4
+    every: int = 20
+
+
+CHOSEN = Setting()
+TRIED = (CHOSEN, *(Setting(epochs, 0.1, 6e-3, 0.05, every) for epochs, every in ((40, 20), (16, 20), (16, 100))))
+TUNING_SEEDS = (50, 51)
 
 
 class Row(NamedTuple):
@@ -57,46 +70,63 @@ ROWS = [
 LIMITS = {"8 bit": 0.05, "4 bit": 0.05, "2 bit": 0.1, "1 bit": 0.3}  # points of accuracy, of the form "chain"
 
 
-def chain(row: Row, course: training.Course) -> optax.GradientTransformation:
+TUNED = [row for row in ROWS if row.form in ("-", "chain") and row.name in ("float", "4 bit", "2 bit", "1 bit")]
+
+
+def chain(row: Row, setting: Setting, course: training.Course) -> optax.GradientTransformation:
     """The optimizer of every row, and the grid behind or around it; the steps are frozen for the last tenth."""
-    optimizer = optax.adamw(optax.cosine_decay_schedule(RATE, course.steps), weight_decay=DECAY)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(setting.rate, course.steps), weight_decay=setting.decay)
     if row.bits is None:
         return optimizer
     stop = int(0.9 * course.steps)
     if row.form == "inner":
-        return clipjax.fake_quantize(row.bits, every=EVERY, stop=stop, inner=optimizer, **row.rest)
-    return optax.chain(optimizer, clipjax.fake_quantize(row.bits, every=EVERY, stop=stop, **row.rest))
+        return clipjax.fake_quantize(row.bits, every=setting.every, stop=stop, inner=optimizer, **row.rest)
+    return optax.chain(optimizer, clipjax.fake_quantize(row.bits, every=setting.every, stop=stop, **row.rest))
 
 
-def key(row: Row, seed: int) -> str:
+def key(row: Row, setting: Setting, seed: int, validate: bool = False) -> str:
     """Names a run."""
-    how = f"{LESSON.epochs} x {LESSON.batch}, rate {RATE}, decay {DECAY}, every {EVERY}"
-    return f"{row.name}, {row.form}, {how}, seed {seed}"
+    dropout = f", dropout {setting.dropout}" * bool(setting.dropout)
+    how = f"{setting.epochs} x {training.BATCH}, rate {setting.rate}, decay {setting.decay}, every {setting.every}"
+    return f"{row.name}, {row.form}, {how}{dropout}, seed {seed}" + ", validation" * validate
 
 
-def train(seeds: range, folder: Path, store: Store) -> None:
+def train(rows: list[Row], settings: Any, seeds: Any, folder: Path, validate: bool, store: Store) -> None:
     """Trains what is missing, and asserts that all weights are on their grids."""
-    data = training.load(folder, validate=False)
+    data = training.load(folder, validate)
 
     @functools.cache
-    def program(index: int) -> Any:
-        return training.trainer("LeNet-300-100", data, functools.partial(chain, ROWS[index]), LESSON)
+    def program(index: int, setting: Setting) -> Any:
+        lesson = training.Lesson(setting.epochs, dropout=setting.dropout)
+        return training.trainer("LeNet-300-100", data, functools.partial(chain, rows[index], setting), lesson)
 
-    missing = [(seed, i) for seed in seeds for i, row in enumerate(ROWS) if key(row, seed) not in store.runs]
-    for seed, i in track(missing, description="trainings"):
-        params, opt_state, seconds = program(i)(0.0, seed)
+    jobs = [(s, seed, i) for s in settings for seed in seeds for i in range(len(rows))]
+    missing = [(s, seed, i) for s, seed, i in jobs if key(rows[i], s, seed, validate) not in store.runs]
+    for setting, seed, i in track(missing, description="trainings"):
+        params, opt_state, seconds = program(i, setting)(0.0, seed)
         facts: dict[str, Any] = {"seconds": seconds, "bits": []}
-        if ROWS[i].bits is not None:
+        if rows[i].bits is not None:
             facts["bits"] = widths_of(params, opt_state)
             measuring.check(params, opt_state, Promise(bits=max(max(facts["bits"]), 2)))
         predicted = training.answers("LeNet-300-100", params, data.x_test).argmax(-1)
         facts["error"] = 100 * float(np.mean(predicted != data.y_test))
-        store.add(key(ROWS[i], seed), facts | {"jax": jax.__version__})
+        store.add(key(rows[i], setting, seed, validate), facts | {"jax": jax.__version__})
+
+
+def show_tuning(store: Store) -> None:
+    """Prints what every setting cost on held-out images."""
+    table = [["setting", "float error, %", *(f"{row.name}, points lost" for row in TUNED[1:])]]
+    for setting in TRIED:
+        errors = [[store.runs[key(row, setting, s, True)]["error"] for s in TUNING_SEEDS] for row in TUNED]
+        base, *others = (float(np.mean(found)) for found in errors)
+        words = ", ".join(f"{name} {value}" for name, value in setting._asdict().items())
+        table.append([words, f"{base:.2f}", *(f"{error - base:+.2f}" for error in others)])
+    print(markdown(table))
 
 
 def show(seeds: range, store: Store) -> None:
     """Prints the table, and a verdict for every claim."""
-    found = {(r.name, r.form): [store.runs[key(r, s)] for s in seeds if key(r, s) in store.runs] for r in ROWS}
+    found = {(r.name, r.form): [store.runs[k] for s in seeds if (k := key(r, CHOSEN, s)) in store.runs] for r in ROWS}
     base = [run["error"] for run in found["float", "-"]]
     table = [["weights", "form", "test error, %", "points lost", "bits of the kernels"]]
     lost = {}
@@ -127,6 +157,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="where MNIST's four IDX files are, .gz or not")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "out", help="folder of the results")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tune", action="store_true", help="the settings that were tried, on held-out images")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is saved")
     options = parser.parse_args()
     if options.data_dir is None and not options.table:
@@ -134,10 +165,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "lenet_grids.jsonl"
     store = Store(saved(path) if options.table else path)
-    seeds = range(options.seeds)
+    rows, settings, seeds = (TUNED, TRIED, TUNING_SEEDS) if options.tune else (ROWS, (CHOSEN,), range(options.seeds))
     if not options.table:
-        train(seeds, options.data_dir, store)
-    show(seeds, store)
+        train(rows, settings, seeds, options.data_dir, options.tune, store)
+    if options.tune:
+        show_tuning(store)
+    else:
+        show(seeds, store)
 
 
 if __name__ == "__main__":

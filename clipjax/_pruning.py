@@ -28,13 +28,11 @@ class PruneState(NamedTuple):
       mask: bool arrays, True keeps, one entry per unit (they broadcast to the weights); None at leaves not governed.
       score: the state of the score.
       grow: the state of the score by which removed weights grow again; () without `regrow`.
-      members: a True for each leaf, keyed by path, that is cut by the units of another one; () without groups.
     """
 
     mask: Any
     score: Any
     grow: Any
-    members: Any = ()
 
 
 def prune_mask(
@@ -141,14 +139,6 @@ def prune_mask(
         """Trees without the leaves that die with a unit but have no say."""
         return functools.partial(trees.restrict, picks=trees.pick(where, params))
 
-    def members(units: Tree, params: Tree) -> Any:
-        if structure.holds is None:
-            return ()
-        owners = dict(trees.governed(units))
-        cut = trees.governed(jax.eval_shape(structure.expand, units, params))
-        others = {path: jnp.ones((), bool) for path, _ in cut if path not in owners}
-        return others or jnp.zeros(())  # one leaf all the same, see `trees.by_path`
-
     def init_fn(params: Tree) -> PruneState:
         voters = votes(params)(params)
         structure.check(params, voters)
@@ -157,8 +147,7 @@ def prune_mask(
         masks.check_sizes(units, structure, scope)
         if masks.varies(sparsity):
             masks.shares(sparsity, scope, [], structure.owners(params))
-        growing = () if regrow is None else grow.init(voters)
-        return PruneState(pack(units), score.init(voters), growing, members(units, params))
+        return PruneState(pack(units), score.init(voters), () if regrow is None else grow.init(voters))
 
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
         vote = votes(context.params)
@@ -185,7 +174,7 @@ def prune_mask(
             return pack(masks.cut(units, structure, removed, scope))
 
         mask = projecting.refreshed(context, start, every, stop, refresh, state.mask)
-        new = PruneState(mask, seen, growing, state.members)
+        new = PruneState(mask, seen, growing)
         kept = survives(target, state, new)
         return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, kept), new
 

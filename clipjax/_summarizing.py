@@ -96,7 +96,8 @@ def summarize(params: Tree, opt_state: Any = None, *, widths: tuple[int, ...] = 
 
     Args:
       params: a tree of concrete arrays; PRNG keys among them are passed over.
-      opt_state: the optimizer state that belongs to them; without it only the params are described.
+      opt_state: the optimizer state that belongs to them; without it only the params are described. Of a group
+        (`structures.unit(groups=)`) the first leaf has the mask, and is the one that is marked as pruned.
       widths: those of the columns `sqnr_db_2` and so on, each 1 to 16. Each takes 32 passes over the weights; () none.
 
     Returns:
@@ -120,10 +121,9 @@ def summarize(params: Tree, opt_state: Any = None, *, widths: tuple[int, ...] = 
     grids = [g for g in trees.find(opt_state, QuantizeState) if isinstance(g.step, dict)]
     projects = _projects(opt_state)
     carried = [dict(trees.governed(s.carry)) for s in projects if isinstance(s.projection, QuantizeState)]
-    pruned = [s.projection for s in projects if isinstance(s.projection, PruneState)]
-    found = [trees.governed(s.members) + trees.governed(s.mask) for s in pruned]
-    masks = [{path: m for path, m in named if m.dtype == bool} for named in found]
-    rows = [_row(path, leaf, grids, masks, carried, tried) for path, leaf in trees.governed(params) if not _drawn(leaf)]
+    masks = [dict(trees.governed(s.projection.mask)) for s in projects if isinstance(s.projection, PruneState)]
+    leaves = [(path, leaf) for path, leaf in trees.governed(params) if not _is_key(leaf)]
+    rows = [_row(path, leaf, grids, masks, carried, tried) for path, leaf in leaves]
     total = {
         "path": "total",
         "picked": "",
@@ -138,7 +138,7 @@ def summarize(params: Tree, opt_state: Any = None, *, widths: tuple[int, ...] = 
     return Summary([*rows, total])
 
 
-def _drawn(leaf: Any) -> bool:
+def _is_key(leaf: Any) -> bool:
     """True for PRNG keys, which are no weights."""
     return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.extended)
 

@@ -186,13 +186,6 @@ MUTANTS = (
     Mutant("_distributions.py", "10 * np.log10(", "20 * np.log10(", "summarizing", "sqnr"),
     Mutant("_summarizing.py", "np.where(mask, w, np.zeros_like(w))", "w", "summarizing", "pruned_weights"),
     Mutant("_summarizing.py", "leaf if float_weights is None else float_weights", "leaf", "summarizing", "quantized"),
-    Mutant(
-        "_pruning.py",
-        "for path, _ in cut if path not in owners",
-        "for path, _ in cut if path in owners",
-        "summarizing",
-        "group",
-    ),
     Mutant("_masks.py", "total <= selecting.MOST", "True", "masks", "counted"),
     Mutant("_masks.py", "arguments.require(size <= selecting.MOST", "arguments.require(True", "masks", "counted"),
     Mutant("_shrinking.py", "if times[o.path] == 1 else", "if times[o.path] else", "groups", "collide"),

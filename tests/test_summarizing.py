@@ -194,24 +194,6 @@ def test_pruned_weights_do_not_count(order):
     assert found["picked"] == "prune+quantize"
 
 
-def test_every_leaf_of_a_group_is_marked_as_pruned():
-    params = {
-        "a": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)},
-        "b": {"kernel": jnp.ones((8, 2)), "bias": jnp.ones(2)},
-    }
-    groups = [{"a/kernel": -1, "a/bias": 0, "b/kernel": 0}]
-    tx = clipjax.prune_mask(0.5, structure=structures.unit(groups=groups))
-    for state in (tx.init(params), update(tx, params, 2)[1]):
-        rows = clipjax.summarize(params, state).to_dict()
-        picked = {path: row["picked"] for path, row in rows.items()}
-        assert picked == {"a/kernel": "prune", "a/bias": "prune", "b/kernel": "prune", "b/bias": "", "total": ""}
-    assert set(clipjax.report(state, per_leaf=True)) == {
-        "prune_mask/sparsity",
-        "prune_mask/removed",
-        "prune_mask/sparsity/a/kernel",
-    }
-
-
 def test_blocks_of_masks_that_do_not_broadcast_are_passed_over():
     params = {"kernel": jnp.asarray(RNG.normal(size=(6, 6)), jnp.float32)}
     new, state = update(clipjax.prune_mask(0.5, structure=structures.block(2, 3)), params)
