@@ -3,7 +3,7 @@
     python benchmarks/lenet_grids.py --data-dir DIR [--seeds 5] [--table]
     python benchmarks/lenet_grids.py --data-dir DIR --tune     # the settings that were tried, on held-out images
 
-Weights are quantized from the first update on, by a member behind the optimizer ("chain") and by one around it
+Weights are quantized from a quarter of the updates on, by a member behind the optimizer ("chain") and by one around it
 ("inner"). Beside them: the same without carry, where what rounding removed is lost (D4's trap), widths that follow the
 distributions inside the run (`widths.sqnr`, `widths.budget`) against the same mean width everywhere. Every seed trains
 all rows on the same batches from the same first params; a training is one compiled program (lenet_training.py). Runs
@@ -34,8 +34,8 @@ from clipjax import widths
 class Setting(NamedTuple):
     """How every row is trained: by AdamW, its rate on a cosine to 0, with so many updates between two refreshes.
 
-    What the members before have landed on, which no level exceeds, is seen at refreshes alone: more of them let the
-    levels of a young network grow.
+    What the members before have landed on, which no level exceeds, is seen at refreshes alone: the levels of a young
+    network grow slowly. So more refreshes help, and weights that were floats for the first part (`start`) help more.
     """
 
     epochs: int = 40
@@ -43,10 +43,14 @@ class Setting(NamedTuple):
     rate: float = 3e-3
     decay: float = 1e-4
     every: int = 20
+    start: float = 0.25
 
 
 CHOSEN = Setting()
-TRIED = (CHOSEN, *(Setting(epochs, 0.1, 6e-3, 0.05, every) for epochs, every in ((40, 20), (16, 20), (16, 100))))
+TRIED = (
+    *(Setting(start=start) for start in (0.0, 0.25, 0.5)),
+    *(Setting(epochs, 0.1, 6e-3, 0.05, every, 0.0) for epochs, every in ((40, 20), (16, 20), (16, 100))),
+)
 TUNING_SEEDS = (50, 51)
 
 
@@ -78,17 +82,19 @@ def chain(row: Row, setting: Setting, course: training.Course) -> optax.Gradient
     optimizer = optax.adamw(optax.cosine_decay_schedule(setting.rate, course.steps), weight_decay=setting.decay)
     if row.bits is None:
         return optimizer
-    stop = int(0.9 * course.steps)
-    if row.form == "inner":
-        return clipjax.fake_quantize(row.bits, every=setting.every, stop=stop, inner=optimizer, **row.rest)
-    return optax.chain(optimizer, clipjax.fake_quantize(row.bits, every=setting.every, stop=stop, **row.rest))
+    start, stop = int(setting.start * course.steps), int(0.9 * course.steps)
+    quantize = functools.partial(
+        clipjax.fake_quantize, row.bits, start=start, every=setting.every, stop=stop, **row.rest
+    )
+    return quantize(inner=optimizer) if row.form == "inner" else optax.chain(optimizer, quantize())
 
 
 def key(row: Row, setting: Setting, seed: int, validate: bool = False) -> str:
     """Names a run."""
     dropout = f", dropout {setting.dropout}" * bool(setting.dropout)
     how = f"{setting.epochs} x {training.BATCH}, rate {setting.rate}, decay {setting.decay}, every {setting.every}"
-    return f"{row.name}, {row.form}, {how}{dropout}, seed {seed}" + ", validation" * validate
+    start = f", start {setting.start}" * bool(setting.start and row.bits)  # the float row has none
+    return f"{row.name}, {row.form}, {how}{dropout}{start}, seed {seed}" + ", validation" * validate
 
 
 def train(rows: list[Row], settings: Any, seeds: Any, folder: Path, validate: bool, store: Store) -> None:
