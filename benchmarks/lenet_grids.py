@@ -44,14 +44,10 @@ class Setting(NamedTuple):
     decay: float = 1e-4
     every: int = 20
     start: float = 0.25
+    anneal: float = 0.0
 
 
 CHOSEN = Setting()
-TRIED = (
-    *(Setting(start=start) for start in (0.0, 0.25, 0.5)),
-    *(Setting(epochs, 0.1, 6e-3, 0.05, every, 0.0) for epochs, every in ((40, 20), (16, 20), (16, 100))),
-)
-TUNING_SEEDS = (50, 51)
 
 
 class Row(NamedTuple):
@@ -75,6 +71,19 @@ LIMITS = {"8 bit": 0.05, "4 bit": 0.05, "2 bit": 0.1, "1 bit": 0.3}  # points of
 
 
 TUNED = [row for row in ROWS if row.form in ("-", "chain") and row.name in ("float", "4 bit", "2 bit", "1 bit")]
+TERNARY = [row for row in TUNED if row.name in ("float", "2 bit")]
+TRIED = (
+    (Setting(start=0.0), TUNED, (50, 51)),
+    (CHOSEN, TUNED, (50, 51)),
+    (Setting(start=0.5), TUNED, (50, 51)),
+    (Setting(40, 0.1, 6e-3, 0.05, 20, 0.0), TUNED, (50, 51)),
+    (Setting(16, 0.1, 6e-3, 0.05, 20, 0.0), TUNED, (50, 51)),
+    (Setting(16, 0.1, 6e-3, 0.05, 100, 0.0), TUNED, (50, 51)),
+    (CHOSEN, TERNARY, range(50, 55)),
+    (Setting(anneal=0.25), TERNARY, range(50, 55)),
+    (Setting(every=5), TERNARY, range(50, 55)),
+    (Setting(every=5, anneal=0.25), TERNARY, range(50, 55)),
+)
 
 
 def chain(row: Row, setting: Setting, course: training.Course) -> optax.GradientTransformation:
@@ -83,9 +92,10 @@ def chain(row: Row, setting: Setting, course: training.Course) -> optax.Gradient
     if row.bits is None:
         return optimizer
     start, stop = int(setting.start * course.steps), int(0.9 * course.steps)
-    quantize = functools.partial(
-        clipjax.fake_quantize, row.bits, start=start, every=setting.every, stop=stop, **row.rest
-    )
+    rest = dict(row.rest)
+    if setting.anneal:
+        rest["rounding"] = clipjax.roundings.parq(int(setting.anneal * course.steps))
+    quantize = functools.partial(clipjax.fake_quantize, row.bits, start=start, every=setting.every, stop=stop, **rest)
     return quantize(inner=optimizer) if row.form == "inner" else optax.chain(optimizer, quantize())
 
 
@@ -94,39 +104,39 @@ def key(row: Row, setting: Setting, seed: int, validate: bool = False) -> str:
     dropout = f", dropout {setting.dropout}" * bool(setting.dropout)
     how = f"{setting.epochs} x {training.BATCH}, rate {setting.rate}, decay {setting.decay}, every {setting.every}"
     start = f", start {setting.start}" * bool(setting.start and row.bits)  # the float row has none
-    return f"{row.name}, {row.form}, {how}{dropout}{start}, seed {seed}" + ", validation" * validate
+    anneal = f", anneal {setting.anneal}" * bool(setting.anneal and row.bits)
+    return f"{row.name}, {row.form}, {how}{dropout}{start}{anneal}, seed {seed}" + ", validation" * validate
 
 
-def train(rows: list[Row], settings: Any, seeds: Any, folder: Path, validate: bool, store: Store) -> None:
+def train(jobs: list[tuple[Setting, Row, int]], folder: Path, validate: bool, store: Store) -> None:
     """Trains what is missing, and asserts that all weights are on their grids."""
     data = training.load(folder, validate)
 
     @functools.cache
-    def program(index: int, setting: Setting) -> Any:
+    def program(row: int, setting: Setting) -> Any:
         lesson = training.Lesson(setting.epochs, dropout=setting.dropout)
-        return training.trainer("LeNet-300-100", data, functools.partial(chain, rows[index], setting), lesson)
+        return training.trainer("LeNet-300-100", data, functools.partial(chain, ROWS[row], setting), lesson)
 
-    jobs = [(s, seed, i) for s in settings for seed in seeds for i in range(len(rows))]
-    missing = [(s, seed, i) for s, seed, i in jobs if key(rows[i], s, seed, validate) not in store.runs]
-    for setting, seed, i in track(missing, description="trainings"):
-        params, opt_state, seconds = program(i, setting)(0.0, seed)
+    missing = {name: job for job in jobs if (name := key(job[1], job[0], job[2], validate)) not in store.runs}
+    for name, (setting, row, seed) in track(missing.items(), description="trainings"):
+        params, opt_state, seconds = program(ROWS.index(row), setting)(0.0, seed)
         facts: dict[str, Any] = {"seconds": seconds, "bits": []}
-        if rows[i].bits is not None:
+        if row.bits is not None:
             facts["bits"] = widths_of(params, opt_state)
             measuring.check(params, opt_state, Promise(bits=max(max(facts["bits"]), 2)))
         predicted = training.answers("LeNet-300-100", params, data.x_test).argmax(-1)
         facts["error"] = 100 * float(np.mean(predicted != data.y_test))
-        store.add(key(rows[i], setting, seed, validate), facts | {"jax": jax.__version__})
+        store.add(name, facts | {"jax": jax.__version__})
 
 
 def show_tuning(store: Store) -> None:
     """Prints what every setting cost on held-out images."""
-    table = [["setting", "float error, %", *(f"{row.name}, points lost" for row in TUNED[1:])]]
-    for setting in TRIED:
-        errors = [[store.runs[key(row, setting, s, True)]["error"] for s in TUNING_SEEDS] for row in TUNED]
-        base, *others = (float(np.mean(found)) for found in errors)
+    table = [["setting", "seeds", "float error, %", *(f"{row.name}, points lost" for row in TUNED[1:])]]
+    for setting, rows, seeds in TRIED:
+        mean = {row.name: np.mean([store.runs[key(row, setting, s, True)]["error"] for s in seeds]) for row in rows}
         words = ", ".join(f"{name} {value}" for name, value in setting._asdict().items())
-        table.append([words, f"{base:.2f}", *(f"{error - base:+.2f}" for error in others)])
+        lost = (f"{mean[row.name] - mean['float']:+.2f}" if row in rows else "" for row in TUNED[1:])
+        table.append([words, str(len(seeds)), f"{mean['float']:.2f}", *lost])
     print(markdown(table))
 
 
@@ -171,13 +181,14 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "lenet_grids.jsonl"
     store = Store(saved(path) if options.table else path)
-    rows, settings, seeds = (TUNED, TRIED, TUNING_SEEDS) if options.tune else (ROWS, (CHOSEN,), range(options.seeds))
+    plan = TRIED if options.tune else [(CHOSEN, ROWS, range(options.seeds))]
     if not options.table:
-        train(rows, settings, seeds, options.data_dir, options.tune, store)
+        jobs = [(setting, row, seed) for setting, rows, seeds in plan for seed in seeds for row in rows]
+        train(jobs, options.data_dir, options.tune, store)
     if options.tune:
         show_tuning(store)
     else:
-        show(seeds, store)
+        show(range(options.seeds), store)
 
 
 if __name__ == "__main__":

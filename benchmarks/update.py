@@ -2,7 +2,8 @@
 
 One jitted, donated update + apply_updates at 1.6e7 parameters, all variants in one process, in turns of eight steps as
 a training loop would run them; ratios of medians. The first four of a turn are not timed: what runs behind a refresh,
-which frees hundreds of MB, is slower for about three steps.
+which frees hundreds of MB, is slower for about three steps. Bytes a parameter are those that the compiled program moves
+outside of loops, GB/s those over the time; a GPU wants `--size 2.7e8`, or it waits for the host.
 "frozen" compiles with `refresh=False`; "cycle" keeps the refreshes in the program and runs past `stop`; "refresh" is
 one update that recomputes mask and steps.
 """
@@ -14,6 +15,7 @@ import functools
 import statistics
 import time
 
+import compiled
 import jax
 import optax
 
@@ -62,13 +64,15 @@ def stepper(tx: optax.GradientTransformation, refresh: bool | None, options: dic
 def main() -> None:
     """Print the table and the verdict."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--leaves", type=int, default=16, help="square leaves that hold the 1.6e7 parameters")
+    parser.add_argument("--size", type=float, default=1.6e7, help="parameters")
+    parser.add_argument("--leaves", type=int, default=16, help="square leaves that hold them")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", nargs="*", default=None, help="variants to run besides adam")
     parser.add_argument("--vectors", type=int, help="bits of the CPU's vectors that XLA may use; its default is 256")
     options = parser.parse_args()
     compiler = {"xla_cpu_prefer_vector_width": options.vectors} if options.vectors else None
-    side = int((1.6e7 / options.leaves) ** 0.5)
+    side = round((options.size / options.leaves) ** 0.5)
+    size = options.leaves * side**2
 
     @jax.jit
     def make():
@@ -85,10 +89,11 @@ def main() -> None:
             state = tx.init(params)
             for _ in range(4):  # past `stop`
                 params, state = first(params, state, grads)
-            compiled = step.lower(params, state, grads).compile()
-            temp = compiled.memory_analysis().temp_size_in_bytes / 1e6
+            executable = step.lower(params, state, grads).compile()
+            program = compiled.read(executable.as_text())
+            moved = 0 if program.passes(side**2 // 2) else program.once()
             params, state = jax.block_until_ready(step(params, state, grads))
-            runs[name] = [step, params, state, [], temp]
+            runs[name] = [step, params, state, [], moved, executable.memory_analysis().temp_size_in_bytes]
             del params, state
     for _ in range(options.repeats):
         for run in runs.values():
@@ -101,11 +106,13 @@ def main() -> None:
     base = statistics.median(runs["adam"][3])
     vectors = f", vectors of {options.vectors} bits" if options.vectors else ""
     print(f"jax {jax.__version__}, {jax.devices()[0].platform}, {options.leaves} leaves of {side} x {side}{vectors}")
-    print(f"{'variant':34s} {'ms':>8s} {'ratio':>7s} {'temporaries MB':>15s}")
+    print(f"{'variant':34s} {'ms':>8s} {'ratio':>7s} {'bytes/param':>12s} {'GB/s':>6s} {'temporaries MB':>15s}")
     ratios = {}
-    for name, (_, _, _, times, temp) in runs.items():
-        ratios[name] = statistics.median(times) / base
-        print(f"{name:34s} {1e3 * statistics.median(times):8.1f} {ratios[name]:7.2f} {temp:15.1f}")
+    for name, (_, _, _, times, moved, temp) in runs.items():
+        median = statistics.median(times)
+        ratios[name] = median / base
+        rate = f"{moved / size:12.1f} {moved / median / 1e9:6.0f}" if moved else f"{'':19s}"
+        print(f"{name:34s} {1e3 * median:8.2f} {ratios[name]:7.2f} {rate} {temp / 1e6:15.1f}")
     optax_norm = ratios.get("optax.clip_by_global_norm + adam", 0.0)
     claims = [
         ("whole chain, frozen", "adam", 1.0, 1.7),
