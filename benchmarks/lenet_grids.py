@@ -35,7 +35,8 @@ class Setting(NamedTuple):
     """How every row is trained: by AdamW, its rate on a cosine to 0, with so many updates between two refreshes.
 
     What the members before have landed on, which no level exceeds, is seen at refreshes alone: the levels of a young
-    network grow slowly. So more refreshes help, and weights that were floats for the first part (`start`) help more.
+    network grow slowly, and weights that were floats for the first part (`start`) help. `anneal` is the part of the
+    updates, from `start` on, over which PARQ's levels become sharp; 0 rounds at once.
     """
 
     epochs: int = 40
@@ -83,6 +84,7 @@ TRIED = (
     (Setting(anneal=0.25), TERNARY, range(50, 55)),
     (Setting(every=5), TERNARY, range(50, 55)),
     (Setting(every=5, anneal=0.25), TERNARY, range(50, 55)),
+    (Setting(epochs=80), TERNARY, range(50, 55)),
 )
 
 
