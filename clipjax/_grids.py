@@ -144,7 +144,7 @@ def share(whole: jax.Array, parts: Any, bits: Any) -> jax.Array:
 
 def multiples(limit: jax.Array, step: jax.Array) -> jax.Array:
     """The largest whole k with k * s <= limit, exact where k * s is; 0 for limit < 0."""
-    k = jnp.floor(limit / step)  # may be one off to either side: XLA takes a quotient as a product
+    k = jnp.floor(limit / step)  # may be one off: XLA may take it as a product, hardware may round it
     k = jnp.where((k + 1) * step <= limit, k + 1, k)
     return jnp.maximum(jnp.where(k * step > limit, k - 1, k), 0)
 

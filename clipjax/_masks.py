@@ -37,7 +37,7 @@ def make_mask(
       structure: what is removed together, `structures.element()` by default. With groups only the weights (rank >= 2,
         not named bias, b, scale or offset) of the leaves that they name have a say; all others are kept.
       scope: "global" compares all leaves together; "leaf" each alone; "erk" too, with a sparsity that follows from the
-        shape, see `prune_mask`.
+        shape, see `prune_mask`. Both round for each leaf, so that the total may be off by half a unit a leaf.
 
     Returns:
       A tree of bool arrays of the shapes of `scores`.

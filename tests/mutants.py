@@ -147,7 +147,7 @@ MUTANTS = (
     Mutant("_grids.py", "2 ** (int(bits) - 1) - 1)", "2 ** (int(bits) - 1))", "grids", "codes"),
     Mutant("_grids.py", "drop = jnp.asarray(1 + bits,", "drop = jnp.asarray(0 * bits,", "grids", "short"),
     Mutant("_grids.py", "step * parts > whole", "step * parts > 2 * whole", "grids", "share"),
-    Mutant("_grids.py", "(k + 1) * step <= limit, k + 1, k", "(k + 1) * step <= limit, k, k", "grids", "share"),
+    Mutant("_grids.py", "(k + 1) * step <= limit, k + 1, k", "(k + 1) * step <= limit, k, k", "grids", "off"),
     Mutant(
         "_grids.py",
         "jnp.maximum(jnp.floor(surplus / 2), surplus - high), low)",

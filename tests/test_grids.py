@@ -1,5 +1,6 @@
 """The formulas of a grid as pure functions, against NumPy's f32 arithmetic."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,6 +159,16 @@ def test_a_share_fits_into_the_whole_and_is_the_largest_that_does():
     unit = 2.0 ** (np.floor(np.log2(s)) - 18)
     assert (7 * s <= np.asarray(whole)).all() and (7 * (s + 2 * unit) > np.asarray(whole)).all()
     assert (np.float64(jax.jit(lambda w, s: grids.multiples(w, s))(whole, jnp.asarray(s, jnp.float32))) == 7).all()
+
+
+@pytest.mark.parametrize("off", [-1, 0, 1])
+def test_multiples_where_the_quotient_is_off(off, monkeypatch):
+    """As on hardware whose division is not correctly rounded; a CPU's is, where XLA leaves it."""
+    floor = jnp.floor
+    monkeypatch.setattr(jnp, "floor", lambda x: floor(x) + off)
+    s, k = jnp.float32(0.375), jnp.arange(1.0, 60.0)
+    chex.assert_trees_all_equal(grids.multiples((k + 0.5) * s, s), k)
+    chex.assert_trees_all_equal(grids.multiples(k * s, s), k)
 
 
 def test_multiples_within_a_limit():
