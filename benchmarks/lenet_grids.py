@@ -147,39 +147,34 @@ def show_tuning(store: Store) -> None:
 def show(seeds: range, store: Store) -> None:
     """Prints the table, and a verdict for every claim."""
     table = [["weights", "form", "test error, %", "points lost", "bits of the kernels", "seeds"]]
-    lost = {}
+    lost, floats = {}, None
     for row in ROWS:
-        pairs = [[store.runs.get(key(r, CHOSEN, s)) for r in (row, ROWS[0])] for s in seeds]
-        runs = [pair for pair in pairs if all(pair)]
+        found = [store.runs.get(key(row, CHOSEN, s)) for s in seeds]
+        runs = [run for run in found if run]
         if not runs:
             raise SystemExit(f"{store.path} holds no run of {row.name}, {row.form}. Run without --table first.")
-        errors = np.array([[run["error"] for run in pair] for pair in runs])
-        lost[row.name, row.form] = errors[:, 0] - errors[:, 1]  # seed by seed
-        bits = " ".join(f"{b:g}" for b in np.mean([run["bits"] for run, _ in runs], axis=0)) or "32 32 32"
-        table.append(
-            [row.name, row.form, spread(list(errors[:, 0])), mean(lost[row.name, row.form]), bits, str(len(runs))]
-        )
+        errors = np.array([run["error"] if run else np.nan for run in found])
+        floats = errors if floats is None else floats  # the first row
+        lost[row.name, row.form] = errors - floats
+        bits = " ".join(f"{b:g}" for b in np.mean([run["bits"] for run in runs], axis=0)) or "32 32 32"
+        reached = spread([run["error"] for run in runs])
+        table.append([row.name, row.form, reached, mean(errors - floats), bits, str(len(runs))])
     print(markdown(table))
     for name, most in LIMITS.items():
         loss = lost[name, "chain"]
-        print(f"{name}, chain: {mean(loss)} points lost (at most {most}): {verdict(loss.mean() <= most)}")
+        print(f"{name}, chain: {mean(loss)} points lost (at most {most}): {verdict(np.nanmean(loss) <= most)}")
     for bits in ("4 bit", "2 bit"):
-        worse = [lost[bits, "no carry"], lost[bits, "chain"]]
-        print(f"{bits} without carry: {difference(*worse)} points worse than with it, the same seeds")
-    gain = difference(lost["4 bit", "chain"], lost["budget 4 bit", "chain"])
-    print(f"a budget of 4 bits on average: {gain} points better than 4 bits everywhere, the same seeds")
+        worse = mean(lost[bits, "no carry"] - lost[bits, "chain"])
+        print(f"{bits} without carry: {worse} points worse than with it")
+    gain = mean(lost["4 bit", "chain"] - lost["budget 4 bit", "chain"])
+    print(f"a budget of 4 bits on average: {gain} points better than 4 bits everywhere")
 
 
 def mean(points: np.ndarray) -> str:
-    """Mean ± its standard error, of differences seed by seed."""
+    """Mean ± its standard error, of differences seed by seed; NaN where a seed lacks one of the two."""
+    points = points[np.isfinite(points)]
     error = f" ± {np.std(points, ddof=1) / len(points) ** 0.5:.3f}" * (len(points) > 1)
     return f"{np.mean(points):+.3f}{error}"
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> str:
-    """The mean of a - b over the seeds that both have, the first ones."""
-    both = min(len(a), len(b))
-    return mean(a[:both] - b[:both])
 
 
 def verdict(ok: bool) -> str:
