@@ -291,22 +291,23 @@ def _emit(limited: Tree, updates: Tree, total: Tree, carry: Tree, finite: Any) -
     """The limited gradients in their own dtype, and what was cut; where something is not finite the carry stays."""
     if isinstance(carry, tuple) and not carry:
         return limited, ()
-    emitted = jax.tree.map(lambda x, g: _narrowed(x, g.dtype), limited, updates)
+    emitted = jax.tree.map(lambda x, g: _fitted(x, g.dtype), limited, updates)
     held, treedef = trees.flatten(carry)
     columns = zip(held, trees.flatten(total)[0], trees.flatten(emitted)[0], finite, strict=False)
-    return emitted, treedef.unflatten([_left(*column) for column in columns])
+    left = treedef.unflatten([_left(*column) for column in columns])
+    return jax.tree.map(lambda x, g: x.astype(g.dtype), emitted, updates), left
 
 
-def _narrowed(x: jax.Array, dtype: Any) -> jax.Array:
-    """A value in the dtype of the gradient; a finite one stays finite, what does not fit is left to the carry."""
+def _fitted(x: jax.Array, dtype: Any) -> jax.Array:
+    """What the dtype of the gradient holds of it; a finite one stays finite, what does not fit is left to the carry."""
     largest = jnp.asarray(jnp.finfo(dtype).max).astype(x.dtype)
-    return jnp.where(jnp.isfinite(x), grids.limit(x, -largest, largest), x).astype(dtype)
+    return trees.narrowed(jnp.where(jnp.isfinite(x), grids.limit(x, -largest, largest), x), dtype)
 
 
 def _left(old: Any, total: Any, emitted: Any, finite: Any) -> Any:
     if total is None:
         return old
-    return jnp.where(finite & jnp.isfinite(total), total - trees.widened(emitted), old)
+    return jnp.where(finite & jnp.isfinite(total), total - emitted, old)
 
 
 def _checked(threshold: Any, select: selections.Selection | None, carry: Any) -> selections.Selection:

@@ -46,8 +46,9 @@ def clamp(x: jax.Array, bound: Any) -> jax.Array:
 
 def limit(x: jax.Array, low: Any, high: Any) -> jax.Array:
     """The entries limited to [low, high], NaN as it is; two selects, where min and max would each test for NaN."""
-    x = jnp.where(x > high, jnp.asarray(high, x.dtype), x)
-    return jnp.where(x < low, jnp.asarray(low, x.dtype), x)
+    low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
+    x = jnp.where(x > high, high, x)
+    return jnp.where(x < low, low, x)
 
 
 def interval(bound: Any) -> tuple[Any, Any]:
@@ -68,7 +69,7 @@ def interval(bound: Any) -> tuple[Any, Any]:
 
 
 def inside(bound: Any, dtype: Any) -> tuple[Any, Any]:
-    """The ends of the interval as values of `dtype`, rounded inwards where they fall between two."""
+    """The ends of the interval, rounded inwards where they fall between two values of `dtype`."""
     low, high = interval(bound)
     ends = toward(low, dtype, up=True), toward(high, dtype, up=False)
     if arguments.known(low) and arguments.known(high):
@@ -78,16 +79,16 @@ def inside(bound: Any, dtype: Any) -> tuple[Any, Any]:
 
 
 def toward(end: Any, dtype: Any, *, up: bool) -> Any:
-    """`end`, read as f32 (f64 for f64 leaves), rounded up or down to a value of `dtype`."""
+    """`end`, read as f32 (f64 for f64 leaves), rounded up or down to a value that `dtype` holds."""
     xp: Any = np if arguments.known(end) else jnp
     wide = trees.wide(dtype)
     exact = xp.asarray(end).astype(wide)
     if wide == dtype:
         return exact
-    near = exact.astype(dtype)
-    off = near.astype(wide) < exact if up else near.astype(wide) > exact
-    other = xp.nextafter(near, xp.asarray(np.inf if up else -np.inf).astype(dtype))
-    return xp.where(off, other, near)
+    near = exact.astype(dtype).astype(wide) if xp is np else trees.narrowed(exact, dtype)
+    off = near < exact if up else near > exact
+    other = xp.nextafter(near.astype(dtype), xp.asarray(np.inf if up else -np.inf).astype(dtype))
+    return xp.where(off, other.astype(wide), near)
 
 
 def top(bits: Any) -> Any:
@@ -103,7 +104,7 @@ def code_dtype(bits: int | None) -> Any:
 
 
 def ratio(x: jax.Array, step: Any) -> jax.Array:
-    """The quotient x / s, correctly rounded.
+    """The quotient x / s as the device divides: correctly rounded on a CPU, up to two ulps off on a GPU.
 
     A select keeps the divisor elementwise: XLA rewrites a division by a broadcast scalar as a product with its
     reciprocal, which rounds near-ties differently.
@@ -241,7 +242,8 @@ def quantize(
 
     .. math:: c = \mathrm{clip}(\mathrm{round}(x/s) + z,\ -(2^{b-1}-1),\ 2^{b-1}-1)
 
-    One bit has the codes -1 and 1, with sign(0) = +1. NaN has the code 0.
+    One bit has the codes -1 and 1, with sign(0) = +1. NaN has the code 0. The quotient is correctly rounded on a CPU; a
+    GPU's may be off by two units in the last place, so that what lies as close to the middle of two codes takes either.
 
     Args:
       x: float array of any shape.

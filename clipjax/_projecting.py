@@ -312,7 +312,7 @@ def _fresh(p: jax.Array) -> jax.Array:
 
 def _rounded(new: Tree, narrow: Tree) -> Tree:
     """The projected values as the parameter's dtype can hold them, in computing dtype."""
-    return jax.tree.map(lambda n, p: n.astype(p.dtype).astype(n.dtype), new, narrow)
+    return jax.tree.map(lambda n, p: trees.narrowed(n, p.dtype), new, narrow)
 
 
 def _always(start: Any) -> bool:

@@ -200,3 +200,19 @@ def widest(arrays: list[Any]) -> Any:
 def widened(leaf: jax.Array) -> jax.Array:
     """A leaf in its computing dtype."""
     return leaf.astype(wide(leaf.dtype))
+
+
+def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
+    """The values that a narrower dtype holds of `x`, still in the dtype of `x`.
+
+    Not a conversion there and back, which XLA is free to drop for the sake of precision, and on GPUs does.
+    """
+    info = jnp.finfo(dtype)
+    if x.dtype == dtype or info.bits < 16:  # 8 bits: each format has its own infinity, or none
+        return x.astype(dtype).astype(x.dtype)
+    near = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    if info.nexp == jnp.finfo(x.dtype).nexp:
+        return near
+    tiny, lowest = (jnp.asarray(limit, x.dtype) for limit in (info.smallest_normal, info.smallest_subnormal))
+    below = jax.lax.round(x / lowest, jax.lax.RoundingMethod.TO_NEAREST_EVEN) * lowest  # to which the above gives 0
+    return jnp.where(jnp.abs(x) < tiny, below, near)

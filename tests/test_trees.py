@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -109,3 +110,17 @@ def test_per_leaf_resolves_and_other_values_stay():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_widened_is_at_least_f32(dtype):
     assert trees.widened(jnp.ones(1, dtype)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float32])
+def test_narrowed_is_the_conversion_there_and_back(dtype):
+    """Every value of 16 bits, the middle to the next one, and both neighbours of that in f32."""
+    patterns = np.arange(2**16, dtype=np.uint16)
+    values = patterns.view(jnp.float16 if dtype == jnp.float16 else jnp.bfloat16).astype(np.float32)
+    with np.errstate(all="ignore"):
+        middles = values / 2 + np.roll(values, -1) / 2
+        around = [np.nextafter(middles, np.float32(end)) for end in (-np.inf, np.inf)]
+        x = np.concatenate([values, middles, *around])
+        x = x[~(np.abs(x) < np.finfo(np.float32).smallest_normal)]  # which a CPU may take for 0
+        expected = x.astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(jax.jit(trees.narrowed, static_argnums=1)(x, dtype)), expected)
