@@ -157,7 +157,7 @@ MUTANTS = (
     ),
     Mutant("_plans.py", "for side in (-seen.values, seen.values)", "for side in seen.reach", "plans", "shrink"),
     Mutant("_grids.py", "k * step > limit, k - 1, k)", "k * step > limit, k - 1, k - 1)", "grids", "multiples"),
-    Mutant("_grids.py", "near.astype(wide) < exact if up", "near.astype(wide) > exact if up", "grids", "inwards"),
+    Mutant("_grids.py", "near < exact if up", "near > exact if up", "grids", "inwards"),
     Mutant("_fitting.py", "counted = size > 0", "counted = size >= 0", "steps", "one_bit"),
     Mutant("_fitting.py", "(size > 0).astype(x.dtype)", "(size >= 0).astype(x.dtype)", "steps", "sigma"),
     Mutant("_fitting.py", "(keys > 0) & (keys <= middle)", "keys <= middle", "steps", "percentile"),
@@ -227,7 +227,7 @@ MUTANTS = (
     Mutant("_skipping.py", "jnp.where(good, new, old)", "new", "skipping", "inner or nan"),
     Mutant("_skipping.py", "jnp.isfinite(norm) & (norm <= limit)", "(norm <= limit)", "skipping", "inf"),
     Mutant("_clipping.py", "finite & jnp.isfinite(total), total", "total == total, total", "following", "carry"),
-    Mutant("_clipping.py", "total - trees.widened(emitted), old", "old, old", "following", "carry"),
+    Mutant("_clipping.py", "total - emitted, old", "old, old", "following", "carry"),
     Mutant("_clipping.py", "limit / (norm + eps)", "limit / (norm - eps)", "clipping", "clip_norm_matches"),
     Mutant(
         "_clipping.py",
@@ -255,6 +255,14 @@ MUTANTS = (
     ),
     Mutant("_layouts.py", '.replace("/", "~1")', "", "packing", "slashes"),
     Mutant("_trees.py", "and leaf.size > 0", "", "contract_numbers", "empty_scalar and (prune_once or quantize_axis)"),
+    Mutant(
+        "_trees.py",
+        "jax.lax.reduce_precision(x, info.nexp, info.nmant)",
+        "x.astype(dtype).astype(x.dtype)",
+        "contract_numbers",
+        "there_and_back and project_master",
+    ),
+    Mutant("_trees.py", "jnp.where(jnp.abs(x) < tiny, below, near)", "near", "trees", "narrowed"),
     Mutant("_trees.py", 'BOX_FIELDS = ("value", "raw_value")', "BOX_FIELDS = ()", "contract_models", "nnx_optimizer"),
     Mutant(
         "_trees.py",
