@@ -32,8 +32,15 @@ types: $(VENV)/.test
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants.py $(ARGS)
 
+# What trains for hours prints its saved runs; `make bench DATA=DIR`, the folder of MNIST's files, trains it again.
+TRAINED := lenet lenet_grids headline claims
+TIMED := selection update scale shrinking integers files
 bench: $(VENV)/.bench
-	set -e; for file in $(filter-out %/aot.py %/compiled.py %_chains.py %_figures.py %_training.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+	set -e; for name in $(TIMED); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+	set -e; for name in $(TRAINED); do echo "== $$name"; \
+	  $(BIN)/python benchmarks/$$name.py $(if $(DATA),--data-dir $(DATA),--table); done
+	$(BIN)/python benchmarks/lenet.py --network LeNet-5 --seeds 1 $(if $(DATA),--data-dir $(DATA),--table)
+	$(BIN)/python benchmarks/spikes.py $(if $(TEXT),--text $(TEXT))
 
 # Compiles for TPUs and GPUs that are not here; their plugins stay out of the other environment, which they would slow.
 aot:

@@ -123,31 +123,39 @@ def saved(path: Path) -> Path:
     return path if path.exists() else Path(__file__).with_name(path.name)
 
 
-def train(grid: list[Cell], seeds: Iterable[int], folder: Path, validate: bool, store: Store) -> None:
-    """Trains what is missing."""
-    missing = [(cell, seed) for seed in seeds for cell in grid if cell.key(seed, validate) not in store.runs]
+def train(
+    grid: list[Cell], seeds: Iterable[int], folder: Path, validate: bool, store: Store, together: bool = False
+) -> None:
+    """Trains what is missing: seed by seed, or all seeds of a cell together."""
+    groups = [tuple(seeds)] if together else [(seed,) for seed in seeds]
+    lacking = [
+        (cell, [seed for seed in group if cell.key(seed, validate) not in store.runs])
+        for group in groups
+        for cell in grid
+    ]
+    missing = [(cell, group) for cell, group in lacking if group]
     if not missing:
         return
     data = training.load(folder, validate)
 
     @functools.cache
-    def program(row: str) -> Callable[..., Any]:
+    def program(row: str, side_by_side: int) -> Callable[..., Any]:
         cell = Cell(**json.loads(row))
 
         def chain(course: training.Course) -> Any:
             return chains.build(course, cell.method, cell.setting, cell.limits, cell.bits)
 
-        return training.trainer(cell.network, data, chain, LESSON)
+        return training.trainer(cell.network, data, chain, LESSON, side_by_side)
 
     columns = TextColumn("{task.description:48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=len(missing))
-        for cell, seed in missing:
-            progress.update(bar, description=f"{cell.row}, {cell.level:.0%}, seed {seed}")
-            run = program(json.dumps(cell._replace(level=0.0)._asdict()))  # the level is traced
-            params, opt_state, seconds = run(cell.level, seed)
-            facts = measure(cell, params, opt_state, data)
-            store.add(cell.key(seed, validate), {"seconds": seconds, **facts})
+        for cell, group in missing:
+            progress.update(bar, description=f"{cell.row}, {cell.level:.0%}, seed {', '.join(map(str, group))}")
+            compiled = functools.partial(program, json.dumps(cell._replace(level=0.0)._asdict()))  # the level is traced
+            for seed, params, opt_state, seconds in training.trainings(compiled, cell.level, group, together):
+                facts = measure(cell, params, opt_state, data)
+                store.add(cell.key(seed, validate), {"seconds": seconds, **facts})
             progress.advance(bar)
 
 
@@ -173,6 +181,7 @@ def measure(cell: Cell, params: Any, opt_state: Any, data: training.Data) -> Fac
         "bytes": file_bytes(params),
         "raw": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
         "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
     }
 
 
@@ -220,7 +229,7 @@ def lines(found: list[tuple[Cell, list[Facts]]]) -> list[dict[str, str]]:
     base = [run["seconds"] for cell, runs in found if cell.row == "dense" for run in runs]  # noise only adds: minima
     table = []
     for cell, runs in found:
-        columns: dict[str, list[Any]] = {key: [run[key] for run in runs] for key in runs[0]}
+        columns: dict[str, list[Any]] = {key: [run.get(key) for run in runs] for key in runs[0]}
         size = np.mean(columns["bytes"])
         table.append(
             {
@@ -275,6 +284,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "out", help="folder of the results")
     parser.add_argument("--network", choices=LEVELS, default=NETWORK)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--together", action="store_true", help="all seeds of a cell at once, for a GPU")
     parser.add_argument("--quick", action="store_true", help="three seeds, and scores alone")
     parser.add_argument("--tune", action="store_true", help="every setting tried, at 95 %% on validation images")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is saved")
@@ -298,7 +308,7 @@ def main() -> None:
     else:
         name, grid = options.network.lower(), plan(options.network)
     if not options.table:
-        train(grid, seeds, options.data_dir, options.tune, store)
+        train(grid, seeds, options.data_dir, options.tune, store, options.together)
     found = collect(grid, seeds, options.tune, store)
     if not found:
         raise SystemExit(f"{store.path} holds no run of this table. Run without --table first.")

@@ -37,19 +37,22 @@ class Setting(NamedTuple):
 
     What the members before have landed on, which no level exceeds, is seen at refreshes alone: the levels of a young
     network grow slowly, and weights that were floats for the first part (`start`) help. `anneal` is the part of the
-    updates, from `start` on, over which PARQ's levels become sharp; 0 rounds at once.
+    updates, from `start` on, over which PARQ's levels become sharp; 0 rounds at once. From the part `last` on the steps
+    are frozen.
     """
 
     epochs: int = 40
     dropout: float = 0.0
     rate: float = 3e-3
-    decay: float = 1e-4
+    decay: float = 0.05
     every: int = 20
     start: float = 0.25
     anneal: float = 0.0
+    last: float = 0.9
 
 
 CHOSEN = Setting()
+Job = tuple[Setting, Any, int]  # a setting, a row and a seed
 
 
 class Row(NamedTuple):
@@ -61,41 +64,72 @@ class Row(NamedTuple):
     rest: Any = {}  # noqa: RUF012 - never changed
 
 
+TWN = {"step": clipjax.steps.twn()}
 ROWS = [
     Row("float", None, "-"),
-    *(Row(f"{bits} bit", bits, form) for bits in (8, 4, 2, 1) for form in ("chain", "inner")),
-    *(Row(f"{bits} bit", bits, "no carry", {"carry": False}) for bits in (4, 2)),
+    *(Row(f"{bits} bit", bits, form) for bits in (8, 4, 1) for form in ("chain", "inner")),
+    *(Row("2 bit TWN", 2, form, TWN) for form in ("chain", "inner")),
+    Row("2 bit", 2, "chain"),
+    Row("4 bit", 4, "no carry", {"carry": False}),
+    Row("2 bit TWN", 2, "no carry", {"carry": False, **TWN}),
     Row("4 bit a unit", 4, "chain", {"axis": -1}),
     Row("budget 4 bit", widths.budget(4.0), "chain"),
     Row("sqnr 20 dB", widths.sqnr(20.0), "chain"),
 ]
-LIMITS = {"8 bit": 0.05, "4 bit": 0.05, "2 bit": 0.1, "1 bit": 0.3}  # points of accuracy, of the form "chain"
+LIMITS = {"8 bit": 0.05, "4 bit": 0.05, "2 bit TWN": 0.1, "1 bit": 0.3}  # points of accuracy, of the form "chain"
 CLAIMED = [row for row in ROWS if row.form in ("-", "chain") and row.name in ("float", *LIMITS)]
 
+VARIED = [
+    Row("2 bit", 2, "inner"),
+    Row("2 bit a unit", 2, "chain", {"axis": -1}),
+    Row("2 bit a unit, TWN", 2, "chain", {"axis": -1, **TWN}),
+]
+EVERY = ROWS + VARIED
 
-TUNED = [row for row in CLAIMED if row.name != "8 bit"]
-TERNARY = [row for row in TUNED if row.name in ("float", "2 bit")]
+
+def rows(*names: str, forms: tuple[str, ...] = ("-", "chain")) -> list[Row]:
+    """The rows of some names, float first."""
+    return [row for row in EVERY if row.name in ("float", *names) and row.form in forms]
+
+
+FIRST = Setting(decay=1e-4)  # what the search began with
+WIDTHS, TERNARY, TWNS = rows("4 bit", "2 bit", "1 bit"), rows("2 bit"), rows("2 bit TWN", "2 bit a unit, TWN")
+FEW, SEVERAL, MANY = (50, 51), range(50, 55), range(60, 76)
 TRIED = (
-    (Setting(start=0.0), TUNED, (50, 51)),
-    (CHOSEN, TUNED, (50, 51)),
-    (Setting(start=0.5), TUNED, (50, 51)),
-    (Setting(40, 0.1, 6e-3, 0.05, 20, 0.0), TUNED, (50, 51)),
-    (Setting(16, 0.1, 6e-3, 0.05, 20, 0.0), TUNED, (50, 51)),
-    (Setting(16, 0.1, 6e-3, 0.05, 100, 0.0), TUNED, (50, 51)),
-    (CHOSEN, TERNARY, range(50, 55)),
-    (Setting(anneal=0.25), TERNARY, range(50, 55)),
-    (Setting(every=5), TERNARY, range(50, 55)),
-    (Setting(every=5, anneal=0.25), TERNARY, range(50, 55)),
-    (Setting(epochs=80), TERNARY, range(50, 55)),
+    (FIRST._replace(start=0.0), WIDTHS, FEW),
+    (FIRST, WIDTHS, FEW),
+    (FIRST._replace(start=0.5), WIDTHS, FEW),
+    (Setting(40, 0.1, 6e-3, 0.05, 20, 0.0), WIDTHS, FEW),
+    (Setting(16, 0.1, 6e-3, 0.05, 20, 0.0), WIDTHS, FEW),
+    (Setting(16, 0.1, 6e-3, 0.05, 100, 0.0), WIDTHS, FEW),
+    (FIRST, TERNARY, SEVERAL),
+    (FIRST._replace(anneal=0.25), TERNARY, SEVERAL),
+    (FIRST._replace(every=5), TERNARY, SEVERAL),
+    (FIRST._replace(every=5, anneal=0.25), TERNARY, SEVERAL),
+    (FIRST._replace(epochs=80), TERNARY, SEVERAL),
+    (FIRST, rows("2 bit", forms=("-", "chain", "inner")), MANY),
+    (FIRST, [*rows("2 bit a unit"), *TWNS[1:]], MANY),
+    (FIRST._replace(start=0.1), rows("2 bit a unit"), MANY),
+    (FIRST._replace(start=0.0), TWNS, MANY),
+    (FIRST._replace(start=0.5), TWNS, MANY),
+    (FIRST._replace(last=1.0), TWNS, MANY),
+    (FIRST._replace(every=100), TWNS, MANY),
+    (FIRST._replace(dropout=0.1), TWNS, MANY),
+    (FIRST._replace(rate=1e-3), TWNS, MANY),
+    (FIRST._replace(rate=6e-3), TWNS, MANY),
+    (Setting(), TWNS, MANY),
+    (Setting(dropout=0.1, rate=6e-3), TWNS, MANY),
+    (FIRST._replace(dropout=0.2), TWNS, MANY),
+    (FIRST._replace(dropout=0.1, epochs=80), TWNS, MANY),
 )
 
 
 def chain(row: Row, setting: Setting, course: training.Course) -> optax.GradientTransformation:
-    """The optimizer of every row, and the grid behind or around it; the steps are frozen for the last tenth."""
+    """The optimizer of every row, and the grid behind or around it."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(setting.rate, course.steps), weight_decay=setting.decay)
     if row.bits is None:
         return optimizer
-    start, stop = int(setting.start * course.steps), int(0.9 * course.steps)
+    start, stop = int(setting.start * course.steps), int(setting.last * course.steps)
     rest = dict(row.rest)
     if setting.anneal:
         rest["rounding"] = clipjax.roundings.parq(int(setting.anneal * course.steps))
@@ -109,38 +143,46 @@ def key(row: Row, setting: Setting, seed: int, validate: bool = False) -> str:
     how = f"{setting.epochs} x {training.BATCH}, rate {setting.rate}, decay {setting.decay}, every {setting.every}"
     start = f", start {setting.start}" * bool(setting.start and row.bits)  # the float row has none
     anneal = f", anneal {setting.anneal}" * bool(setting.anneal and row.bits)
+    anneal += f", last {setting.last}" * bool(setting.last != CHOSEN.last and row.bits)
     return f"{row.name}, {row.form}, {how}{dropout}{start}{anneal}, seed {seed}" + ", validation" * validate
 
 
-def train(jobs: list[tuple[Setting, Row, int]], folder: Path, validate: bool, store: Store) -> None:
+def train(jobs: list[Job], folder: Path, validate: bool, store: Store, together: bool) -> None:
     """Trains what is missing, and asserts that all weights are on their grids."""
     data = training.load(folder, validate)
 
     @functools.cache
-    def program(row: int, setting: Setting) -> Any:
+    def program(row: int, setting: Setting, side_by_side: int) -> Any:
         lesson = training.Lesson(setting.epochs, dropout=setting.dropout)
-        return training.trainer("LeNet-300-100", data, functools.partial(chain, ROWS[row], setting), lesson)
+        build = functools.partial(chain, EVERY[row], setting)
+        return training.trainer("LeNet-300-100", data, build, lesson, side_by_side)
 
-    missing = {name: job for job in jobs if (name := key(job[1], job[0], job[2], validate)) not in store.runs}
-    for name, (setting, row, seed) in track(missing.items(), description="trainings"):
-        params, opt_state, seconds = program(ROWS.index(row), setting)(0.0, seed)
-        facts: dict[str, Any] = {"seconds": seconds, "bits": []}
-        if row.bits is not None:
-            facts["bits"] = widths_of(params, opt_state)
-            measuring.check(params, opt_state, Promise(bits=max(max(facts["bits"]), 2)))
-        predicted = training.answers("LeNet-300-100", params, data.x_test).argmax(-1)
-        facts["error"] = 100 * float(np.mean(predicted != data.y_test))
-        store.add(name, facts | {"jax": jax.__version__})
+    missing: dict[Any, list[int]] = {}
+    for setting, row, seed in dict.fromkeys((setting, EVERY.index(row), seed) for setting, row, seed in jobs):
+        if key(EVERY[row], setting, seed, validate) not in store.runs:
+            missing.setdefault((row, setting) if together else (row, setting, seed), []).append(seed)
+    for (index, setting, *_), seeds in track(missing.items(), description="trainings"):
+        row, compiled = EVERY[index], functools.partial(program, index, setting)
+        for seed, params, opt_state, seconds in training.trainings(compiled, 0.0, seeds, together):
+            facts: dict[str, Any] = {"seconds": seconds, "bits": []}
+            if row.bits is not None:
+                facts["bits"] = widths_of(params, opt_state)
+                measuring.check(params, opt_state, Promise(bits=max(max(facts["bits"]), 2)))
+            predicted = training.answers("LeNet-300-100", params, data.x_test).argmax(-1)
+            facts["error"] = 100 * float(np.mean(predicted != data.y_test))
+            about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+            store.add(key(row, setting, seed, validate), facts | about)
 
 
 def show_tuning(store: Store) -> None:
     """Prints what every setting cost on held-out images."""
-    table = [["setting", "seeds", "float error, %", *(f"{row.name}, points lost" for row in TUNED[1:])]]
-    for setting, rows, seeds in TRIED:
-        reached = {row.name: np.mean([store.runs[key(row, setting, s, True)]["error"] for s in seeds]) for row in rows}
-        words = ", ".join(f"{name} {value}" for name, value in setting._asdict().items())
-        lost = (f"{reached[row.name] - reached['float']:+.2f}" if row in rows else "" for row in TUNED[1:])
-        table.append([words, str(len(seeds)), f"{reached['float']:.2f}", *lost])
+    table = [["setting", "weights", "form", "seeds", "error, %", "points lost"]]
+    for setting, tried, seeds in TRIED:
+        changed = {name: value for name, value in setting._asdict().items() if value != getattr(FIRST, name)}
+        words = ", ".join(f"{name} {value}" for name, value in changed.items()) or "the first"
+        reached = [np.array([store.runs[key(row, setting, s, True)]["error"] for s in seeds]) for row in tried]
+        for row, errors in zip(tried, reached, strict=True):
+            table.append([words, row.name, row.form, str(len(seeds)), spread([*errors]), mean(errors - reached[0])])
     print(markdown(table))
 
 
@@ -163,7 +205,7 @@ def show(seeds: range, store: Store) -> None:
     for name, most in LIMITS.items():
         loss = lost[name, "chain"]
         print(f"{name}, chain: {mean(loss)} points lost (at most {most}): {verdict(np.nanmean(loss) <= most)}")
-    for bits in ("4 bit", "2 bit"):
+    for bits in ("4 bit", "2 bit TWN"):
         worse = mean(lost[bits, "no carry"] - lost[bits, "chain"])
         print(f"{bits} without carry: {worse} points worse than with it")
     gain = mean(lost["4 bit", "chain"] - lost["budget 4 bit", "chain"])
@@ -188,6 +230,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="where MNIST's four IDX files are, .gz or not")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "out", help="folder of the results")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--together", action="store_true", help="all seeds of a row at once, for a GPU")
     parser.add_argument("--tune", action="store_true", help="the settings that were tried, on held-out images")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is saved")
     options = parser.parse_args()
@@ -199,8 +242,8 @@ def main() -> None:
     claimed = range(options.seeds, 2 * options.seeds)
     plan = TRIED if options.tune else [(CHOSEN, ROWS, range(options.seeds)), (CHOSEN, CLAIMED, claimed)]
     if not options.table:
-        jobs = [(setting, row, seed) for setting, rows, seeds in plan for seed in seeds for row in rows]
-        train(jobs, options.data_dir, options.tune, store)
+        jobs = [(setting, row, seed) for setting, some, seeds in plan for seed in seeds for row in some]
+        train(jobs, options.data_dir, options.tune, store, options.together)
     if options.tune:
         show_tuning(store)
     else:

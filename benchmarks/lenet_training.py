@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,11 +119,14 @@ class Lesson(NamedTuple):
     temperature: float = 1.0
 
 
-def trainer(network: str, data: Data, chain: Callable[[Course], Any], lesson: Lesson) -> Callable[..., Any]:
+def trainer(
+    network: str, data: Data, chain: Callable[[Course], Any], lesson: Lesson, together: int = 0
+) -> Callable[..., Any]:
     """Compiles a training: `train(level, seed)` is params, opt_state and the seconds that it took.
 
     The seed, traced like the level, decides the first params, the batches and what the chain draws. With `mix` a third
-    argument is needed: the teacher's logits f32[n, 10] of the training images.
+    argument is needed: the teacher's logits f32[n, 10] of the training images. With `together` so many trainings are
+    one batch, which costs a GPU little more than one: the seed is then i32[together], and so is an axis of the result.
     """
     model, batches = MODELS[network](lesson.dropout), len(data.x) // lesson.batch
 
@@ -164,7 +167,9 @@ def trainer(network: str, data: Data, chain: Callable[[Course], Any], lesson: Le
         return jnp.float32(level), seed, data.x, data.y, given
 
     shape = jnp.zeros((len(data.x), 10)) if lesson.mix else None
-    program = jax.jit(train).lower(*arguments(0, 0, shape)).compile()
+    first = jnp.zeros(together, jnp.int32) if together else 0
+    compiled = jax.jit(jax.vmap(train, (None, 0, None, None, None)) if together else train)
+    program = compiled.lower(*arguments(0, first, shape)).compile()
 
     def timed(level, seed, taught=None):
         begin = time.perf_counter()
@@ -172,6 +177,22 @@ def trainer(network: str, data: Data, chain: Callable[[Course], Any], lesson: Le
         return params, state, time.perf_counter() - begin
 
     return timed
+
+
+def trainings(
+    program: Callable[[int], Callable[..., Any]], level: float, seeds: list[int], together: bool
+) -> Iterator[tuple[int, Any, Any, float]]:
+    """Trains some seeds, one by one or as one batch: seed, params, opt_state, and a seed's share of the seconds.
+
+    `program(n)` is the `trainer` of n seeds together.
+    """
+    if not together:
+        for seed in seeds:
+            yield seed, *program(0)(level, seed)
+        return
+    params, opt_state, seconds = program(len(seeds))(level, jnp.array(seeds, jnp.int32))
+    for i, seed in enumerate(seeds):
+        yield seed, *jax.tree.map(lambda x, i=i: x[i], (params, opt_state)), seconds / len(seeds)
 
 
 def answers(network: str, params: Any, x: jax.Array) -> np.ndarray:

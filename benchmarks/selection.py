@@ -113,7 +113,7 @@ def main() -> None:
         memory = ""
         if hasattr(run, "lower"):
             memory = f"{run.lower(scores).compile().memory_analysis().temp_size_in_bytes / 1e6:15.1f}"
-        print(f"{name:32s} {1e3 * median[name]:9.1f} {median[name] / median['clipjax.make_mask']:8.2f} {memory}")
+        print(f"{name:32s} {1e3 * median[name]:9.2f} {median[name] / median['clipjax.make_mask']:8.2f} {memory}")
     passes = median["clipjax.make_mask"] / median["one counting pass"]
     ratio = median["argsort mask"] / median["clipjax.make_mask"]
     print(f"clipjax / one counting pass = {passes:.1f} (at most 12): {'holds' if passes <= 12 else 'FAILS'}")
