@@ -4,6 +4,7 @@
     python benchmarks/lenet.py --data-dir DIR --network LeNet-5  # seven to nine minutes a training, 64 for each seed
     python benchmarks/lenet.py --data-dir DIR --quick     # LeNet-300-100, three seeds, ten minutes on 2 idle cores
     python benchmarks/lenet.py --data-dir DIR --tune      # every setting that was tried, on validation images
+    python benchmarks/lenet.py --data-dir DIR --together  # all seeds of a cell as one batch, for a GPU
     python benchmarks/lenet.py --table --quick            # from what is saved, without training
 
 Every row is one chain around the same optimizer (lenet_chains.py), trained for the same epochs from the same first
@@ -226,11 +227,14 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def lines(found: list[tuple[Cell, list[Facts]]]) -> list[dict[str, str]]:
     """Every cell with all that was measured."""
-    base = [run["seconds"] for cell, runs in found if cell.row == "dense" for run in runs]  # noise only adds: minima
+    base: dict[Any, float] = {}  # the least of each device, as noise only adds
+    for run in (run for cell, runs in found if cell.row == "dense" for run in runs):
+        base[run.get("device")] = min(run["seconds"], base.get(run.get("device"), np.inf))
     table = []
     for cell, runs in found:
         columns: dict[str, list[Any]] = {key: [run.get(key) for run in runs] for key in runs[0]}
         size = np.mean(columns["bytes"])
+        times = [run["seconds"] / base[run.get("device")] for run in runs if run.get("device") in base]
         table.append(
             {
                 "network": cell.network,
@@ -238,7 +242,7 @@ def lines(found: list[tuple[Cell, list[Facts]]]) -> list[dict[str, str]]:
                 "setting": ", ".join(f"{k} {v}" for k, v in cell.setting.items()),
                 "error, %": spread(columns["error"]),
                 "macro precision, %": spread(columns["precision"]),
-                "train time, x dense": f"{min(columns['seconds']) / min(base):.2f}" if base else "",
+                "train time, x dense": f"{min(times):.2f}" if times else "",
                 "zeros, %": f"{np.mean(columns['zeros']):.2f}",
                 "bits": " ".join(f"{x:.3g}" for x in np.mean(columns["bits"], axis=0)),
                 "bytes": f"{size:,.0f}",

@@ -1,6 +1,6 @@
-"""Claims: LeNet-300-100 on MNIST loses at most .05 points of accuracy at 8 and 4 bits, .1 ternary, .3 binary.
+"""Claims: on MNIST LeNet-300-100 loses at most .05 points at 8 and 4 bits, .1 ternary (TWN's step), .3 binary.
 
-    python benchmarks/lenet_grids.py --data-dir DIR [--seeds 5] [--table]
+    python benchmarks/lenet_grids.py --data-dir DIR [--seeds 5] [--table] [--together]
     python benchmarks/lenet_grids.py --data-dir DIR --tune     # the settings that were tried, on held-out images
 
 Weights are quantized from a quarter of the updates on, by a member behind the optimizer ("chain") and by one around it

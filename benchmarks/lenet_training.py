@@ -125,8 +125,8 @@ def trainer(
     """Compiles a training: `train(level, seed)` is params, opt_state and the seconds that it took.
 
     The seed, traced like the level, decides the first params, the batches and what the chain draws. With `mix` a third
-    argument is needed: the teacher's logits f32[n, 10] of the training images. With `together` so many trainings are
-    one batch, which costs a GPU little more than one: the seed is then i32[together], and so is an axis of the result.
+    argument is needed: the teacher's logits f32[n, 10] of the training images. With `together` so many trainings run as
+    one batch, for a GPU: the seed is then i32[together], and every array of the result has that axis in front.
     """
     model, batches = MODELS[network](lesson.dropout), len(data.x) // lesson.batch
 

@@ -151,7 +151,8 @@ def _entry_limits(rule: following.Rule, state: ClipState, total: Tree) -> tuple[
 
 
 def _clip(x: jax.Array, limit: jax.Array, chosen: jax.Array) -> jax.Array:
-    largest = jnp.asarray(jnp.finfo(x.dtype).max, jnp.float32)  # a narrower dtype may not hold the threshold
+    # a narrower dtype may not hold the threshold
+    largest = jnp.float32(min(float(jnp.finfo(dtype).max) for dtype in (x.dtype, jnp.float32)))
     bound = jnp.where(jnp.isinf(limit), limit, jnp.minimum(limit, largest)).astype(x.dtype)
     return jnp.where(chosen, grids.limit(x, -bound, bound), x)
 

@@ -243,7 +243,7 @@ def quantize(
     .. math:: c = \mathrm{clip}(\mathrm{round}(x/s) + z,\ -(2^{b-1}-1),\ 2^{b-1}-1)
 
     One bit has the codes -1 and 1, with sign(0) = +1. NaN has the code 0. The quotient is correctly rounded on a CPU; a
-    GPU's may be off by two units in the last place, so that what lies as close to the middle of two codes takes either.
+    GPU's may be off by two units in the last place, so that one as close to the middle of two codes may take either.
 
     Args:
       x: float array of any shape.

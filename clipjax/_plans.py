@@ -106,7 +106,7 @@ def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: Grid, dtype: Any)
     else:
         largest = fitting.over(jnp.max, jnp.abs(shown), axes)
     reach = jnp.where(jnp.isinf(grid.reach), largest, jnp.maximum(grid.reach, largest))
-    reach = grids.toward(reach, dtype, up=False)
+    reach = grids.toward(reach, dtype, up=False).astype(jnp.float32)
     below, above = sides_of(plan, reach)
     return Measured(grids.limit(jnp.where(alive, x, jnp.zeros_like(x)), -below, above), axes, reach)
 

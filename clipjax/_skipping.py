@@ -81,7 +81,7 @@ def skip_spikes(
 
     def init_fn(params: Tree) -> SkipState:
         count, skipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
-        norm, limit = jnp.zeros(()), jnp.asarray(jnp.inf, jnp.float32)
+        norm, limit = jnp.zeros((), jnp.float32), jnp.asarray(jnp.inf, jnp.float32)
         return SkipState(count, skipped, nonfinite, norm, limit, following.begin(threshold, norm), inside.init(params))
 
     def update_fn(updates: Tree, state: SkipState, params: Tree = None, **extra: Any) -> tuple[Tree, SkipState]:

@@ -203,9 +203,10 @@ def widened(leaf: jax.Array) -> jax.Array:
 
 
 def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
-    """The values that a narrower dtype holds of `x`, still in the dtype of `x`.
+    """`x` rounded to values of a narrower dtype, still in the dtype of `x`.
 
-    Not a conversion there and back, which XLA is free to drop for the sake of precision, and on GPUs does.
+    For 16 bits it is not a conversion there and back, which XLA is free to drop for the sake of precision, and on GPUs
+    does.
     """
     info = jnp.finfo(dtype)
     if x.dtype == dtype or info.bits < 16:  # 8 bits: each format has its own infinity, or none

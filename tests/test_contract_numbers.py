@@ -49,6 +49,10 @@ def test_dtype_of_updates(member, dtype):
     assert all(x.dtype != dtype for x in jax.tree.leaves(state)) or dtype == "float32"
 
 
+SAME_VALUES = ("reshape", "broadcast_in_dim", "squeeze", "transpose", "slice", "select_n", "concatenate")
+SAME_VALUES += ("max", "min", "neg", "abs", "copy")
+
+
 def there_and_back(jaxpr, narrow, given=()):
     """Conversions to `narrow` that are converted back, and whether each output has just been converted to it."""
     found, just = [], set(given)
@@ -61,14 +65,15 @@ def there_and_back(jaxpr, narrow, given=()):
         if name == "convert_element_type":
             found += [eqn] if any(marks(eqn.invars)) else []
             just.update([out] if out.aval.dtype == narrow else [])
-        elif name in ("reshape", "broadcast_in_dim", "squeeze", "transpose", "slice", "select_n"):
+        elif name in SAME_VALUES:
             just.update([out] if any(marks(eqn.invars)) else [])
+        given = eqn.invars[1:] if name == "cond" else eqn.invars if name in ("jit", "pjit") else []
         for sub in jax.extend.core.jaxprs_in_params(eqn.params):
-            called = name in ("jit", "pjit")
-            given = {v for v, mark in zip(sub.invars, marks(eqn.invars), strict=True) if mark} if called else ()
-            inside, out_marks = there_and_back(sub, narrow, given)
+            inside, kept = there_and_back(
+                sub, narrow, [v for v, ok in zip(sub.invars, marks(given), strict=bool(given)) if ok]
+            )
             found += inside
-            just.update(v for v, mark in zip(eqn.outvars, out_marks, strict=True) if mark) if called else None
+            just.update(v for v, mark in zip(eqn.outvars, kept, strict=bool(given)) if mark and given)
     return found, marks(jaxpr.outvars)
 
 
@@ -81,6 +86,18 @@ def test_nothing_is_rounded_by_converting_there_and_back(member, dtype):
     state = jax.eval_shape(tx.init, params)
     jaxpr = jax.make_jaxpr(tx.update)(params, state, params)
     assert not there_and_back(jaxpr.jaxpr, dtype)[0]
+
+
+@every_member
+def test_state_keeps_its_dtypes_in_f64(member):
+    """Rule 1: where x64 is on, the state of f64 params has after an update the dtypes that it had."""
+    with jax.enable_x64(True):
+        params = {"dense": {"kernel": jax.ShapeDtypeStruct((8, 16), "float64"), "bias": None}, "out": {"kernel": None}}
+        tx = alone(member)
+        before = jax.eval_shape(tx.init, params)
+        updates, after = jax.eval_shape(tx.update, params, before, params)
+    assert updates["dense"]["kernel"].dtype == "float64"
+    assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(before)]
 
 
 @every_member
