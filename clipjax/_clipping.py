@@ -118,6 +118,7 @@ def clip(
         chosen = selections.choose(select, total, None, state.count)
         if rule is None:
             limit, history = following.follow(threshold, state.count, state.threshold, (), zeros=True)
+            limit = following.recorded(state.threshold, limit)
             clipped = jax.tree.map(lambda x, m: _clip(x, limit, m), total, chosen)
         else:
             limits, history = _entry_limits(rule, state, total)
@@ -238,9 +239,9 @@ def clip_norm(
             optax.safe_increment(state.count),
             state.clipped + jnp.any(jnp.isfinite(norm) & (norm > most)).astype(jnp.int32),
             state.nonfinite + jnp.any(~jnp.isfinite(norm)).astype(jnp.int32),
-            norm.astype(jnp.float32),
-            limit,
-            factor.astype(jnp.float32),
+            following.recorded(state.norm_pre, norm.astype(jnp.float32)),
+            following.recorded(state.threshold, limit),
+            following.recorded(state.coefficient, factor.astype(jnp.float32)),
             history,
             left,
         )

@@ -76,3 +76,12 @@ def follow(threshold: Any, count: jax.Array, measure: jax.Array, state: Any, *, 
         return jnp.where(at, new.astype(old.dtype), old)
 
     return jnp.where(limit > 0, limit, jnp.inf).astype(jnp.float32), jax.tree.map(keep, new, state)
+
+
+def recorded(old: jax.Array, new: jax.Array) -> jax.Array:
+    """`new` in the place of `old`, a number of the state that no update reads.
+
+    JAX leaves an argument that nothing reads out of the program and hands out donated buffers in order, so that every
+    scalar behind it would be copied to its neighbour's. XLA removes the select.
+    """
+    return jnp.where(jnp.isnan(old), new, new)

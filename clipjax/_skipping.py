@@ -100,8 +100,8 @@ def skip_spikes(
             optax.safe_increment(state.count),
             state.skipped + (~good).astype(jnp.int32),
             state.nonfinite + (~jnp.isfinite(norm)).astype(jnp.int32),
-            norm,
-            limit,
+            following.recorded(state.norm_pre, norm),
+            following.recorded(state.threshold, limit),
             history,
             new_inner,
         )

@@ -207,6 +207,7 @@ MUTANTS = (
     Mutant(
         "_clipping.py", "grids.limit(x, -bound, bound)", "grids.limit(x, -bound, 2 * bound)", "documents", "d1_clips"
     ),
+    Mutant("_following.py", "jnp.where(jnp.isnan(old), new, new)", "new", "passes", "copied"),
     Mutant("_following.py", "schedule(threshold)(count)", "schedule(threshold)(count + 1)", "clipping", "schedule"),
     Mutant("_following.py", "finite & (measure > 0)", "finite", "following", "zero"),
     Mutant(

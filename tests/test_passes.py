@@ -67,10 +67,10 @@ LIMITS = {
 }
 
 
-def build(tx, refresh):
+def build(tx, refresh, leaves=LEAVES):
     """The compiled, donated update and application."""
     tx = optax.with_extra_args_support(tx)
-    params = {name: jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32) for name in LEAVES}
+    params = {name: jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32) for name in leaves}
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params, refresh=refresh)
@@ -99,6 +99,17 @@ def test_no_more_passes_than(name):
 def test_the_reader_agrees_with_xla_where_nothing_loops_or_branches(name):
     executable = build(*LIMITS[name][:2])
     assert costs(executable)[0] == pytest.approx(executable.cost_analysis()["bytes accessed"] / PARAMS, rel=1e-4)
+
+
+@pytest.mark.parametrize("threshold", [1.0, thresholds.zscore()], ids=["constant", "zscore"])
+def test_no_number_of_the_state_is_copied_for_each_leaf(threshold):
+    """Where a clip's telemetry were an unused argument, donation would move the numbers of every grid behind it."""
+    tx = optax.chain(clipjax.clip_norm(threshold), chain(prune(), quantize()))
+
+    def copies(*leaves):
+        return build(tx, False, leaves).as_text().count(" copy(")
+
+    assert copies("a") == copies("a", "b", "c")
 
 
 def test_an_added_pass_is_seen():
