@@ -34,7 +34,8 @@ mutants: $(VENV)/.test
 
 # What trains for hours prints its saved runs. `make bench DATA=DIR`, the folder of MNIST's files, trains what out/ lacks;
 # TEXT=FILE is what the transformers read.
-TIMED := selection update scale shrinking integers files
+TRAINED := lenet lenet_grids headline claims spikes
+TIMED := $(filter-out $(TRAINED) aot compiled %_chains %_figures %_training,$(basename $(notdir $(wildcard benchmarks/*.py))))
 RUNS := $(if $(DATA),--data-dir $(DATA),--table)
 READ := $(if $(TEXT),--text $(TEXT))
 bench: $(VENV)/.bench

@@ -128,13 +128,8 @@ def train(
     grid: list[Cell], seeds: Iterable[int], folder: Path, validate: bool, store: Store, together: bool = False
 ) -> None:
     """Trains what is missing: seed by seed, or all seeds of a cell together."""
-    groups = [tuple(seeds)] if together else [(seed,) for seed in seeds]
-    lacking = [
-        (cell, [seed for seed in group if cell.key(seed, validate) not in store.runs])
-        for group in groups
-        for cell in grid
-    ]
-    missing = [(cell, group) for cell, group in lacking if group]
+    jobs = [(i, seed) for seed in seeds for i, c in enumerate(grid) if c.key(seed, validate) not in store.runs]
+    missing = training.grouped(jobs, together)
     if not missing:
         return
     data = training.load(folder, validate)
@@ -151,7 +146,8 @@ def train(
     columns = TextColumn("{task.description:48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=len(missing))
-        for cell, group in missing:
+        for index, group in missing:
+            cell = grid[index]
             progress.update(bar, description=f"{cell.row}, {cell.level:.0%}, seed {', '.join(map(str, group))}")
             compiled = functools.partial(program, json.dumps(cell._replace(level=0.0)._asdict()))  # the level is traced
             for seed, params, opt_state, seconds in training.trainings(compiled, cell.level, group, together):

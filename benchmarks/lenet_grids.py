@@ -52,7 +52,6 @@ class Setting(NamedTuple):
 
 
 CHOSEN = Setting()
-Job = tuple[Setting, Any, int]  # a setting, a row and a seed
 
 
 class Row(NamedTuple):
@@ -64,6 +63,7 @@ class Row(NamedTuple):
     rest: Any = {}  # noqa: RUF012 - never changed
 
 
+Job = tuple[Setting, Row, int]  # with a seed
 TWN = {"step": clipjax.steps.twn()}
 ROWS = [
     Row("float", None, "-"),
@@ -157,11 +157,9 @@ def train(jobs: list[Job], folder: Path, validate: bool, store: Store, together:
         build = functools.partial(chain, EVERY[row], setting)
         return training.trainer("LeNet-300-100", data, build, lesson, side_by_side)
 
-    missing: dict[Any, list[int]] = {}
-    for setting, row, seed in dict.fromkeys((setting, EVERY.index(row), seed) for setting, row, seed in jobs):
-        if key(EVERY[row], setting, seed, validate) not in store.runs:
-            missing.setdefault((row, setting) if together else (row, setting, seed), []).append(seed)
-    for (index, setting, *_), seeds in track(missing.items(), description="trainings"):
+    named = {key(row, s, seed, validate): ((EVERY.index(row), s), seed) for s, row, seed in jobs}
+    missing = [job for name, job in named.items() if name not in store.runs]
+    for (index, setting), seeds in track(training.grouped(missing, together), description="trainings"):
         row, compiled = EVERY[index], functools.partial(program, index, setting)
         for seed, params, opt_state, seconds in training.trainings(compiled, 0.0, seeds, together):
             facts: dict[str, Any] = {"seconds": seconds, "bits": []}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,6 +177,16 @@ def trainer(
         return params, state, time.perf_counter() - begin
 
     return timed
+
+
+def grouped(jobs: Iterable[tuple[Any, int]], together: bool) -> list[tuple[Any, list[int]]]:
+    """What to train with which seeds: one by one, as they come, or all seeds of the same together."""
+    if not together:
+        return [(what, [seed]) for what, seed in jobs]
+    groups: dict[Any, list[int]] = {}
+    for what, seed in jobs:
+        groups.setdefault(what, []).append(seed)
+    return list(groups.items())
 
 
 def trainings(
