@@ -151,11 +151,16 @@ def _entry_limits(rule: following.Rule, state: ClipState, total: Tree) -> tuple[
     return treedef.unflatten(limits), shape.unflatten(values)
 
 
-def _clip(x: jax.Array, limit: jax.Array, chosen: jax.Array) -> jax.Array:
+def _clip(x: jax.Array, limit: jax.Array, chosen: Any) -> jax.Array:
+    return selections.where(chosen, _limited(x, limit), x)
+
+
+@trees.leafwise
+def _limited(x: jax.Array, limit: jax.Array) -> jax.Array:
     # a narrower dtype may not hold the threshold
     largest = jnp.float32(min(float(jnp.finfo(dtype).max) for dtype in (x.dtype, jnp.float32)))
     bound = jnp.where(jnp.isinf(limit), limit, jnp.minimum(limit, largest)).astype(x.dtype)
-    return jnp.where(chosen, grids.limit(x, -bound, bound), x)
+    return grids.limit(x, -bound, bound)
 
 
 def clip_norm(
@@ -233,7 +238,7 @@ def clip_norm(
         leaves, treedef = trees.flatten(total)
         factors = list(factor)[: len(leaves)] if per == "leaf" else [factor] * len(leaves)
         rows = zip(leaves, factors, trees.flatten(chosen)[0], strict=True)
-        scaled = treedef.unflatten([None if x is None else _scale(x, f, m) for x, f, m in rows])
+        scaled = treedef.unflatten([None if x is None else selections.where(m, _scaled(x, f), x) for x, f, m in rows])
         emitted, left = _emit(scaled, updates, total, state.carry, [jnp.isfinite(f) for f in factors])
         new_state = ClipNormState(
             optax.safe_increment(state.count),
@@ -255,7 +260,8 @@ def _norm(total: Tree, chosen: Tree, per: str, ord: float, axis_name: Any) -> ja
     leaves, _ = trees.flatten(total)
     masks, _ = trees.flatten(chosen)
     picked = [
-        jnp.zeros((1,)) if x is None else jnp.where(m, x, jnp.zeros_like(x)) for x, m in zip(leaves, masks, strict=True)
+        jnp.zeros((1,)) if x is None else selections.where(m, x, jnp.zeros_like(x))
+        for x, m in zip(leaves, masks, strict=True)
     ]
     axes = None if axis_name is None else norms.sharded_over(axis_name, trees.paths(total), picked)
     if per == "leaf":
@@ -269,10 +275,11 @@ def _coefficient(norm: jax.Array, limit: jax.Array, eps: Any) -> jax.Array:
     return jnp.where(jnp.isfinite(norm), factor, jnp.full_like(norm, math.nan))
 
 
-def _scale(x: jax.Array, factor: jax.Array, chosen: jax.Array) -> jax.Array:
+@trees.leafwise
+def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     wide = trees.wide(x.dtype)
     scaled = (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
-    return jnp.where(chosen, jnp.where(factor != 1, scaled, x), x)  # a product with 1 would flush denormals
+    return jnp.where(factor != 1, scaled, x)  # a product with 1 would flush denormals
 
 
 def _nothing(params: Tree) -> Tree:

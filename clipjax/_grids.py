@@ -44,11 +44,12 @@ def clamp(x: jax.Array, bound: Any) -> jax.Array:
     return limit(x, low, high)
 
 
+@trees.leafwise
 def limit(x: jax.Array, low: Any, high: Any) -> jax.Array:
     """The entries limited to [low, high], NaN as it is; two selects, where min and max would each test for NaN."""
-    low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
-    x = jnp.where(x > high, high, x)
-    return jnp.where(x < low, low, x)
+    low, high = (jnp.full_like(x, end) for end in (low, high))
+    x = jax.lax.select(x > high, high, x)
+    return jax.lax.select(x < low, low, x)
 
 
 def interval(bound: Any) -> tuple[Any, Any]:
@@ -103,6 +104,7 @@ def code_dtype(bits: int | None) -> Any:
     return jnp.int32 if bits is None else jnp.int8 if bits <= 8 else jnp.int16
 
 
+@trees.leafwise
 def ratio(x: jax.Array, step: Any) -> jax.Array:
     """The quotient x / s as the device divides: correctly rounded on a CPU, up to two ulps off on a GPU.
 
@@ -143,6 +145,7 @@ def share(whole: jax.Array, parts: Any, bits: Any) -> jax.Array:
     return jnp.where(step * parts > whole, short(jax.lax.bitcast_convert_type(below, jnp.float32), bits), step)
 
 
+@trees.leafwise
 def multiples(limit: jax.Array, step: jax.Array) -> jax.Array:
     """The largest whole k with k * s <= limit, exact where k * s is; 0 for limit < 0."""
     k = jnp.floor(limit / step)  # may be one off: XLA may take it as a product, hardware may round it

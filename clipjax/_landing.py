@@ -1,4 +1,7 @@
-"""Landing: the updates after which `optax.apply_updates` gives exactly the wanted values."""
+"""Landing: the updates after which `optax.apply_updates` gives exactly the wanted values.
+
+`jax.lax.select` where nothing is broadcast: `jnp.where` is a call in the program, which takes time to compile.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clipjax import _trees as trees
 
+
+@trees.leafwise
 def land(p: jax.Array, q: jax.Array) -> jax.Array:
     """The update u for which p + u is q in floating point, or the nearest value toward zero where none is found.
 
@@ -22,15 +28,17 @@ def land(p: jax.Array, q: jax.Array) -> jax.Array:
     move, reached, wanted = (jax.lax.bitcast_convert_type(x, kind) for x in (u, p + u, q))
     apart = jax.lax.shift_right_arithmetic(move ^ wanted, kind.type(8 * kind.itemsize - 1))  # all ones: u must grow
     inward = jax.lax.bitcast_convert_type(move - (apart | kind.type(1)), u.dtype)
-    return jnp.where(reached > wanted, inward, u)
+    return jax.lax.select(reached > wanted, inward, u)
 
 
+@trees.leafwise
 def changed(u: jax.Array, p: jax.Array, landed: jax.Array, new: jax.Array, q: jax.Array) -> jax.Array:
     """The update as it came where P changes nothing, and where the target is not finite."""
-    return jnp.where((new != landed) & jnp.isfinite(landed), land(p, q), u)
+    return jax.lax.select((new != landed) & jnp.isfinite(landed), land(p, q), u)
 
 
+@trees.leafwise
 def emptied(active: Any, u: jax.Array, p: jax.Array, landed: jax.Array, kept: jax.Array) -> jax.Array:
     """`changed` where all that P does is to set entries to 0: u = -p is exact at once."""
     gone = ~kept if active is None else ~kept & active
-    return jnp.where(gone & jnp.isfinite(landed), -p, u)
+    return jax.lax.select(gone & jnp.isfinite(landed), -p, u)

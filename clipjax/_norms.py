@@ -71,7 +71,7 @@ def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dt
 
     def squares(scale: Any) -> jax.Array:
         scales = itertools.repeat(scale) if np.ndim(scale) == 0 else iter(scale)
-        return total(lambda x: jnp.sum(jnp.square(_scaled(x, next(scales)))))
+        return total(lambda x: _squares(x, next(scales)))
 
     def pick(plain: jax.Array) -> jax.Array:
         shrunk, grown = squares(shrink), squares(grow)
@@ -90,11 +90,12 @@ def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dt
     return jax.lax.platform_dependent(squares(None), cpu=rescue, default=pick)
 
 
-def _scaled(x: jax.Array, scale: Any) -> jax.Array:
-    if scale is None:
-        return x
-    # XLA would reassociate (x c)^2 of a lone entry into x^2 c^2, and c^2 is 0 or infinite
-    return jax.lax.optimization_barrier(x * scale) if x.size == 1 else x * scale
+@trees.leafwise
+def _squares(x: jax.Array, scale: Any) -> jax.Array:
+    if scale is not None:
+        # XLA would reassociate (x c)^2 of a lone entry into x^2 c^2, and c^2 is 0 or infinite
+        x = jax.lax.optimization_barrier(x * scale) if x.size == 1 else x * scale
+    return jnp.sum(jnp.square(x))
 
 
 def check_real(updates: Any) -> None:

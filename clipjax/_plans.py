@@ -23,12 +23,16 @@ class Grid(NamedTuple):
       reach: f32 per step group: no level is larger; for an affine grid two in front, one below zero and one above.
       zero_point: i32 per step group, the code of 0.
       bits: i32, the width; 0 for unbounded codes.
+      low: f32 per step group, the smallest multiple of the step that is a level.
+      high: the largest.
     """
 
     step: jax.Array
     reach: jax.Array
     zero_point: jax.Array
     bits: jax.Array
+    low: jax.Array
+    high: jax.Array
 
 
 class Plan(NamedTuple):
@@ -75,7 +79,7 @@ def begin(plan: Plan, leaf: Any) -> Grid:
     step = fitting.given(1.0, like, axes)
     reach = jnp.full((2, *step.shape) if plan.rule.affine else step.shape, jnp.inf, jnp.float32)
     width = 0 if plan.bits is None else plan.allowed[-1]
-    return Grid(step, reach, jnp.zeros(step.shape, jnp.int32), jnp.asarray(width, jnp.int32))
+    return _grid(plan, step, reach, jnp.zeros(step.shape, jnp.int32), jnp.asarray(width, jnp.int32))
 
 
 class Measured(NamedTuple):
@@ -131,7 +135,7 @@ def fit(plan: Plan, seen: Measured) -> Grid:
 
 def fitted(plan: Plan, seen: Measured, step: jax.Array, bits: Any) -> Grid:
     """The grid of a step and a width, which may be traced."""
-    return Grid(step, seen.reach, _zero_point(plan, seen, step, bits), jnp.asarray(bits, jnp.int32))
+    return _grid(plan, step, seen.reach, _zero_point(plan, seen, step, bits), jnp.asarray(bits, jnp.int32))
 
 
 def _zero_point(plan: Plan, seen: Measured, step: jax.Array, bits: Any) -> jax.Array:
@@ -146,15 +150,18 @@ def _zero_point(plan: Plan, seen: Measured, step: jax.Array, bits: Any) -> jax.A
     return (low - jnp.asarray(grids.top(bits), low.dtype)).astype(jnp.int32)
 
 
-def code_range(plan: Plan, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """The multiples of the step that are levels: as many as the width has codes, none beyond the reach or interval."""
-    step, zero = grid.step, grid.zero_point.astype(jnp.float32)
-    top = jnp.asarray(grids.top(plan.bits if not plan.chosen else grid.bits), jnp.float32)
-    ends = [jnp.where(jnp.isinf(r), jnp.inf, grids.multiples(r, step)) for r in sides_of(plan, grid.reach)]
+def _grid(plan: Plan, step: jax.Array, reach: jax.Array, zero_point: jax.Array, bits: jax.Array) -> Grid:
+    """The grid with its levels: as many as the width has codes, none beyond the reach or interval."""
+    if plan.bits is None:
+        top = jnp.full_like(step, jnp.inf)
+        return Grid(step, reach, zero_point, bits, -top, top)
+    zero = zero_point.astype(jnp.float32)
+    top = jnp.asarray(grids.top(bits if plan.chosen else plan.bits), jnp.float32)
+    ends = [jnp.where(jnp.isinf(r), jnp.inf, grids.multiples(r, step)) for r in sides_of(plan, reach)]
     if plan.rule.limits is not None and plan.bits != 1:
         sides = [grids.multiples(jnp.asarray(abs(end), jnp.float32), step) for end in plan.rule.limits]
         ends = [jnp.minimum(end, side) for end, side in zip(ends, sides, strict=True)]
-    return -jnp.minimum(ends[0], top + zero), jnp.minimum(ends[1], top - zero)
+    return Grid(step, reach, zero_point, bits, -jnp.minimum(ends[0], top + zero), jnp.minimum(ends[1], top - zero))
 
 
 def level(plan: Plan, x: jax.Array, grid: Grid, key: Any, since: jax.Array) -> jax.Array:
@@ -166,7 +173,7 @@ def level(plan: Plan, x: jax.Array, grid: Grid, key: Any, since: jax.Array) -> j
         w, grid.step, None if one is False else one, rounding="nearest" if soft else plan.rounding, key=key
     )
     if plan.bits is not None:
-        low, high = (end.astype(w.dtype) for end in code_range(plan, grid))
+        low, high = (end.astype(w.dtype) for end in (grid.low, grid.high))
         code = grids.limit(code, low, high)
     if soft:
         code = _softened(plan, w, code, grid, one, since)
@@ -176,9 +183,7 @@ def level(plan: Plan, x: jax.Array, grid: Grid, key: Any, since: jax.Array) -> j
 
 
 def _softened(plan: Plan, w: jax.Array, code: jax.Array, grid: Grid, one: Any, since: jax.Array) -> jax.Array:
-    low, high = (jnp.full_like(w, end) for end in (-jnp.inf, jnp.inf))
-    if plan.bits is not None:
-        low, high = (jnp.broadcast_to(end.astype(w.dtype), w.shape) for end in code_range(plan, grid))
+    low, high = (jnp.broadcast_to(end.astype(w.dtype), w.shape) for end in (grid.low, grid.high))
     inside = grids.limit(grids.ratio(w, grid.step), low, high)
     below = jnp.minimum(jnp.floor(inside), high)
     above = jnp.minimum(below + 1, high)

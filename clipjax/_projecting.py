@@ -129,7 +129,7 @@ def project(
             if not inner:
                 target = _drop(held, target, now, weights, steps, new, projected, context, active)
                 new = _hold(held, target, projected, context)
-            new = jax.tree.map(lambda n, t: _keep(active, jnp.where(jnp.isfinite(t), n, t), t), new, target)
+            new = jax.tree.map(lambda n, t: _keep(active, jax.lax.select(jnp.isfinite(t), n, t), t), new, target)
             moved = jax.tree.map(landing.land, weights, _rounded(new, narrow))
         elif held.survives is not None:
             kept = held.survives(target, state.projection, projected)
@@ -239,10 +239,12 @@ def _drop(
     else:  # asked of the value that the target has where u = -p, which does not wait for u
         gone = held.vanishes(jax.tree.map(jnp.subtract, floats, weights), projected, context)
 
-    def drop(t: jax.Array, p: jax.Array, u: jax.Array, g: jax.Array) -> jax.Array:
-        return _keep(active, jnp.where((u == -p) & ~g, jnp.zeros_like(t), t), t)
+    return jax.tree.map(functools.partial(_drop_leaf, active), target, weights, steps, gone)
 
-    return jax.tree.map(drop, target, weights, steps, gone)
+
+@trees.leafwise
+def _drop_leaf(active: Any, t: jax.Array, p: jax.Array, u: jax.Array, gone: jax.Array) -> jax.Array:
+    return _keep(active, jax.lax.select((u == -p) & ~gone, jnp.zeros_like(t), t), t)
 
 
 def _explained(held: Projection, state: ProjectState, weights: Tree, narrow: Tree, before: Context, start: Any) -> Tree:
@@ -253,10 +255,11 @@ def _explained(held: Projection, state: ProjectState, weights: Tree, narrow: Tre
     shown = _hold(held, carried, state.projection, before._replace(landed=carried, refresh=False))
     active = None if _always(start) else state.count > start
 
+    @trees.leafwise
     def choose(z: jax.Array, n: jax.Array, w: jax.Array) -> jax.Array:
         off = jnp.abs(n - w) > held.near * jnp.abs(w) if held.near else n != w
         edited = off & (w != 0)
-        return jnp.where(edited | ~jnp.isfinite(z), w, z)
+        return jax.lax.select(edited | ~jnp.isfinite(z), w, z)
 
     shown = jax.tree.map(functools.partial(_keep, active), shown, carried)
     return jax.tree.map(choose, carried, _rounded(shown, narrow), weights)

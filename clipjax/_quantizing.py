@@ -32,12 +32,17 @@ class QuantizeState(NamedTuple):
         zero and one above.
       zero_point: i32 per step group, the code of 0; 0 on symmetric grids.
       bits: i32 per leaf, the width; 0 for unbounded codes.
+      low: f32 per step group, the smallest multiple of the step that is a level, by the width, the reach and the zero
+        point; no limit for unbounded codes.
+      high: the largest.
     """
 
     step: dict[str, jax.Array]
     reach: dict[str, jax.Array]
     zero_point: dict[str, jax.Array]
     bits: dict[str, jax.Array]
+    low: dict[str, jax.Array]
+    high: dict[str, jax.Array]
 
 
 class Quantized(NamedTuple):

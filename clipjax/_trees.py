@@ -187,6 +187,11 @@ def find(state: Tree, kind: type) -> list[Any]:
     return [jax.tree.map(jnp.asarray, x) for x in found if isinstance(x, kind)]
 
 
+def leafwise(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The maths of one leaf, traced once for all leaves of a shape and inlined: no call is left in the program."""
+    return jax.jit(fn, inline=True)
+
+
 def wide(dtype: Any) -> Any:
     """The dtype in which a leaf is computed: f64 for f64, else f32. Not jnp's lattice: strict promotion refuses it."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -203,7 +203,7 @@ MUTANTS = (
         "documents",
         "d3_each",
     ),
-    Mutant("_clamping.py", "jnp.where(chosen, new, w)", "new", "documents", "d3_strategies"),
+    Mutant("_clamping.py", "selections.where(chosen, new, w)", "new", "documents", "d3_strategies"),
     Mutant(
         "_clipping.py", "grids.limit(x, -bound, bound)", "grids.limit(x, -bound, 2 * bound)", "documents", "d1_clips"
     ),

@@ -117,7 +117,18 @@ def test_no_number_of_the_state_is_copied_for_each_leaf(name):
     def copies(*leaves):
         return build(tx, False, leaves).as_text().count(" copy(")
 
-    assert copies("a", "b", "c") - copies("a") == 2 * moments
+    assert copies("first", "second", "third") - copies("first") == 2 * moments
+
+
+@pytest.mark.parametrize("name", ["clamp", "prune", "quantize", "quantize_columns", "whole_chain"])
+def test_a_leaf_costs_no_small_kernels(name):
+    """Between refreshes nothing is computed of a leaf's numbers alone: a GPU would wait for launches."""
+    tx, refresh, _, kernels, _ = LIMITS[name]
+
+    def all_of(*leaves):
+        return len(compiled.read(build(tx, refresh, leaves).as_text()).kernels)
+
+    assert all_of("first", "second", "third") - all_of("first") == 2 * kernels
 
 
 def test_an_added_pass_is_seen():
