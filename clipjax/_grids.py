@@ -47,9 +47,15 @@ def clamp(x: jax.Array, bound: Any) -> jax.Array:
 @trees.leafwise
 def limit(x: jax.Array, low: Any, high: Any) -> jax.Array:
     """The entries limited to [low, high], NaN as it is; two selects, where min and max would each test for NaN."""
-    low, high = (jnp.full_like(x, end) for end in (low, high))
-    x = jax.lax.select(x > high, high, x)
-    return jax.lax.select(x < low, low, x)
+    low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
+    x = _replaced(x > high, high, x)
+    return _replaced(x < low, low, x)
+
+
+def _replaced(mask: jax.Array, end: jax.Array, x: jax.Array) -> jax.Array:
+    if end.ndim:  # an array broadcasts, in explicit mesh axes too
+        return jnp.where(mask, end, x)
+    return jax.lax.select(mask, jnp.full_like(x, end), x)
 
 
 def interval(bound: Any) -> tuple[Any, Any]:

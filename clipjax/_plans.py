@@ -183,7 +183,7 @@ def level(plan: Plan, x: jax.Array, grid: Grid, key: Any, since: jax.Array) -> j
 
 
 def _softened(plan: Plan, w: jax.Array, code: jax.Array, grid: Grid, one: Any, since: jax.Array) -> jax.Array:
-    low, high = (jnp.broadcast_to(end.astype(w.dtype), w.shape) for end in (grid.low, grid.high))
+    low, high = (jnp.full_like(w, end) for end in (grid.low, grid.high))
     inside = grids.limit(grids.ratio(w, grid.step), low, high)
     below = jnp.minimum(jnp.floor(inside), high)
     above = jnp.minimum(below + 1, high)

@@ -129,7 +129,7 @@ def project(
             if not inner:
                 target = _drop(held, target, now, weights, steps, new, projected, context, active)
                 new = _hold(held, target, projected, context)
-            new = jax.tree.map(lambda n, t: _keep(active, jax.lax.select(jnp.isfinite(t), n, t), t), new, target)
+            new = jax.tree.map(lambda n, t: _keep(active, jnp.where(jnp.isfinite(t), n, t), t), new, target)
             moved = jax.tree.map(landing.land, weights, _rounded(new, narrow))
         elif held.survives is not None:
             kept = held.survives(target, state.projection, projected)
@@ -255,14 +255,8 @@ def _explained(held: Projection, state: ProjectState, weights: Tree, narrow: Tre
     shown = _hold(held, carried, state.projection, before._replace(landed=carried, refresh=False))
     active = None if _always(start) else state.count > start
 
-    @trees.leafwise
-    def choose(z: jax.Array, n: jax.Array, w: jax.Array) -> jax.Array:
-        off = jnp.abs(n - w) > held.near * jnp.abs(w) if held.near else n != w
-        edited = off & (w != 0)
-        return jax.lax.select(edited | ~jnp.isfinite(z), w, z)
-
     shown = jax.tree.map(functools.partial(_keep, active), shown, carried)
-    return jax.tree.map(choose, carried, _rounded(shown, narrow), weights)
+    return jax.tree.map(functools.partial(_choose, held.near or None), carried, _rounded(shown, narrow), weights)
 
 
 def _hold(held: Projection, target: Tree, state: Any, context: Context) -> Tree:
@@ -324,3 +318,10 @@ def _always(start: Any) -> bool:
 
 def _keep(active: Any, new: jax.Array, old: jax.Array) -> jax.Array:
     return new if active is None else jnp.where(active, new, old)
+
+
+@trees.leafwise
+def _choose(near: Any, z: jax.Array, n: jax.Array, w: jax.Array) -> jax.Array:
+    off = n != w if near is None else jnp.abs(n - w) > near * jnp.abs(w)
+    edited = off & (w != 0)
+    return jax.lax.select(edited | ~jnp.isfinite(z), w, z)

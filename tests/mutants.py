@@ -195,7 +195,7 @@ MUTANTS = (
     Mutant("_forwarding.py", 'outside & (gradient != "straight_through")', "outside", "forwarding", "after_the_values"),
     Mutant("_blocks.py", "(have, want // have)", "(want // have, have)", "plans", "groups"),
     Mutant("_quantizing.py", "jnp.isnan(ratio), 0, ratio) +", "jnp.isnan(ratio), 0, ratio) + 0 *", "plans", "affine"),
-    Mutant("_projecting.py", "> held.near * jnp.abs(w)", "> 0 * jnp.abs(w)", "roundings", "float_weights"),
+    Mutant("_projecting.py", "> near * jnp.abs(w)", "> 0 * jnp.abs(w)", "roundings", "float_weights"),
     Mutant(
         "_clamping.py",
         'w if when == "after" else p.astype',
