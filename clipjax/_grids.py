@@ -48,14 +48,11 @@ def clamp(x: jax.Array, bound: Any) -> jax.Array:
 def limit(x: jax.Array, low: Any, high: Any) -> jax.Array:
     """The entries limited to [low, high], NaN as it is; two selects, where min and max would each test for NaN."""
     low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
-    x = _replaced(x > high, high, x)
-    return _replaced(x < low, low, x)
-
-
-def _replaced(mask: jax.Array, end: jax.Array, x: jax.Array) -> jax.Array:
-    if end.ndim:  # an array broadcasts, in explicit mesh axes too
-        return jnp.where(mask, end, x)
-    return jax.lax.select(mask, jnp.full_like(x, end), x)
+    if low.ndim or high.ndim:
+        x = jnp.where(x > high, high, x)
+        return jnp.where(x < low, low, x)
+    x = jax.lax.select(x > high, jnp.full_like(x, high), x)
+    return jax.lax.select(x < low, jnp.full_like(x, low), x)
 
 
 def interval(bound: Any) -> tuple[Any, Any]:

@@ -107,6 +107,15 @@ def test_user_written_projection_in_ten_lines():
     np.testing.assert_allclose(seen[2], np.clip(2.5 * np.asarray(W["w"]), -limit, limit), rtol=1e-6)
 
 
+@pytest.mark.parametrize("carry", [False, True])
+def test_what_a_projection_returns_may_broadcast(carry):
+    mean = lambda tree: jax.tree.map(lambda x: jnp.mean(x, axis=0, keepdims=True), tree)
+    full = lambda tree: jax.tree.map(lambda x, m: jnp.broadcast_to(m, x.shape), tree, mean(tree))
+    updates = [{"w": 0.1 * W["w"]}] * 3
+    short, long = ([p for p, _ in run(clipjax.project(f, carry=carry), W, updates)] for f in (mean, full))
+    jax.tree.map(np.testing.assert_array_equal, short, long)
+
+
 def test_nothing_changed_leaves_updates_bit_identical():
     updates = {"w": jnp.asarray(RNG.normal(size=(4, 5)) * 1e-9, jnp.float32)}
     got, _ = clipjax.project(projections.clamp(100.0)).update(updates, clipjax.project(halves).init(W), W)
