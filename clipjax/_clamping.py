@@ -78,13 +78,13 @@ def clamp_weights(
         return ClampState(jnp.full((2,), jnp.nan, jnp.float32))
 
     def apply_fn(target: Tree, state: ClampState, context: Context) -> tuple[Tree, ClampState]:
-        def limit(path: str, w: jax.Array, chosen: Any, p: jax.Array) -> jax.Array:
+        def limit(path: str, w: jax.Array, chosen: jax.Array, p: jax.Array) -> jax.Array:
             low, high = (end.astype(w.dtype) for end in ends(path, p, context.count))
             old = w if when == "after" else p.astype(w.dtype)
             cut = grids.limit(old, low, high)
             # before: the update is added to the clamped weight
             new = cut if when == "after" else jnp.where(cut != old, cut + (w - old), w)
-            return selections.where(chosen, new, w)
+            return jnp.where(chosen, new, w)
 
         chosen = selections.choose(select, target, None, context.count)
         new = trees.map_with_path(limit, target, chosen, context.params)

@@ -151,8 +151,8 @@ def _entry_limits(rule: following.Rule, state: ClipState, total: Tree) -> tuple[
     return treedef.unflatten(limits), shape.unflatten(values)
 
 
-def _clip(x: jax.Array, limit: jax.Array, chosen: Any) -> jax.Array:
-    return selections.where(chosen, _limited(x, limit), x)
+def _clip(x: jax.Array, limit: jax.Array, chosen: jax.Array) -> jax.Array:
+    return jnp.where(chosen, _limited(x, limit), x)
 
 
 @trees.leafwise
@@ -238,7 +238,7 @@ def clip_norm(
         leaves, treedef = trees.flatten(total)
         factors = list(factor)[: len(leaves)] if per == "leaf" else [factor] * len(leaves)
         rows = zip(leaves, factors, trees.flatten(chosen)[0], strict=True)
-        scaled = treedef.unflatten([None if x is None else selections.where(m, _scaled(x, f), x) for x, f, m in rows])
+        scaled = treedef.unflatten([None if x is None else jnp.where(m, _scaled(x, f), x) for x, f, m in rows])
         emitted, left = _emit(scaled, updates, total, state.carry, [jnp.isfinite(f) for f in factors])
         new_state = ClipNormState(
             optax.safe_increment(state.count),
@@ -260,8 +260,7 @@ def _norm(total: Tree, chosen: Tree, per: str, ord: float, axis_name: Any) -> ja
     leaves, _ = trees.flatten(total)
     masks, _ = trees.flatten(chosen)
     picked = [
-        jnp.zeros((1,)) if x is None else selections.where(m, x, jnp.zeros_like(x))
-        for x, m in zip(leaves, masks, strict=True)
+        jnp.zeros((1,)) if x is None else jnp.where(m, x, jnp.zeros_like(x)) for x, m in zip(leaves, masks, strict=True)
     ]
     axes = None if axis_name is None else norms.sharded_over(axis_name, trees.paths(total), picked)
     if per == "leaf":

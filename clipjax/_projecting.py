@@ -289,10 +289,15 @@ def _aligned(updates: Tree, params: Tree, picks: list[bool]) -> Tree:
             " Pass the params that the updates belong to."
         )
     aligned = [
-        None if not ok else jnp.zeros_like(p, trees.wide(p.dtype)) if u is None else u.astype(trees.wide(p.dtype))
+        None if not ok else jnp.zeros_like(p, trees.wide(p.dtype)) if u is None else _aligned_leaf(u, p)
         for u, p, ok in zip(leaves, weights, picks, strict=True)
     ]
     return treedef.unflatten(aligned)
+
+
+def _aligned_leaf(u: jax.Array, p: jax.Array) -> jax.Array:
+    u = u.astype(trees.wide(p.dtype))
+    return u if u.shape == p.shape else jnp.broadcast_to(u, p.shape)  # as `optax.apply_updates` would
 
 
 def _widened(updates: Tree, picks: list[bool]) -> Tree:

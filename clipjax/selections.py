@@ -144,11 +144,6 @@ def choose(select: Selection, tree: Tree, key: Any, count: jax.Array) -> Tree:
     return select.choose(tree, key_at(key if select.key is None else select.key, count))
 
 
-def where(chosen: Any, new: jax.Array, old: jax.Array) -> jax.Array:
-    """The new entries where they are chosen; `True` chooses all and leaves nothing in the program."""
-    return new if chosen is True else jnp.where(chosen, new, old)
-
-
 def check(select: Any) -> None:
     """Check a `select=` argument."""
     arguments.instance(select, Selection, "select", "Call a factory: `selections.bernoulli(0.5)`.")

@@ -204,7 +204,7 @@ MUTANTS = (
         "d3_each",
     ),
     Mutant("_projecting.py", "jnp.where(jnp.isfinite(t)", "jax.lax.select(jnp.isfinite(t)", "projecting", "broadcast"),
-    Mutant("_clamping.py", "selections.where(chosen, new, w)", "new", "documents", "d3_strategies"),
+    Mutant("_clamping.py", "jnp.where(chosen, new, w)", "new", "documents", "d3_strategies"),
     Mutant(
         "_clipping.py", "grids.limit(x, -bound, bound)", "grids.limit(x, -bound, 2 * bound)", "documents", "d1_clips"
     ),

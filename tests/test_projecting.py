@@ -116,6 +116,14 @@ def test_what_a_projection_returns_may_broadcast(carry):
     jax.tree.map(np.testing.assert_array_equal, short, long)
 
 
+@pytest.mark.parametrize("member", [clipjax.clamp_weights(0.5), clipjax.prune_mask(0.5), clipjax.fake_quantize(4)])
+def test_updates_may_broadcast_as_in_apply_updates(member):
+    row, full = {"w": jnp.full((5,), 0.1)}, {"w": jnp.full((4, 5), 0.1)}
+    with jax.numpy_rank_promotion("allow"):
+        (short, _), (long, _) = (next(iter(run(member, W, [updates]))) for updates in (row, full))
+    np.testing.assert_array_equal(short["w"], long["w"])
+
+
 def test_nothing_changed_leaves_updates_bit_identical():
     updates = {"w": jnp.asarray(RNG.normal(size=(4, 5)) * 1e-9, jnp.float32)}
     got, _ = clipjax.project(projections.clamp(100.0)).update(updates, clipjax.project(halves).init(W), W)
