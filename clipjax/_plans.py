@@ -23,8 +23,8 @@ class Grid(NamedTuple):
       reach: f32 per step group: no level is larger; for an affine grid two in front, one below zero and one above.
       zero_point: i32 per step group, the code of 0.
       bits: i32, the width; 0 for unbounded codes.
-      low: f32 per step group, the smallest multiple of the step that is a level.
-      high: the largest.
+      low: f32 per step group, the smallest multiple of the step that is a level; 0 for unbounded codes.
+      high: the largest; likewise.
     """
 
     step: jax.Array
@@ -153,8 +153,7 @@ def _zero_point(plan: Plan, seen: Measured, step: jax.Array, bits: Any) -> jax.A
 def _grid(plan: Plan, step: jax.Array, reach: jax.Array, zero_point: jax.Array, bits: jax.Array) -> Grid:
     """The grid with its levels: as many as the width has codes, none beyond the reach or interval."""
     if plan.bits is None:
-        top = jnp.full_like(step, jnp.inf)
-        return Grid(step, reach, zero_point, bits, -top, top)
+        return Grid(step, reach, zero_point, bits, jnp.zeros_like(step), jnp.zeros_like(step))
     zero = zero_point.astype(jnp.float32)
     top = jnp.asarray(grids.top(bits if plan.chosen else plan.bits), jnp.float32)
     ends = [jnp.where(jnp.isinf(r), jnp.inf, grids.multiples(r, step)) for r in sides_of(plan, reach)]
@@ -183,7 +182,8 @@ def level(plan: Plan, x: jax.Array, grid: Grid, key: Any, since: jax.Array) -> j
 
 
 def _softened(plan: Plan, w: jax.Array, code: jax.Array, grid: Grid, one: Any, since: jax.Array) -> jax.Array:
-    low, high = (jnp.full_like(w, end) for end in (grid.low, grid.high))
+    ends = (-jnp.inf, jnp.inf) if plan.bits is None else (grid.low, grid.high)
+    low, high = (jnp.full_like(w, end) for end in ends)
     inside = grids.limit(grids.ratio(w, grid.step), low, high)
     below = jnp.minimum(jnp.floor(inside), high)
     above = jnp.minimum(below + 1, high)

@@ -33,8 +33,8 @@ class QuantizeState(NamedTuple):
       zero_point: i32 per step group, the code of 0; 0 on symmetric grids.
       bits: i32 per leaf, the width; 0 for unbounded codes.
       low: f32 per step group, the smallest multiple of the step that is a level, by the width, the reach and the zero
-        point; no limit for unbounded codes.
-      high: the largest.
+        point; 0 for unbounded codes.
+      high: the largest; likewise.
     """
 
     step: dict[str, jax.Array]
