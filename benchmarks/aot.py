@@ -213,12 +213,15 @@ def shape_of(rows, devices, dtype):
     for name in ("whole chain, held mask, frozen", "whole chain, frozen"):
         if name in rows:
             print(f"{name}: one fusion an array: {'holds' if rows[name]['kernels'] == 1 else 'FAILS'}")
+    name = "whole chain, frozen"
     if name in rows:
         tx, refresh, _, _ = VARIANTS[name]
         programs = (build(tx, refresh, devices, dtype, leaves).as_text() for leaves in (LEAVES, 2 * LEAVES))
         few, many = (sum(k.written > 0 for k in compiled.read(text).kernels) for text in programs)
         more = (many - few) / LEAVES
-        print(f"{name}: {more:g} kernels more an array, small ones included: {'holds' if more == 1 else 'FAILS'}")
+        print(
+            f"{name}: {more:g} more kernels for an array more, with the small ones: {'holds' if more == 1 else 'FAILS'}"
+        )
 
 
 def main() -> None:

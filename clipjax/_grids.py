@@ -48,7 +48,7 @@ def clamp(x: jax.Array, bound: Any) -> jax.Array:
 def limit(x: jax.Array, low: Any, high: Any) -> jax.Array:
     """The entries limited to [low, high], NaN as it is; two selects, where min and max would each test for NaN."""
     low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
-    if low.ndim or high.ndim:
+    if low.ndim or high.ndim:  # a call in the program, which takes time to compile, but it broadcasts
         x = jnp.where(x > high, high, x)
         return jnp.where(x < low, low, x)
     x = jax.lax.select(x > high, jnp.full_like(x, high), x)

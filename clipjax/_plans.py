@@ -197,5 +197,5 @@ def vanishes(plan: Plan, x: jax.Array, grid: Grid) -> jax.Array:
     """True only where the level is surely 0."""
     sure = plan.rounding in ("nearest", "half_away") and 1 not in plan.allowed
     w = grids.view(x, plan.group)
-    # not |w| <= .499 s, which some backends compute of s in a kernel of its own
+    # |w| <= .499 s, half a step less what a division may be off; a product with s may become a kernel of its own
     return grids.joined(jnp.abs(w) * 2.004 <= grid.step.astype(w.dtype) if sure else w == 0, plan.group)

@@ -203,6 +203,7 @@ MUTANTS = (
         "documents",
         "d3_each",
     ),
+    Mutant("_trees.py", "jax.jit(fn, inline=True)", "jax.jit(fn)", "trees", "traced_once"),
     Mutant("_projecting.py", "jnp.where(jnp.isfinite(t)", "jax.lax.select(jnp.isfinite(t)", "projecting", "broadcast"),
     Mutant("_clamping.py", "jnp.where(chosen, new, w)", "new", "documents", "d3_strategies"),
     Mutant(

@@ -124,6 +124,25 @@ def test_updates_may_broadcast_as_in_apply_updates(member):
     np.testing.assert_array_equal(short["w"], long["w"])
 
 
+def test_an_eager_update_compiles_nothing_the_second_time():
+    tx = optax.chain(clipjax.clamp_weights(0.5), clipjax.prune_mask(0.5), clipjax.fake_quantize(4))
+    updates, compiled = {"w": 0.1 * W["w"]}, []
+    _, state = tx.update(updates, tx.init(W), W, refresh=False)
+
+    def listen(event, seconds, **_):
+        compiled.extend([event] * ("backend_compile" in event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x * 3)(W["w"])
+        assert compiled  # the listener hears compilations
+        compiled.clear()
+        tx.update(updates, state, W, refresh=False)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
 def test_nothing_changed_leaves_updates_bit_identical():
     updates = {"w": jnp.asarray(RNG.normal(size=(4, 5)) * 1e-9, jnp.float32)}
     got, _ = clipjax.project(projections.clamp(100.0)).update(updates, clipjax.project(halves).init(W), W)

@@ -124,3 +124,18 @@ def test_narrowed_is_the_conversion_there_and_back(dtype):
         x = x[~(np.abs(x) < np.finfo(np.float32).smallest_normal)]  # which a CPU may take for 0
         expected = x.astype(dtype).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(jax.jit(trees.narrowed, static_argnums=1)(x, dtype)), expected)
+
+
+def test_the_maths_of_leaves_of_a_shape_is_traced_once_and_leaves_no_call():
+    """Many leaves would else take long to trace, and a call to compile."""
+    traced = []
+
+    @trees.leafwise
+    def half(x):
+        traced.append(x.shape)
+        return x / 2
+
+    tree = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3)), "c": jnp.ones((2, 3)), "d": jnp.ones(3)}
+    program = jax.jit(lambda t: jax.tree.map(half, t)).lower(tree).as_text()
+    assert traced == [(2, 3), (3,)]
+    assert program.count("stablehlo.divide") == 4 and "call @" not in program
