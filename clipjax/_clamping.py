@@ -83,8 +83,8 @@ def clamp_weights(
             old = w if when == "after" else p.astype(w.dtype)
             cut = grids.limit(old, low, high)
             # before: the update is added to the clamped weight
-            new = cut if when == "after" else jnp.where(cut != old, cut + (w - old), w)
-            return jnp.where(chosen, new, w)
+            new = cut if when == "after" else trees.where(cut != old, cut + (w - old), w)
+            return trees.where(chosen, new, w)
 
         chosen = selections.choose(select, target, None, context.count)
         new = trees.map_with_path(limit, target, chosen, context.params)

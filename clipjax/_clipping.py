@@ -152,14 +152,14 @@ def _entry_limits(rule: following.Rule, state: ClipState, total: Tree) -> tuple[
 
 
 def _clip(x: jax.Array, limit: jax.Array, chosen: jax.Array) -> jax.Array:
-    return jnp.where(chosen, _limited(x, limit), x)
+    return trees.where(chosen, _limited(x, limit), x)
 
 
 @trees.leafwise
 def _limited(x: jax.Array, limit: jax.Array) -> jax.Array:
     # a narrower dtype may not hold the threshold
     largest = jnp.float32(min(float(jnp.finfo(dtype).max) for dtype in (x.dtype, jnp.float32)))
-    bound = jnp.where(jnp.isinf(limit), limit, jnp.minimum(limit, largest)).astype(x.dtype)
+    bound = trees.where(limit == jnp.inf, limit, jnp.minimum(limit, largest)).astype(x.dtype)
     return grids.limit(x, -bound, bound)
 
 
@@ -238,7 +238,7 @@ def clip_norm(
         leaves, treedef = trees.flatten(total)
         factors = list(factor)[: len(leaves)] if per == "leaf" else [factor] * len(leaves)
         rows = zip(leaves, factors, trees.flatten(chosen)[0], strict=True)
-        scaled = treedef.unflatten([None if x is None else jnp.where(m, _scaled(x, f), x) for x, f, m in rows])
+        scaled = treedef.unflatten([None if x is None else trees.where(m, _scaled(x, f), x) for x, f, m in rows])
         emitted, left = _emit(scaled, updates, total, state.carry, [jnp.isfinite(f) for f in factors])
         new_state = ClipNormState(
             optax.safe_increment(state.count),
@@ -260,7 +260,8 @@ def _norm(total: Tree, chosen: Tree, per: str, ord: float, axis_name: Any) -> ja
     leaves, _ = trees.flatten(total)
     masks, _ = trees.flatten(chosen)
     picked = [
-        jnp.zeros((1,)) if x is None else jnp.where(m, x, jnp.zeros_like(x)) for x, m in zip(leaves, masks, strict=True)
+        jnp.zeros((1,)) if x is None else trees.where(m, x, jnp.zeros_like(x))
+        for x, m in zip(leaves, masks, strict=True)
     ]
     axes = None if axis_name is None else norms.sharded_over(axis_name, trees.paths(total), picked)
     if per == "leaf":
@@ -278,7 +279,7 @@ def _coefficient(norm: jax.Array, limit: jax.Array, eps: Any) -> jax.Array:
 def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     wide = trees.wide(x.dtype)
     scaled = (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
-    return jnp.where(factor != 1, scaled, x)  # a product with 1 would flush denormals
+    return trees.where(factor != 1, scaled, x)  # a product with 1 would flush denormals
 
 
 def _nothing(params: Tree) -> Tree:
@@ -309,13 +310,13 @@ def _emit(limited: Tree, updates: Tree, total: Tree, carry: Tree, finite: Any) -
 def _fitted(x: jax.Array, dtype: Any) -> jax.Array:
     """What the dtype of the gradient holds of it; a finite one stays finite, what does not fit is left to the carry."""
     largest = jnp.asarray(jnp.finfo(dtype).max).astype(x.dtype)
-    return trees.narrowed(jnp.where(jnp.isfinite(x), grids.limit(x, -largest, largest), x), dtype)
+    return trees.narrowed(trees.where(jnp.isfinite(x), grids.limit(x, -largest, largest), x), dtype)
 
 
 def _left(old: Any, total: Any, emitted: Any, finite: Any) -> Any:
     if total is None:
         return old
-    return jnp.where(finite & jnp.isfinite(total), total - emitted, old)
+    return trees.where(finite & jnp.isfinite(total), total - emitted, old)
 
 
 def _checked(threshold: Any, select: selections.Selection | None, carry: Any) -> selections.Selection:

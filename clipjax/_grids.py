@@ -48,11 +48,8 @@ def clamp(x: jax.Array, bound: Any) -> jax.Array:
 def limit(x: jax.Array, low: Any, high: Any) -> jax.Array:
     """The entries limited to [low, high], NaN as it is; two selects, where min and max would each test for NaN."""
     low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
-    if low.ndim or high.ndim:  # a call in the program, which takes time to compile, but it broadcasts
-        x = jnp.where(x > high, high, x)
-        return jnp.where(x < low, low, x)
-    x = jax.lax.select(x > high, jnp.full_like(x, high), x)
-    return jax.lax.select(x < low, jnp.full_like(x, low), x)
+    x = trees.where(x > high, high, x)
+    return trees.where(x < low, low, x)
 
 
 def interval(bound: Any) -> tuple[Any, Any]:
@@ -114,7 +111,7 @@ def ratio(x: jax.Array, step: Any) -> jax.Array:
     A select keeps the divisor elementwise: XLA rewrites a division by a broadcast scalar as a product with its
     reciprocal, which rounds near-ties differently.
     """
-    return x / jnp.where(x == x, jnp.asarray(step, x.dtype), jnp.ones_like(x))
+    return x / trees.where(x == x, jnp.asarray(step, x.dtype), jnp.ones_like(x))
 
 
 def codes(x: jax.Array, step: Any, bits: Any, *, rounding: str = "nearest", key: Any = None) -> jax.Array:

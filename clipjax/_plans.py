@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from clipjax import _arguments as arguments
 from clipjax import _fitting as fitting
 from clipjax import _grids as grids
+from clipjax import _trees as trees
 from clipjax import roundings
 from clipjax import steps as stepping
 from clipjax import widths as widening
@@ -103,7 +104,7 @@ def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: Grid, dtype: Any)
     if plan.bits is None:
         return Measured(x, axes, jnp.zeros_like(grid.reach))
     alive = (landed != 0) & jnp.isfinite(x) & jnp.isfinite(landed)
-    shown = jnp.where(alive, landed, jnp.zeros_like(landed))
+    shown = trees.where(alive, landed, jnp.zeros_like(landed))
     if plan.rule.affine:
         sides = [fitting.over(jnp.max, side, axes) for side in (-shown, shown)]
         largest = jnp.maximum(jnp.stack(sides), 0)
@@ -112,7 +113,7 @@ def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: Grid, dtype: Any)
     reach = jnp.where(jnp.isinf(grid.reach), largest, jnp.maximum(grid.reach, largest))
     reach = grids.toward(reach, dtype, up=False).astype(jnp.float32)
     below, above = sides_of(plan, reach)
-    return Measured(grids.limit(jnp.where(alive, x, jnp.zeros_like(x)), -below, above), axes, reach)
+    return Measured(grids.limit(trees.where(alive, x, jnp.zeros_like(x)), -below, above), axes, reach)
 
 
 def sides_of(plan: Plan, reach: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -129,7 +129,7 @@ def project(
             if not inner:
                 target = _drop(held, target, now, weights, steps, new, projected, context, active)
                 new = _hold(held, target, projected, context)
-            new = jax.tree.map(lambda n, t: _keep(active, jnp.where(jnp.isfinite(t), n, t), t), new, target)
+            new = jax.tree.map(lambda n, t: _keep(active, trees.where(jnp.isfinite(t), n, t), t), new, target)
             moved = jax.tree.map(landing.land, weights, _rounded(new, narrow))
         elif held.survives is not None:
             kept = held.survives(target, state.projection, projected)
@@ -322,7 +322,7 @@ def _always(start: Any) -> bool:
 
 
 def _keep(active: Any, new: jax.Array, old: jax.Array) -> jax.Array:
-    return new if active is None else jnp.where(active, new, old)
+    return new if active is None else trees.where(active, new, old)
 
 
 @trees.leafwise

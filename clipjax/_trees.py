@@ -192,6 +192,14 @@ def leafwise(fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(fn, inline=True)
 
 
+def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.where` without the call that it leaves in the program, which takes time to compile; scalars broadcast."""
+    whole = x if x.ndim else y
+    x, y = (v if v.shape == whole.shape else jnp.full_like(whole, v) if v.ndim == 0 else v for v in (x, y))
+    alike = x.shape == y.shape and mask.shape in ((), x.shape)
+    return jax.lax.select(mask, x, y) if alike else jnp.where(mask, x, y)
+
+
 def wide(dtype: Any) -> Any:
     """The dtype in which a leaf is computed: f64 for f64, else f32. Not jnp's lattice: strict promotion refuses it."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -257,4 +257,8 @@ MUTANTS = (
         "contract_models",
         "train_state and scanned",
     ),
+    Mutant(
+        "_trees.py", "select(mask, x, y) if alike else jnp.where(mask, x, y)", "select(mask, y, x)", "trees", "where_is"
+    ),
+    Mutant("_trees.py", "alike = x.shape == y.shape", "alike = x is y", "passes", "no_call"),
 )

@@ -66,9 +66,16 @@ LIMITS = {
     "step_refresh": (chain(quantize(step=steps.absmax())), True, 140, 11, 16),
 }
 
+NORMS = ("clip_norm", "clip_norm_leaf", "zscore", "percentile")
+
 
 def build(tx, refresh, leaves=LEAVES):
     """The compiled, donated update and application."""
+    return lower(tx, refresh, leaves).compile()
+
+
+def lower(tx, refresh, leaves):
+    """The program before XLA sees it."""
     tx = optax.with_extra_args_support(tx)
     params = {name: jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32) for name in leaves}
 
@@ -77,7 +84,7 @@ def build(tx, refresh, leaves=LEAVES):
         return optax.apply_updates(params, updates), state
 
     state = jax.eval_shape(tx.init, params)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
 
 
 def costs(executable):
@@ -129,6 +136,16 @@ def test_a_leaf_costs_no_small_kernels(name):
         return len(compiled.read(build(tx, refresh, leaves).as_text()).kernels)
 
     assert all_of("first", "second", "third") - all_of("first") == 2 * kernels
+
+
+@pytest.mark.parametrize("name", ["clip", "clamp", "held_mask", "prune", "quantize", "whole_chain", *NORMS])
+def test_a_leaf_costs_no_call(name):
+    """A call in the program takes time to compile, and many leaves as many times that."""
+
+    def calls(*leaves):
+        return lower(*LIMITS[name][:2], leaves).as_text().count("call @")
+
+    assert calls("first", "second", "third") == calls("first")
 
 
 def test_an_added_pass_is_seen():

@@ -139,3 +139,13 @@ def test_the_maths_of_leaves_of_a_shape_is_traced_once_and_leaves_no_call():
     program = jax.jit(lambda t: jax.tree.map(half, t)).lower(tree).as_text()
     assert traced == [(2, 3), (3,)]
     assert program.count("stablehlo.divide") == 4 and "call @" not in program
+
+
+@pytest.mark.parametrize(
+    "shapes", [((), (2, 3), (2, 3)), ((2, 3), (), (2, 3)), ((2, 3), (2, 3), ()), ((2, 3), (1, 3), (2, 1))]
+)
+def test_where_is_numpys(shapes):
+    mask, x, y = (np.random.default_rng(i).normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes))
+    found = jax.jit(trees.where)(mask > 0, x, y)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, np.where(mask > 0, x, y))
