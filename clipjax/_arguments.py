@@ -25,6 +25,17 @@ def known(value: Any) -> bool:
     return value is not None and not callable(value) and not traced(value)
 
 
+def is_tree(value: Any) -> bool:
+    """True for a container with a value for each leaf, such as a dict or an Equinox module, which may be callable."""
+    leaf = value is None or isinstance(value, jax.tree_util.Partial)
+    return not leaf and not jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
+
+
+def is_schedule(value: Any) -> bool:
+    """True for a callable that is no tree."""
+    return callable(value) and not is_tree(value)
+
+
 def require(ok: Any, name: str, rule: str, value: Any, remedy: str) -> None:
     """Raise the one kind of message this library has: argument, rule, value, remedy."""
     if not ok:
@@ -50,31 +61,31 @@ def finite(value: Any) -> bool:
 def numeric(value: Any, name: str, remedy: str) -> np.ndarray:
     """A known value as f64; strings and other things that are no numbers are refused by name."""
     try:
-        number = np.asarray(value, np.float64)
+        number = None if value is None or isinstance(value, str) else np.asarray(value, np.float64)
     except (TypeError, ValueError):
         number = None
-    if value is None or number is None:
+    if number is None:
         raise TypeError(f"`{name}` must be a number, got {value!r}. {remedy}")
     return number
 
 
 def non_negative(value: Any, name: str, remedy: str) -> None:
     """Check a known bound or threshold: a number >= 0, infinity allowed, NaN not."""
-    if known(value):
+    if value is None or known(value):
         number = numeric(value, name, remedy)
         require(np.all(number >= 0), name, "be a number >= 0", value, remedy)
 
 
 def fraction(value: Any, name: str, remedy: str) -> None:
     """Check a known fraction in [0, 1)."""
-    if known(value):
+    if value is None or known(value):
         number = numeric(value, name, remedy)
         require(np.all((number >= 0) & (number < 1)), name, "lie in [0, 1)", value, remedy)
 
 
 def whole(value: Any, name: str, *, low: int, remedy: str) -> None:
     """Check a known whole number that is at least `low`."""
-    if known(value):
+    if value is None or known(value):
         number = numeric(value, name, remedy)
         ok = np.all((number >= low) & (number == np.floor(number)))
         require(ok, name, f"be a whole number >= {low}", value, remedy)
@@ -83,11 +94,20 @@ def whole(value: Any, name: str, *, low: int, remedy: str) -> None:
 def times(start: Any, every: Any, stop: Any) -> None:
     """Check the life cycle arguments that every refreshing member shares."""
     whole(start, "start", low=0, remedy="Updates are counted from 0.")
-    whole(every, "every", low=1, remedy="Give the number of updates between two refreshes.")
-    whole(stop, "stop", low=0, remedy="Updates are counted from 0.")
+    if every is not None:
+        whole(every, "every", low=1, remedy="Give the number of updates between two refreshes.")
+    if stop is not None:
+        whole(stop, "stop", low=0, remedy="Updates are counted from 0.")
     if known(start) and known(stop):
         remedy = f"Refreshes happen from `start` ({int(start)}) to `stop`."
         require(float(stop) >= float(start), "stop", "not be smaller than `start`", stop, remedy)
+
+
+def axis(value: Any) -> None:
+    """Check one static axis."""
+    static(value, "axis")
+    ok = isinstance(value, int | np.integer)
+    require(ok, "axis", "be a whole number", value, "Output units of Flax kernels are on axis -1.")
 
 
 def bits(value: Any, name: str = "bits") -> None:
@@ -99,6 +119,7 @@ def bits(value: Any, name: str = "bits") -> None:
 
 def choice(value: Any, name: str, options: tuple[str, ...]) -> None:
     """Check an option given by name."""
+    static(value, name)
     listed = ", ".join(repr(option) for option in options)
     require(value in options, name, f"be one of {listed}", value, "Other values have no meaning.")
 

@@ -38,7 +38,8 @@ def clamp_weights(
 
     Args:
       bound: T >= 0, a pair (lo, hi), a schedule count -> either, or `per_leaf`. Numbers may be traced. Read as f32; in
-        narrower dtypes rounded into the interval.
+        narrower dtypes rounded into the interval. An interval without 0 may be missed at its end nearer to 0, by half a
+        unit in the last place of the weight before.
       when: "after" the update, |w| <= T holds exactly after `optax.apply_updates`; "before" it, D3's order, the update
         is added to the clamped weight and may leave the interval again.
       select: which entries may be clamped, redrawn at every update; all by default.

@@ -106,7 +106,7 @@ def clip(
 
     def init_fn(params: Tree) -> ClipState:
         def each(field: jax.Array) -> Tree:
-            return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=field.dtype) + field, params)
+            return jax.tree.map(lambda p: _zeros(p, field.dtype) + field, params)
 
         history = () if rule is None else jax.tree.map(each, rule.init())
         limit = jnp.asarray(np.inf if rule is None else np.nan, jnp.float32)
@@ -140,8 +140,8 @@ def _entry_limits(rule: following.Rule, state: ClipState, total: Tree) -> tuple[
     limits: list[Any] = []
     columns: list[list[Any]] = []
     for x, *column in zip(leaves, *(values for values, _ in fields), strict=True):
-        limit = None
-        if x is not None:
+        limit = None if x is None else jnp.full_like(x, jnp.inf)
+        if x is not None and x.size:
             history = shape.unflatten(column)
             limit, history = following.follow(rule, state.count, jnp.abs(x), history, zeros=True)
             column = jax.tree.leaves(history)
@@ -284,7 +284,12 @@ def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 def _nothing(params: Tree) -> Tree:
     """The carry before anything was cut."""
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=trees.wide(p.dtype)), params)
+    return jax.tree.map(lambda p: _zeros(p, trees.wide(p.dtype)), params)
+
+
+def _zeros(p: jax.Array, dtype: Any) -> jax.Array:
+    """An array like the param; a number for an empty one, as Orbax saves no empty arrays."""
+    return jnp.zeros_like(p, dtype=dtype) if p.size else jnp.zeros((), dtype)
 
 
 def _total(updates: Tree, carry: Tree) -> Tree:
@@ -314,7 +319,7 @@ def _fitted(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _left(old: Any, total: Any, emitted: Any, finite: Any) -> Any:
-    if total is None:
+    if total is None or not total.size:
         return old
     return trees.where(finite & jnp.isfinite(total), total - emitted, old)
 

@@ -23,7 +23,7 @@ def land(p: jax.Array, q: jax.Array) -> jax.Array:
     by more than itself may so land inside the set, and on its value at the next update. Infinity and NaN pass.
     """
     kind = jnp.dtype(f"uint{8 * p.dtype.itemsize}")
-    u = q - p
+    u = jax.lax.select(p == q, jnp.zeros_like(p), q - p)  # of infinity, too
     # p + u is 0 or has the sign of q, so that the larger one has the larger bits
     move, reached, wanted = (jax.lax.bitcast_convert_type(x, kind) for x in (u, p + u, q))
     apart = jax.lax.shift_right_arithmetic(move ^ wanted, kind.type(8 * kind.itemsize - 1))  # all ones: u must grow

@@ -113,7 +113,7 @@ def check_sizes(units: Tree, structure: structures.Structure, scope: str) -> Non
 
 def varies(sparsity: Any) -> bool:
     """True for a sparsity that is given leaf by leaf: `per_leaf`, or a tree of fractions."""
-    return isinstance(sparsity, trees.PerLeaf | dict | list | tuple) or len(jax.tree.leaves(sparsity)) > 1
+    return arguments.is_tree(sparsity)
 
 
 class Pool(NamedTuple):

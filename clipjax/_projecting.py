@@ -83,6 +83,10 @@ def project(
     arguments.static(carry, "carry")
     arguments.times(start, None, None)
     where = trees.everything if where is None else where
+    if not callable(where):
+        raise TypeError(
+            f"`where` must be a function (path, leaf) -> bool, got {where!r}. Try `lambda path, leaf: ...`."
+        )
     inside = optax.with_extra_args_support(inner or optax.identity())
 
     def init_fn(params: Tree) -> ProjectState:

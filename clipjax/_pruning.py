@@ -127,7 +127,7 @@ def prune_mask(
             return path in given and (where is None or where(path, leaf))
 
         return projecting.project(_held(mask), carry=carry, inner=inner, start=start, where=masked, key=key)
-    if every is None and callable(sparsity):
+    if every is None and arguments.is_schedule(sparsity):
         every = 100
     scope = masks.effective(sparsity, scope)
     where = trees.weights if where is None else where
@@ -162,7 +162,7 @@ def prune_mask(
             ready = {"finite": jax.tree.map(jnp.isfinite, voters)}
             if select is not None:
                 ready["chosen"] = selections.choose(select, structure.reduce(values), key, context.count)
-            now = sparsity(context.count) if callable(sparsity) else sparsity
+            now = sparsity(context.count) if arguments.is_schedule(sparsity) else sparsity
             units = masks.pool(values, structure, held=None if carry else old, **ready)
             removed = masks.removals(now, scope, units, structure.owners(target))
             if regrow is None:
@@ -251,7 +251,7 @@ def _check_cycle(sparsity: Any, structure: Any, scope: str, start: Any, every: A
         arguments.require(sparsity is None, "sparsity", "be left out with `mask`", sparsity, remedy)
         return
     masks.check(sparsity, structure, scope)
-    if callable(sparsity):
+    if arguments.is_schedule(sparsity):
         arguments.require(
             stop is not None, "stop", "be given with a schedule", stop, "It is the update that refreshes last."
         )

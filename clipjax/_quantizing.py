@@ -333,5 +333,5 @@ def _check_bits(bits: Any, rule: stepping.Step, step: Any) -> None:
         arguments.require(ok, "step", "be a number when `bits` is None", step, remedy)
     elif isinstance(bits, bool | float | str) or isinstance(bits, int | np.integer):
         arguments.bits(bits)
-    elif callable(bits):
+    elif arguments.is_schedule(bits):
         raise TypeError(f"`bits` must be static, got a schedule {bits!r}. Mark a function of the leaf by `per_leaf`.")

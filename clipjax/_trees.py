@@ -34,7 +34,8 @@ def per_leaf(fn: Callable[[str, Any], Any]) -> PerLeaf:
     bits and axis of `fake_quantize`.
 
     Args:
-      fn: `fn(path, leaf) -> value`, called once per leaf at init; `path` is like `"encoder/lin/kernel"`.
+      fn: `fn(path, leaf) -> value` of the path, shape and dtype; `path` is like `"encoder/lin/kernel"`. It is called
+        at init, and again whenever an update is traced, where a leaf has no values.
 
     Returns:
       The argument to pass.
@@ -184,7 +185,18 @@ def _is_array(x: Any) -> bool:
 def find(state: Tree, kind: type) -> list[Any]:
     """Every state of one kind inside any optimizer state, in tree order, boxes removed."""
     found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
-    return [jax.tree.map(jnp.asarray, x) for x in found if isinstance(x, kind)]
+    return [jax.tree.map(_unboxed, x, is_leaf=_is_box) for x in found if isinstance(x, kind)]
+
+
+def _is_box(x: Any) -> bool:
+    """True for one array under the name that boxes give it."""
+    children, _ = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda child: child is not x)
+    keys = children[0][0] if len(children) == 1 else ()
+    return bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in BOX_FIELDS
+
+
+def _unboxed(x: Any) -> Any:
+    return jnp.asarray(jax.tree.leaves(x)[0])
 
 
 def leafwise(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -153,8 +153,8 @@ def max_norm(bound: float, *, axis: int | tuple[int, ...] | None = None) -> Proj
     arguments.non_negative(bound, "bound", "A norm is at least 0.")
 
     def scale(x: jax.Array) -> jax.Array:
-        norm = jnp.linalg.norm(x, axis=axis, keepdims=True) if axis is not None else _norm(x)
-        return jnp.where(norm > bound, x * (bound / jnp.where(norm > 0, norm, jnp.ones_like(norm))), x)
+        part, largest, norm = _norm(x, axis)
+        return jnp.where((norm * largest > bound) & jnp.isfinite(x), part * (bound / norm), x)
 
     return stateless(lambda tree: jax.tree.map(scale, tree))
 
@@ -175,11 +175,19 @@ def unit_norm(*, axis: int | tuple[int, ...] | None = None) -> Projection:
     """
 
     def scale(x: jax.Array) -> jax.Array:
-        norm = jnp.linalg.norm(x, axis=axis, keepdims=True) if axis is not None else _norm(x)
-        return x / jnp.where(norm > 0, norm, jnp.ones_like(norm))
+        part, _, norm = _norm(x, axis)
+        return jnp.where(jnp.isfinite(x), part / norm, x)
 
     return stateless(lambda tree: jax.tree.map(scale, tree))
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x)))
+def _norm(x: jax.Array, axis: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The finite entries over the largest of them, that one, and the norm of the former: no square overflows."""
+    finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+    largest = jnp.max(jnp.abs(finite), axis=axis, keepdims=True, initial=0)
+    # a quarter of both: the reciprocal that XLA may multiply with is then a normal number
+    share = jnp.where(largest > 1, jnp.full_like(largest, 0.25), jnp.ones_like(largest))
+    unit = jnp.where(largest >= jnp.finfo(x.dtype).tiny, largest, jnp.ones_like(largest)) * share
+    part = finite * share / unit
+    norm = jnp.sqrt(jnp.sum(jnp.square(part), axis=axis, keepdims=True))
+    return part, largest, jnp.where(norm > 0, norm, jnp.ones_like(norm))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipjax import _arguments as arguments
 from clipjax import _selecting as selecting
@@ -101,8 +102,9 @@ def largest(fraction: Any) -> Selection:
     References:
       D1, section 6: keep the parameters of largest absolute value.
     """
-    if arguments.known(fraction):
-        ok = 0 < float(fraction) <= 1
+    if not arguments.traced(fraction):
+        number = arguments.numeric(fraction, "fraction", "Give the share of entries to select, e.g. 0.1.")
+        ok = np.all((number > 0) & (number <= 1))
         arguments.require(ok, "fraction", "lie in (0, 1]", fraction, "1 selects every entry.")
 
     def choose(tree: Tree, key: jax.Array) -> Tree:
@@ -120,8 +122,9 @@ def largest(fraction: Any) -> Selection:
 
 
 def _probability(p: Any) -> None:
-    if arguments.known(p):
-        arguments.require(0 <= float(p) <= 1, "p", "lie in [0, 1]", p, "It is a probability.")
+    if not arguments.traced(p):
+        number = arguments.numeric(p, "p", "Give a probability, e.g. 0.5.")
+        arguments.require(np.all((number >= 0) & (number <= 1)), "p", "lie in [0, 1]", p, "It is a probability.")
 
 
 def _random(draw: Callable[[jax.Array, Any], jax.Array]) -> Callable[[Tree, jax.Array], Tree]:

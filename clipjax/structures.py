@@ -94,8 +94,9 @@ def n_of_m(n: int, m: int, axis: int = -2) -> Structure:
     References:
       Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, https://arxiv.org/abs/2104.08378.
     """
-    for name, value in (("n", n), ("m", m), ("axis", axis)):
+    for name, value in (("n", n), ("m", m)):
         arguments.static(value, name)
+    arguments.axis(axis)
     arguments.whole(n, "n", low=1, remedy="Give how many of a group stay, e.g. 2.")
     arguments.whole(m, "m", low=1, remedy="Give the size of a group, e.g. 4.")
     arguments.require(n <= m, "n", "be at most `m`", n, f"A group has {m} entries.")
@@ -204,7 +205,7 @@ def unit(axis: int = -1, reduce: str = "mean", min_keep: int = 1, groups: groupi
     """
     arguments.choice(reduce, "reduce", ("mean", "sum", "max"))
     arguments.whole(min_keep, "min_keep", low=0, remedy="Give the number of units to keep.")
-    arguments.static(axis, "axis")
+    arguments.axis(axis)
     arguments.static(min_keep, "min_keep")
     if groups is not None:
         arguments.require(axis == -1, "axis", "be left out with `groups`", axis, "They name the axis of every leaf.")

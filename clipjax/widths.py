@@ -260,7 +260,7 @@ def _spend(sizes: list[int], noise: jax.Array, allowed: tuple[int, ...], budget:
     left = math.floor((budget - allowed[0]) * (sum(sizes) / unit))
     cost = jnp.asarray(counts[:, None] * gaps[None], jnp.int32)
     gain = (noise[:, :-1] - noise[:, 1:]) / cost.astype(jnp.float32)
-    places = jnp.arange(len(gaps))[None]
+    places = jnp.arange(len(gaps), dtype=jnp.int32)[None]
 
     def offers(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Which step up is the next of its array and can be paid for."""
@@ -272,7 +272,7 @@ def _spend(sizes: list[int], noise: jax.Array, allowed: tuple[int, ...], budget:
         open_ = offers(state)
         best = jnp.argmax(jnp.where(open_, gain, -jnp.inf).max(1))
         chosen = jnp.arange(len(sizes)) == best
-        price = jnp.sum(jnp.where(open_ & chosen[:, None], cost, 0))
+        price = jnp.sum(jnp.where(open_ & chosen[:, None], cost, 0), dtype=jnp.int32)
         return level + chosen.astype(jnp.int32), left - price
 
     start = (jnp.zeros(len(sizes), jnp.int32), jnp.asarray(min(left, 2**31 - 1), jnp.int32))

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import projections, scores, selections, steps, structures
+from clipjax import projections, scores, selections, steps, structures, thresholds
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -105,6 +105,8 @@ FACTORY = {
     "steps.fixed/zero": (lambda: steps.fixed(0.0), "step", "0.0"),
     "structures.unit/reduce": (lambda: structures.unit(reduce="median"), "reduce", "'median'"),
     "structures.unit/min_keep": (lambda: structures.unit(min_keep=-1), "min_keep", "-1"),
+    "structures.unit/axis": (lambda: structures.unit(axis="in"), "axis", "'in'"),
+    "structures.n_of_m/axis": (lambda: structures.n_of_m(2, 4, axis=None), "axis", "None"),
     "selections.bernoulli/p": (lambda: selections.bernoulli(1.5), "p", "1.5"),
     "selections.leaves/p": (lambda: selections.leaves(-0.5), "p", "-0.5"),
     "selections.largest/zero": (lambda: selections.largest(0.0), "fraction", "0.0"),
@@ -175,6 +177,20 @@ TYPES = {
     "clip/select": (lambda: clipjax.clip(1.0, select="all"), "`select` must .*'all'.* factory"),
     "fake_quantize/step": (lambda: clipjax.fake_quantize(4, step="mse"), "`step` must .*'mse'.* factory"),
     "fake_quantize/schedule": (lambda: clipjax.fake_quantize(SCHEDULE), "`bits` must .*per_leaf"),
+    "clamp_weights/none": (lambda: clipjax.clamp_weights(None), "`bound` must be a number, got None"),
+    "clamp_weights/string": (lambda: clipjax.clamp_weights("1"), "`bound` must be a number, got '1'"),
+    "prune_mask/where": (lambda: clipjax.prune_mask(0.5, where="kernel"), "`where` must be a function .*'kernel'"),
+    "selections.bernoulli/none": (lambda: selections.bernoulli(None), "`p` must be a number, got None.*0.5"),
+    "selections.leaves/string": (lambda: selections.leaves("x"), "`p` must be a number, got 'x'.*0.5"),
+    "selections.largest/none": (lambda: selections.largest(None), "`fraction` must be a number, got None.*0.1"),
+    "scores.taylor/decay": (lambda: scores.taylor(decay=None), "`decay` must be a number, got None"),
+    "steps.sigma/none": (lambda: steps.sigma(None), "`k` must be a number, got None"),
+    "structures.block/none": (lambda: structures.block(None, 4), "`height` must be a number, got None"),
+    "structures.unit/min_keep": (lambda: structures.unit(min_keep=None), "`min_keep` must be a number, got None"),
+    "thresholds.percentile/window": (
+        lambda: thresholds.percentile(50, window=None),
+        "`window` must be a number, got None",
+    ),
     "refresh": (update(clipjax.prune_mask(0.5), refresh="yes"), "`refresh` must .*'yes'.* static"),
 }
 
@@ -201,6 +217,9 @@ def test_complex_or_integer_gradients_raise_type_error(member, dtype):
         ("axis", lambda x: clipjax.fake_quantize(4, axis=x)),
         ("ord", lambda x: clipjax.clip_norm(1.0, ord=x)),
         ("axis", lambda x: structures.unit(x)),
+        ("per", lambda x: clipjax.clip_norm(1.0, per=x)),
+        ("when", lambda x: clipjax.clamp_weights(1.0, when=x)),
+        ("rounding", lambda x: clipjax.round_to_step(jnp.ones(2), 0.5, rounding=x)),
     ],
 )
 def test_traced_static_argument_names_inject_hyperparams(name, build):

@@ -230,3 +230,23 @@ def test_clip_norm_at_huge_and_tiny_gradients_reaches_the_threshold():
 def test_norm_overflow_is_infinite_and_nan_is_nan():
     assert np.isinf(norms.norm([jnp.full(4, 3e38)])) and np.isnan(norms.norm([jnp.array([1.0, jnp.nan])]))
     assert float(norms.norm([])) == float(norms.norm([jnp.zeros((0,))])) == 0
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        clipjax.clip(1.0, carry=True),
+        clipjax.clip(clipjax.thresholds.spam()),
+        clipjax.clip_norm(1.0, carry=True),
+        clipjax.clip_norm(1.0, carry=True, per="leaf"),
+    ],
+)
+def test_an_empty_leaf_has_no_empty_state(tx):
+    """Rule 1; Orbax refuses to save what has no entries."""
+    grads = {"w": jnp.full(3, 2.0), "none": jnp.zeros((0, 2))}
+    state = tx.init(grads)
+    for _ in range(2):
+        updates, new = jax.jit(tx.update)(grads, state)
+        assert updates["none"].shape == (0, 2) and all(x.size for x in jax.tree.leaves(new))
+        assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+        state = new

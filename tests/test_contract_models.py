@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import freeze
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
 
@@ -149,3 +150,28 @@ def test_report_and_quantized_read_a_boxed_state():
     found = clipjax.quantized(params, state)
     is_grid = lambda x: isinstance(x, clipjax.Quantized)
     assert sum(map(is_grid, jax.tree.leaves(found, is_leaf=is_grid))) == 2
+
+
+def test_trees_of_targets_may_be_of_any_container():
+    """An Equinox module is callable, and no schedule; a frozen dict may hold one leaf."""
+    params, _ = models.equinox()
+    halves = jax.tree.map(lambda p: 0.5, params)
+    state = clipjax.prune_mask(halves).init(params)
+    state = clipjax.prune_mask(halves).update(params, state, params)[1]
+    assert float(clipjax.report(state)["prune_mask/sparsity"]) == 0.5
+    bits = clipjax.choose_bits(params, target_db=20.0)
+    state = clipjax.fake_quantize(bits).init(params)
+    assert {int(b) for b in state.projection.bits.values()} == set(jax.tree.leaves(bits))
+    mask = clipjax.make_mask(freeze({"in": {"kernel": jnp.arange(8.0)}}), freeze({"in": {"kernel": 0.25}}))
+    assert int(mask["in"]["kernel"].sum()) == 6
+
+
+@pytest.mark.parametrize("axis", [None, -1])
+def test_integers_come_out_of_an_nnx_optimizer(axis):
+    model = models.Wired(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.chain(optax.sgd(0.1), clipjax.fake_quantize(4, axis=axis)), wrt=nnx.Param)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    params = nnx.state(model, nnx.Param)
+    is_grid = lambda x: isinstance(x, clipjax.Quantized)
+    found = [q for q in jax.tree.leaves(clipjax.quantized(params, optimizer.opt_state), is_leaf=is_grid) if is_grid(q)]
+    assert found and all(isinstance(x, jax.Array) for q in found for x in (q.codes, q.step, q.zero_point))

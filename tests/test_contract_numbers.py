@@ -131,13 +131,14 @@ def _fields(path):
     return [getattr(key, "name", None) for key in path]
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(("place", "bad"), [("updates", np.nan), ("updates", np.inf), ("params", -np.inf)])
 @weight_member
-def test_nonfinite_target_is_emitted_and_left_out(member, bad):
+def test_nonfinite_target_is_emitted_and_left_out(member, place, bad):
     """Rule 5: one bad entry comes out as it is, everything else lands, and no state but its own entry hears of it."""
     params = members.params()
     updates = jax.tree.map(lambda p: p * 0.1, params)
-    updates["dense"]["kernel"] = updates["dense"]["kernel"].at[2, 4].set(bad)
+    spoilt = {"updates": updates, "params": params}[place]["dense"]
+    spoilt["kernel"] = spoilt["kernel"].at[2, 4].set(bad)
     tx = alone(member)
     with jax.disable_jit():
         state = tx.init(params)

@@ -54,6 +54,23 @@ def test_norm_of_zero_stays_zero(projection):
     np.testing.assert_array_equal(apply(projection, jnp.zeros((2, 2))), np.zeros((2, 2)))
 
 
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e37])
+def test_norms_are_right_wherever_they_are_floats(size, axis):
+    x = np.float32(size) * W
+    expected = W / reference_norms(W, axis)
+    np.testing.assert_allclose(apply(projections.unit_norm(axis=axis), jnp.asarray(x)), expected, rtol=1e-5)
+    got = apply(projections.max_norm(size / 8, axis=axis), jnp.asarray(x))
+    np.testing.assert_allclose(got, expected * size / 8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_norms_leave_out_what_is_not_finite(bad):
+    x = jnp.array([3.0, bad, 4.0])
+    for projection in (projections.max_norm(1.0), projections.unit_norm()):
+        np.testing.assert_allclose(apply(projection, x), [0.6, bad, 0.8], rtol=1e-6)
+
+
 def test_a_function_or_a_projection_is_accepted():
     held = projections.as_projection(lambda x: 2 * x)
     np.testing.assert_array_equal(apply(held, jnp.asarray(W)), 2 * W)

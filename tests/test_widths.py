@@ -73,6 +73,17 @@ def test_axis_and_where_and_default_step():
     assert clipjax.choose_bits(params, axis=-1, **options) == {"w": 4, "other": None}
 
 
+def test_budget_under_x64():
+    """The counts stay i32."""
+    w = {"q": jax.random.normal(jax.random.key(0), (8, 8)), "k": jax.random.normal(jax.random.key(1), (4, 8))}
+    expected = clipjax.choose_bits(w, budget=4.0)
+    with jax.enable_x64(True):
+        assert clipjax.choose_bits(w, budget=4.0) == expected
+        tx = clipjax.fake_quantize(clipjax.widths.budget(4.0))
+        state = tx.update(w, tx.init(w), w)[1]
+        assert all(b.dtype == jnp.int32 for b in state.projection.bits.values())
+
+
 def test_all_zero_and_no_leaves():
     assert clipjax.choose_bits({"w": jnp.zeros((2, 2))}, target_db=20.0, allowed=(2, 4)) == {"w": 2}
     assert clipjax.choose_bits({"bias": jnp.ones(3)}, target_db=20.0, allowed=(2,)) == {"bias": None}
