@@ -23,12 +23,18 @@ def land(p: jax.Array, q: jax.Array) -> jax.Array:
     by more than itself may so land inside the set, and on its value at the next update. Infinity and NaN pass.
     """
     kind = jnp.dtype(f"uint{8 * p.dtype.itemsize}")
-    u = jax.lax.select(p == q, jnp.zeros_like(p), q - p)  # of infinity, too
+    u = q - p
     # p + u is 0 or has the sign of q, so that the larger one has the larger bits
     move, reached, wanted = (jax.lax.bitcast_convert_type(x, kind) for x in (u, p + u, q))
     apart = jax.lax.shift_right_arithmetic(move ^ wanted, kind.type(8 * kind.itemsize - 1))  # all ones: u must grow
     inward = jax.lax.bitcast_convert_type(move - (apart | kind.type(1)), u.dtype)
     return jax.lax.select(reached > wanted, inward, u)
+
+
+@trees.leafwise
+def land_or_stay(p: jax.Array, q: jax.Array) -> jax.Array:
+    """`land`, and 0 where p is q: the difference of two infinities is no number."""
+    return jax.lax.select(p == q, jnp.zeros_like(p), land(p, q))
 
 
 @trees.leafwise

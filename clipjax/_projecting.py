@@ -134,7 +134,7 @@ def project(
                 target = _drop(held, target, now, weights, steps, new, projected, context, active)
                 new = _hold(held, target, projected, context)
             new = jax.tree.map(lambda n, t: _keep(active, trees.where(jnp.isfinite(t), n, t), t), new, target)
-            moved = jax.tree.map(landing.land, weights, _rounded(new, narrow))
+            moved = jax.tree.map(landing.land_or_stay, weights, _rounded(new, narrow))
         elif held.survives is not None:
             kept = held.survives(target, state.projection, projected)
             moved = jax.tree.map(functools.partial(landing.emptied, active), steps, weights, landed, kept)

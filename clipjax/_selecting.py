@@ -7,6 +7,7 @@ with a second bisection, on the linear index, only when the boundary falls insid
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -50,8 +51,11 @@ def _highest(keys: jax.Array) -> Any:
     return keys.dtype.type(np.iinfo(keys.dtype).max)
 
 
+@functools.partial(jax.jit, static_argnames="pooled", inline=True)
 def keep(keys: Keys, k: jax.Array, *, pooled: bool) -> Keys:
     """Masks that are False at the `k` lowest keys; of equal keys the earlier ones are kept.
+
+    Called outside of jit it compiles once for arrays of the same shapes; inside no call is left.
 
     Args:
       keys: unsigned arrays of one dtype, from `order`.

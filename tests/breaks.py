@@ -187,8 +187,10 @@ MUTANTS = (
         "d3_each",
     ),
     Mutant("_trees.py", "jax.jit(fn, inline=True)", "jax.jit(fn)", "trees", "traced_once"),
-    Mutant("_projecting.py", "jnp.where(jnp.isfinite(t)", "jax.lax.select(jnp.isfinite(t)", "projecting", "broadcast"),
-    Mutant("_clamping.py", "jnp.where(chosen, new, w)", "new", "documents", "d3_strategies"),
+    Mutant(
+        "_projecting.py", "trees.where(jnp.isfinite(t)", "jax.lax.select(jnp.isfinite(t)", "projecting", "broadcast"
+    ),
+    Mutant("_clamping.py", "trees.where(chosen, new, w)", "new", "documents", "d3_strategies"),
     Mutant(
         "_clipping.py", "grids.limit(x, -bound, bound)", "grids.limit(x, -bound, 2 * bound)", "documents", "d1_clips"
     ),
@@ -261,4 +263,23 @@ MUTANTS = (
         "_trees.py", "select(mask, x, y) if alike else jnp.where(mask, x, y)", "select(mask, y, x)", "trees", "where_is"
     ),
     Mutant("_trees.py", "alike = x.shape == y.shape", "alike = x is y", "passes", "no_call"),
+    Mutant(
+        "_landing.py",
+        "jax.lax.select(p == q, jnp.zeros_like(p), land(p, q))",
+        "land(p, q)",
+        "contract_numbers",
+        "nonfinite_target and params",
+    ),
+    Mutant("_clipping.py", " if p.size else jnp.zeros((), dtype)", "", "clipping", "empty_leaf"),
+    Mutant("widths.py", "cost, 0), dtype=jnp.int32)", "cost, 0))", "widths", "x64"),
+    Mutant("_trees.py", "_unboxed, x, is_leaf=_is_box", "jnp.asarray, x", "contract_models", "nnx_optimizer"),
+    Mutant("_arguments.py", "callable(value) and not is_tree(value)", "callable(value)", "contract_models", "targets"),
+    Mutant(
+        "projections.py",
+        "(norm * largest > bound) & jnp.isfinite(x)",
+        "norm * largest > bound",
+        "projections",
+        "finite",
+    ),
+    Mutant("projections.py", "jnp.full_like(largest, 0.25)", "jnp.ones_like(largest)", "projections", "wherever"),
 )

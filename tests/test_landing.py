@@ -97,15 +97,15 @@ def check_prune(case, params):
 def check_grid(before, params, state):
     """Every weight is code * s, rounded to its dtype; one that had to move by more than itself is one step late."""
     for name, q in clipjax.quantized(params, state).items():
-        dtype = params[name].dtype
-        levels, now, old = exact(clipjax.dequantize(q.codes, q.step, dtype)), exact(params[name]), exact(before[name])
-        was_on = old == exact(clipjax.round_to_step(before[name].astype(jnp.float32), q.step).astype(dtype))
+        dtype, step, codes = params[name].dtype, np.asarray(q.step), np.asarray(q.codes, np.float32)
+        levels, now, old = exact((codes * step).astype(dtype)), exact(params[name]), exact(before[name])
+        was_on = old == exact((np.rint(old.astype(np.float32) / step) * step).astype(dtype))
         most = max(1, 2 ** (int(name) - 1) - 1)
-        was_on &= np.abs(old) <= exact(jnp.asarray(most * exact(q.step), jnp.float32).astype(dtype))
+        top = exact((np.float32(most) * step).astype(dtype))
+        was_on &= np.abs(old) <= top
         due = was_on | (np.abs(levels - old) <= np.abs(levels))
         np.testing.assert_array_equal(now[due], levels[due])
-        assert np.abs(exact(q.codes)).max() <= most
-        top = exact(jnp.asarray(most * exact(q.step), jnp.float32).astype(dtype))
+        assert np.abs(codes).max() <= most
         assert np.all(np.abs(now) <= top)
 
 
