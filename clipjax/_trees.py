@@ -206,6 +206,8 @@ def leafwise(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.where` without the call that it leaves in the program, which takes time to compile; scalars broadcast."""
+    if x.dtype != y.dtype:
+        return jnp.where(mask, x, y)
     whole = x if x.ndim else y
     x, y = (v if v.shape == whole.shape else jnp.full_like(whole, v) if v.ndim == 0 else v for v in (x, y))
     alike = x.shape == y.shape and mask.shape in ((), x.shape)

@@ -149,3 +149,11 @@ def test_where_is_numpys(shapes):
     found = jax.jit(trees.where)(mask > 0, x, y)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, np.where(mask > 0, x, y))
+
+
+def test_where_promotes_as_numpys():
+    mask, x, y = jnp.array([True, False]), jnp.array([0.1, 0.2]), jnp.ones(2, jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        for found in (trees.where(mask, x, y), trees.where(mask, x, y[0])):
+            assert found.dtype == jnp.float32
+            np.testing.assert_array_equal(found, np.float32([0.1, 1]))
