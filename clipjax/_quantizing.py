@@ -96,7 +96,8 @@ def fake_quantize(
       bits: 1 to 16, `per_leaf`, a tree from `choose_bits` (None leaves pass), a rule of `clipjax.widths`, by which each
         leaf's width follows from its distribution at every refresh, or None for unbounded codes, which need a float
         step. Static.
-      step: a rule of `clipjax.steps`, `mse()` by default, or a number (may be traced).
+      step: a rule of `clipjax.steps`, `mse()` by default, or a number (may be traced). A weight that jumps by several
+        levels of a given number at once may be one ulp late; what it carried is then dropped.
       axis: the axis or axes that keep a step of their own, e.g. -1 for one per output unit; or `per_leaf`. Static.
       group: g, every g neighbours along axis -2, the input of Flax's Dense and Conv kernels, have a step of their own
         in each output unit (or each unit of `axis`); or `per_leaf`. Static.

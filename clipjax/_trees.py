@@ -189,14 +189,15 @@ def find(state: Tree, kind: type) -> list[Any]:
 
 
 def _is_box(x: Any) -> bool:
-    """True for one array under the name that boxes give it."""
-    children, _ = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda child: child is not x)
-    keys = children[0][0] if len(children) == 1 else ()
+    """True for one value under the name that boxes give it."""
+    inside, _ = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda child: child is not x)
+    keys = inside[0][0] if len(inside) == 1 else ()
     return bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in BOX_FIELDS
 
 
 def _unboxed(x: Any) -> Any:
-    return jnp.asarray(jax.tree.leaves(x)[0])
+    """Arrays out of their boxes; a box may also hold None, or a state without arrays."""
+    return jax.tree.map(jnp.asarray, jax.tree.leaves(x, is_leaf=lambda child: child is not x)[0])
 
 
 def leafwise(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -175,3 +175,4 @@ def test_integers_come_out_of_an_nnx_optimizer(axis):
     is_grid = lambda x: isinstance(x, clipjax.Quantized)
     found = [q for q in jax.tree.leaves(clipjax.quantized(params, optimizer.opt_state), is_leaf=is_grid) if is_grid(q)]
     assert found and all(isinstance(x, jax.Array) for q in found for x in (q.codes, q.step, q.zero_point))
+    assert "total" in str(clipjax.summarize(params, optimizer.opt_state))
