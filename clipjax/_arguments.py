@@ -26,9 +26,14 @@ def known(value: Any) -> bool:
 
 
 def is_tree(value: Any) -> bool:
-    """True for a container with a value for each leaf, such as a dict or an Equinox module, which may be callable."""
-    leaf = value is None or isinstance(value, jax.tree_util.Partial)
-    return not leaf and not jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
+    """True for a container with a value for each leaf, such as a dict or an Equinox model.
+
+    A callable is a schedule; only where it holds other containers, as a model does its layers, it is a tree.
+    """
+    if value is None or isinstance(value, jax.tree_util.Partial):
+        return False
+    inside = [value] if not callable(value) else jax.tree.leaves(value, is_leaf=lambda child: child is not value)
+    return any(not jax.tree_util.treedef_is_leaf(jax.tree.structure(child)) for child in inside if child is not None)
 
 
 def is_schedule(value: Any) -> bool:

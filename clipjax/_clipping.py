@@ -289,7 +289,7 @@ def _nothing(params: Tree) -> Tree:
 
 def _zeros(p: jax.Array, dtype: Any) -> jax.Array:
     """An array like the param; a number for an empty one, as Orbax saves no empty arrays."""
-    return jnp.zeros_like(p, dtype=dtype) if p.size else jnp.zeros((), dtype)
+    return jnp.zeros_like(p, dtype=dtype) if np.size(p) else jnp.zeros((), dtype)
 
 
 def _total(updates: Tree, carry: Tree) -> Tree:

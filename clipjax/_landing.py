@@ -33,8 +33,8 @@ def land(p: jax.Array, q: jax.Array) -> jax.Array:
 
 @trees.leafwise
 def land_or_stay(p: jax.Array, q: jax.Array) -> jax.Array:
-    """`land`, and 0 where p is q: the difference of two infinities is no number."""
-    return jax.lax.select(p == q, jnp.zeros_like(p), land(p, q))
+    """`land`, and 0 where both are the same infinity, whose difference is no number."""
+    return jax.lax.select((p == q) & (jnp.abs(p) == jnp.inf), jnp.zeros_like(p), land(p, q))
 
 
 @trees.leafwise

@@ -191,8 +191,9 @@ def find(state: Tree, kind: type) -> list[Any]:
 def _is_box(x: Any) -> bool:
     """True for one value under the name that boxes give it."""
     inside, _ = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda child: child is not x)
-    keys = inside[0][0] if len(inside) == 1 else ()
-    return bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in BOX_FIELDS
+    keys, child = inside[0] if len(inside) == 1 else ((), None)
+    named = bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in BOX_FIELDS
+    return named and (not jax.tree.leaves(child) or jax.tree_util.treedef_is_leaf(jax.tree.structure(child)))
 
 
 def _unboxed(x: Any) -> Any:
@@ -207,7 +208,7 @@ def leafwise(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.where` without the call that it leaves in the program, which takes time to compile; scalars broadcast."""
-    if x.dtype != y.dtype:
+    if not all(isinstance(v, jax.Array) for v in (mask, x, y)) or x.dtype != y.dtype or mask.dtype != bool:
         return jnp.where(mask, x, y)
     whole = x if x.ndim else y
     x, y = (v if v.shape == whole.shape else jnp.full_like(whole, v) if v.ndim == 0 else v for v in (x, y))

@@ -152,8 +152,34 @@ def test_report_and_quantized_read_a_boxed_state():
     assert sum(map(is_grid, jax.tree.leaves(found, is_leaf=is_grid))) == 2
 
 
+class Constant(eqx.Module):
+    value: float
+    note: None = None
+
+    def __call__(self, count):
+        return self.value
+
+
+class Wrapped(eqx.Module):
+    value: eqx.nn.Linear
+
+
+def test_a_module_without_layers_is_a_schedule():
+    params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
+    tx = clipjax.prune_mask(Constant(0.5), stop=2)
+    state = tx.update(params, tx.init(params), params)[1]
+    assert float(clipjax.report(state)["prune_mask/sparsity"]) == 0.5
+
+
+def test_a_container_of_layers_is_no_box():
+    """Even where it names them as boxes name their array."""
+    params = eqx.filter(Wrapped(eqx.nn.Linear(4, 3, key=jax.random.key(0))), eqx.is_array)
+    rows = clipjax.summarize(params, clipjax.prune_mask(0.5).init(params)).rows
+    assert {row["path"]: row["picked"] for row in rows}["value/weight"] == "prune"
+
+
 def test_trees_of_targets_may_be_of_any_container():
-    """An Equinox module is callable, and no schedule; a frozen dict may hold one leaf."""
+    """An Equinox model is callable, and no schedule; a frozen dict may hold one leaf."""
     params, _ = models.equinox()
     halves = jax.tree.map(lambda p: 0.5, params)
     state = clipjax.prune_mask(halves).init(params)

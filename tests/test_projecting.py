@@ -296,3 +296,13 @@ def test_updates_without_a_leaf_per_param_are_refused():
     tx = clipjax.project(halves)
     with pytest.raises(ValueError, match="`updates` must have one leaf per leaf of `params`, got 2 for 1"):
         tx.update({"w": W["w"], "v": W["w"]}, tx.init(W), W)
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_gradients_pass_where_the_projection_moves_nothing(carry):
+    """Also at an update of zero, as whoever differentiates through a train step expects."""
+    params = jnp.array([1.0, 2.0])
+    tx = clipjax.project(projections.clamp(10.0), carry=carry)
+    state = tx.init(params)
+    slope = jax.grad(lambda u: optax.apply_updates(params, tx.update(u, state, params)[0]).sum())(jnp.array([0.0, 0.1]))
+    np.testing.assert_array_equal(slope, [1, 1])

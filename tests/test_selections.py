@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import clipjax
 from clipjax import selections
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -83,3 +84,12 @@ def test_probability_and_fraction_may_be_traced():
 
 def test_empty_tree():
     assert selections.choose(selections.largest(0.5), {}, None, jnp.int32(0)) == {}
+
+
+@pytest.mark.parametrize("mask", [lambda x: True, lambda x: np.ones(x.shape, bool), lambda x: jnp.ones(x.shape)])
+def test_masks_of_ones_own_are_read_as_where_reads_them(mask):
+    own = selections.Selection(lambda tree, key: jax.tree.map(mask, tree))
+    grads = {"w": jnp.array([[3.0, -4.0]])}
+    for build in (clipjax.clip, clipjax.clip_norm, clipjax.clamp_weights):
+        found, expected = (tx.update(grads, tx.init(grads), grads)[0] for tx in (build(1.0, select=own), build(1.0)))
+        np.testing.assert_array_equal(found["w"], expected["w"])
