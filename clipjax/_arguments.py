@@ -22,7 +22,12 @@ def traced(value: Any) -> bool:
 
 def known(value: Any) -> bool:
     """True for a number whose value can be checked now: not a schedule, not traced."""
-    return value is not None and not callable(value) and not traced(value)
+    return value is not None and checkable(value)
+
+
+def checkable(value: Any) -> bool:
+    """True for what has to be a number now, None included, which is none."""
+    return not callable(value) and not traced(value)
 
 
 def is_tree(value: Any) -> bool:
@@ -76,21 +81,21 @@ def numeric(value: Any, name: str, remedy: str) -> np.ndarray:
 
 def non_negative(value: Any, name: str, remedy: str) -> None:
     """Check a known bound or threshold: a number >= 0, infinity allowed, NaN not."""
-    if value is None or known(value):
+    if checkable(value):
         number = numeric(value, name, remedy)
         require(np.all(number >= 0), name, "be a number >= 0", value, remedy)
 
 
 def fraction(value: Any, name: str, remedy: str) -> None:
     """Check a known fraction in [0, 1)."""
-    if value is None or known(value):
+    if checkable(value):
         number = numeric(value, name, remedy)
         require(np.all((number >= 0) & (number < 1)), name, "lie in [0, 1)", value, remedy)
 
 
 def whole(value: Any, name: str, *, low: int, remedy: str) -> None:
     """Check a known whole number that is at least `low`."""
-    if value is None or known(value):
+    if checkable(value):
         number = numeric(value, name, remedy)
         ok = np.all((number >= low) & (number == np.floor(number)))
         require(ok, name, f"be a whole number >= {low}", value, remedy)

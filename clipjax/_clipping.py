@@ -140,8 +140,10 @@ def _entry_limits(rule: following.Rule, state: ClipState, total: Tree) -> tuple[
     limits: list[Any] = []
     columns: list[list[Any]] = []
     for x, *column in zip(leaves, *(values for values, _ in fields), strict=True):
-        limit = None if x is None else jnp.full_like(x, jnp.inf)
-        if x is not None and x.size:
+        limit = None
+        if x is not None and not x.size:
+            limit = jnp.asarray(jnp.inf, jnp.float32)
+        elif x is not None:
             history = shape.unflatten(column)
             limit, history = following.follow(rule, state.count, jnp.abs(x), history, zeros=True)
             column = jax.tree.leaves(history)

@@ -312,7 +312,7 @@ def check_step(step: Any) -> None:
 
 def check_positive(value: Any, name: str, remedy: str) -> None:
     """Check a known number: positive and finite."""
-    if value is None or arguments.known(value):
+    if arguments.checkable(value):
         number = arguments.numeric(value, name, remedy)
         ok = np.all(number > 0) and arguments.finite(value)
         arguments.require(ok, name, "be positive and finite", value, remedy)

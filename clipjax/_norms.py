@@ -49,9 +49,7 @@ def norm(
     largest = jnp.stack(tops) if each else jnp.stack(tops).max()
     if np.isinf(ord):
         return largest
-    # a quarter of both: the reciprocal that XLA may multiply with is then a normal number
-    part = jnp.where(largest > 1, 0.25, 1.0).astype(dtype)
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest)) * part
+    unit, part = divisor(largest)
     parts = iter(zip(unit, part, strict=True)) if each else itertools.repeat((unit, part))
 
     def powers(x: jax.Array) -> jax.Array:
@@ -59,6 +57,16 @@ def norm(
         return jnp.sum((jnp.abs(x) * part / unit) ** ord)
 
     return unit / part * total(powers) ** (1 / ord)
+
+
+def divisor(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(unit, part) such that x * part / unit is at most 1 for |x| <= largest; 1 where that is 0 or not finite.
+
+    They are a quarter of what they would be for large values: the reciprocal of the unit, with which XLA may multiply
+    instead, is then a normal number.
+    """
+    part = jnp.where(largest > 1, 0.25, 1.0).astype(largest.dtype)
+    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest)) * part, part
 
 
 def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dtype: str) -> jax.Array:

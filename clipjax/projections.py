@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from clipjax import _arguments as arguments
 from clipjax import _grids as grids
+from clipjax import _norms as norms
 from clipjax._typing import Tree
 
 
@@ -185,9 +186,7 @@ def _norm(x: jax.Array, axis: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The finite entries over the largest of them, that one, and the norm of the former: no square overflows."""
     finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
     largest = jnp.max(jnp.abs(finite), axis=axis, keepdims=True, initial=0)
-    # a quarter of both: the reciprocal that XLA may multiply with is then a normal number
-    share = jnp.where(largest > 1, jnp.full_like(largest, 0.25), jnp.ones_like(largest))
-    unit = jnp.where(largest >= jnp.finfo(x.dtype).tiny, largest, jnp.ones_like(largest)) * share
+    unit, share = norms.divisor(largest)
     part = finite * share / unit
     norm = jnp.sqrt(jnp.sum(jnp.square(part), axis=axis, keepdims=True))
     return part, largest, jnp.where(norm > 0, norm, jnp.ones_like(norm))

@@ -281,5 +281,5 @@ MUTANTS = (
         "projections",
         "finite",
     ),
-    Mutant("projections.py", "jnp.full_like(largest, 0.25)", "jnp.ones_like(largest)", "projections", "wherever"),
+    Mutant("_norms.py", "jnp.where(largest > 1, 0.25, 1.0)", "jnp.ones_like(largest)", "projections", "wherever"),
 )
