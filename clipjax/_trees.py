@@ -210,8 +210,8 @@ def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.where` without the call that it leaves in the program, which takes time to compile; scalars broadcast."""
     if not all(isinstance(v, jax.Array) for v in (mask, x, y)) or x.dtype != y.dtype or mask.dtype != bool:
         return jnp.where(mask, x, y)
-    whole = x if x.ndim else y
-    x, y = (v if v.shape == whole.shape else jnp.full_like(whole, v) if v.ndim == 0 else v for v in (x, y))
+    whole = mask if mask.ndim else x if x.ndim else y  # the mask first: under explicit axes, constants have no sharding
+    x, y = (v if v.ndim or not whole.ndim else jnp.full_like(whole, v, v.dtype) for v in (x, y))
     alike = x.shape == y.shape and mask.shape in ((), x.shape)
     return jax.lax.select(mask, x, y) if alike else jnp.where(mask, x, y)
 
