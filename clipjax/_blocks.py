@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ def resized(x: jax.Array, axis: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 def split(x: jax.Array, axis: int, size: int) -> jax.Array:
     """An axis cut into groups of a size, the last one padded with zeros: two axes, sharded as the one was."""
+    x = _dealt(x, axis, -(-x.shape[axis] // size))
     padded = jnp.pad(x, [(0, -x.shape[i] % size if i == axis else 0) for i in range(x.ndim)])
     shape = resized(padded, axis, (padded.shape[axis] // size, size))
     return jnp.reshape(
@@ -35,6 +37,16 @@ def _sharding(x: jax.Array, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     sharding = jax.typeof(x).sharding
     spec = tuple(sharding.spec)
     return jax.NamedSharding(sharding.mesh, jax.P(*change(spec))) if any(spec) else None
+
+
+def _dealt(x: jax.Array, axis: int, count: int) -> jax.Array:
+    """Where mesh axes are explicit: an array whose devices hold whole groups, for lack of that all of them."""
+    sharding = jax.typeof(x).sharding
+    spec = tuple(sharding.spec)
+    names = jax.tree.leaves(spec[axis])
+    if not names or count % math.prod(sharding.mesh.shape[name] for name in names) == 0:
+        return x
+    return jax.reshard(x, jax.NamedSharding(sharding.mesh, jax.P(*spec[:axis], None, *spec[axis + 1 :])))
 
 
 def spread(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -188,9 +188,9 @@ def view(x: jax.Array, group: int | None) -> jax.Array:
     return x if group is None else blocks.split(x, x.ndim - 2, group)
 
 
-def joined(x: jax.Array, group: int | None) -> jax.Array:
-    """The array that a `view` is of."""
-    return x if group is None else blocks.join(x, x.ndim - 3, x.shape[-3] * group)
+def joined(x: jax.Array, group: int | None, like: jax.Array) -> jax.Array:
+    """The array that a `view` is of, sharded as another one."""
+    return x if group is None else trees.laid_as(blocks.join(x, x.ndim - 3, x.shape[-3] * group), like)
 
 
 def per_block(values: jax.Array, group: int | None) -> jax.Array:

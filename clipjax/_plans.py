@@ -110,7 +110,7 @@ def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: Grid, dtype: Any)
         largest = jnp.maximum(jnp.stack(sides), 0)
     else:
         largest = fitting.over(jnp.max, jnp.abs(shown), axes)
-    reach = jnp.where(jnp.isinf(grid.reach), largest, jnp.maximum(grid.reach, largest))
+    reach = jnp.maximum(jnp.where(jnp.isinf(grid.reach), 0.0, grid.reach), largest)
     reach = grids.toward(reach, dtype, up=False).astype(jnp.float32)
     below, above = sides_of(plan, reach)
     return Measured(grids.limit(trees.where(alive, x, jnp.zeros_like(x)), -below, above), axes, reach)
@@ -179,7 +179,7 @@ def level(plan: Plan, x: jax.Array, grid: Grid, key: Any, since: jax.Array) -> j
         code = _softened(plan, w, code, grid, one, since)
     if one is not False:
         code = jnp.where((w == 0) & (jnp.asarray(one) == 1), jnp.zeros_like(code), code)
-    return grids.joined(code * grid.step.astype(w.dtype), plan.group)
+    return grids.joined(code * grid.step.astype(w.dtype), plan.group, x)
 
 
 def _softened(plan: Plan, w: jax.Array, code: jax.Array, grid: Grid, one: Any, since: jax.Array) -> jax.Array:
@@ -199,4 +199,4 @@ def vanishes(plan: Plan, x: jax.Array, grid: Grid) -> jax.Array:
     sure = plan.rounding in ("nearest", "half_away") and 1 not in plan.allowed
     w = grids.view(x, plan.group)
     # |w| <= .499 s, half a step less what a division may be off; a product with s may become a kernel of its own
-    return grids.joined(jnp.abs(w) * 2.004 <= grid.step.astype(w.dtype) if sure else w == 0, plan.group)
+    return grids.joined(jnp.abs(w) * 2.004 <= grid.step.astype(w.dtype) if sure else w == 0, plan.group, x)

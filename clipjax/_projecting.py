@@ -189,13 +189,17 @@ def refreshed(context: Context, start: Any, every: Any, stop: Any, refresh: Any,
     """
     again = context.again
     assert again is not None  # `project` always gives it
+
+    def fresh() -> Any:
+        return jax.tree.map(trees.laid_as, refresh(*again()), old)
+
     if context.refresh is not None:
-        return refresh(*again()) if context.refresh else old
+        return fresh() if context.refresh else old
     since = context.count - start
     due = since == 0 if every is None else (since >= 0) & (since % every == 0)
     if stop is not None:
         due = (due & (context.count <= stop)) | (context.count == stop)
-    return jax.lax.cond(due, lambda: refresh(*again()), lambda: old)
+    return jax.lax.cond(due, fresh, lambda: old)
 
 
 def _forget(inner: Any, state: Any, params: Tree, kept: Tree, picks: list[bool], active: Any) -> Any:

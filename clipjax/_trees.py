@@ -216,6 +216,13 @@ def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     return jax.lax.select(mask, x, y) if alike else jnp.where(mask, x, y)
 
 
+def laid_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` sharded as another array of its shape; only explicit mesh axes ask for it."""
+    sharding = jax.typeof(like).sharding
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return jax.reshard(x, sharding) if explicit and sharding != jax.typeof(x).sharding else x
+
+
 def wide(dtype: Any) -> Any:
     """The dtype in which a leaf is computed: f64 for f64, else f32. Not jnp's lattice: strict promotion refuses it."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

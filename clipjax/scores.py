@@ -93,7 +93,7 @@ def random() -> Score:
     def score(target: Tree, state: Any, context: Context) -> Tree:
         arrays, treedef = trees.arrays(target)
         keys = jax.random.split(context.key, max(len(arrays), 1))
-        draws = [jax.random.uniform(k, x.shape) for k, x in zip(keys, arrays, strict=False)]
+        draws = [trees.laid_as(jax.random.uniform(k, x.shape), x) for k, x in zip(keys, arrays, strict=False)]
         return treedef.unflatten(draws)
 
     return Score(lambda params: (), lambda target, state, context: state, score)

@@ -110,7 +110,7 @@ def n_of_m(n: int, m: int, axis: int = -2) -> Structure:
         for j in range(m):  # how many of the group come before: no sort
             other = jax.lax.slice_in_dim(groups, j, j + 1, axis=at + 1)
             rank += ((other > groups) | ((other == groups) & (j < place))).astype(jnp.int32)
-        return blocks.join(rank < n, at, size)
+        return trees.laid_as(blocks.join(rank < n, at, size), keys)
 
     return _leafwise(lambda scores: scores, _has_axis(axis), whole=True, keep=keep)
 
@@ -155,7 +155,7 @@ def block(height: int, width: int) -> Structure:
                 jnp.expand_dims(units, axis + 1), blocks.resized(units, axis, (units.shape[axis], size))
             )
             units = blocks.join(repeated, axis, leaf.shape[axis])
-        return units
+        return trees.laid_as(units, leaf)
 
     return _leafwise(reduce, _has_axis(-2), expand)
 

@@ -1,0 +1,65 @@
+"""Explicit mesh axes under `jax.set_mesh`, where arrays have their sharding in their type: what one device computes."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import clipjax
+from clipjax import scores, selections, steps, structures, widths
+
+CHAINS = {
+    "columns": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=-1, every=2),
+    "rows, zero point": lambda: clipjax.fake_quantize(4, step=steps.minmax(), axis=0, every=2),
+    "small groups": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=-1, group=8, every=2),
+    "groups over shards": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=-1, group=32, every=2),
+    "widths": lambda: clipjax.fake_quantize(widths.sqnr(20.0), step=steps.absmax(), axis=-1, every=2),
+    "stochastic": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=-1, rounding="stochastic"),
+    "random clamp": lambda: clipjax.clamp_weights(0.2, select=selections.bernoulli(0.5)),
+    "random mask": lambda: clipjax.prune_mask(0.5, score=scores.random(), every=2, stop=2),
+    "16 of 32": lambda: clipjax.prune_mask(structure=structures.n_of_m(16, 32), every=2, stop=2),
+    "blocks over shards": lambda: clipjax.prune_mask(0.5, structure=structures.block(32, 4), every=2, stop=2),
+}
+
+
+def trained(member, mesh=None, spec=None):
+    """Params and state after three updates of one scan: it refuses a state whose types change."""
+    tx = optax.chain(clipjax.clip(0.1, select=selections.bernoulli(0.5)), optax.sgd(0.1), member())
+    fill = np.random.default_rng(0).integers(-99, 100, (64, 32)) / 100  # sums of absolute values are exact
+    params = {"kernel": jnp.asarray(fill, jnp.float32)}
+    if mesh is not None:
+        params = jax.device_put(params, jax.NamedSharding(mesh, spec))
+
+    @jax.jit
+    def run(params, state):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.tree.map(jnp.sin, params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, state), length=3)[0]
+
+    return run(params, tx.init(params))
+
+
+@functools.cache
+def on_one_device(name):
+    return jax.device_get(trained(CHAINS[name]))
+
+
+@pytest.mark.parametrize("spec", [P("data", "model"), P(("data", "model"), None)], ids=str)
+@pytest.mark.parametrize("name", CHAINS)
+def test_explicit_axes_compute_what_one_device_computes(name, spec):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        params, state = trained(CHAINS[name], mesh, spec)
+    assert params["kernel"].sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 2)
+    for x in jax.tree.leaves(state):
+        assert x.sharding.is_fully_replicated or x.dtype == bool or x.shape == (64, 32)  # masks, the carry
+    assert len(np.unique(params["kernel"])) > 2
+    chex.assert_trees_all_equal(jax.device_get((params, state)), on_one_device(name))
