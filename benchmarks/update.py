@@ -6,7 +6,8 @@ which frees hundreds of MB, is slower for about three steps. Bytes a parameter a
 outside of loops, GB/s those over the time; a GPU wants `--size 2.7e8`, or it waits for the host.
 "frozen" compiles with `refresh=False`; "cycle" keeps the refreshes in the program and runs past `stop`; "refresh" is
 one update that recomputes mask and steps; "by hand" is the frozen chain in one function that lands nowhere exactly and
-has no case for NaN and infinity: what is left when exactness costs nothing.
+has no case for NaN and infinity: what is left when exactness costs nothing; "additions" reads and writes the same arrays
+behind clip and adam and only adds them up: what is left when clamping, pruning and rounding cost nothing.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ def chain(*members: str) -> optax.GradientTransformationExtraArgs:
     return optax.chain(*before, optax.adam(1e-3), *after)
 
 
-def by_hand() -> optax.GradientTransformationExtraArgs:
-    """Clamp, prune and quantize behind clip and adam as one would write them for this program alone."""
+def by_hand(additions: bool = False) -> optax.GradientTransformationExtraArgs:
+    """Clamp, prune and quantize behind clip and adam as one would write them for this program alone, or additions."""
     step = 0.1 / 7
 
     def level(z):
-        return jnp.clip(jnp.round(z / step), -7, 7) * step
+        return z if additions else jnp.clip(jnp.round(z / step), -7, 7) * step
 
     def latent(z, u, keep, p):
+        if additions:
+            return jnp.where(keep, z + u + p, 0.0)
         return jnp.where(keep, jnp.clip(jnp.where(level(z) == p, z, p) + u, -0.1, 0.1), 0.0)
 
     def init_fn(params):
@@ -66,6 +69,7 @@ VARIANTS = {
     "+ prune, frozen": (chain("clip", "clamp", "prune"), False),
     "whole chain, frozen": (chain("clip", "clamp", "prune", "quantize"), False),
     "by hand": (by_hand(), None),
+    "additions": (by_hand(additions=True), None),
     "whole chain, cycle": (chain("clip", "clamp", "prune", "quantize"), None),
     "whole chain, refresh": (chain("clip", "clamp", "prune", "quantize"), True),
     "clip_norm(zscore) + adam": (chain("norm"), None),

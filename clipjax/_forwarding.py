@@ -94,7 +94,7 @@ def fake_quant(
             x.size / max(step.size, 1) * most
         )
         return _surrogate(level, wide, blocks.spread(step, x.shape), slope, pull).astype(x.dtype)
-    return _surrogate(level, wide, by, slope, jnp.zeros_like(by)).astype(x.dtype)
+    return _surrogate(level, wide, s, slope, jnp.zeros_like(s)).astype(x.dtype)
 
 
 @jax.custom_jvp

@@ -110,7 +110,7 @@ def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: Grid, dtype: Any)
         largest = jnp.maximum(jnp.stack(sides), 0)
     else:
         largest = fitting.over(jnp.max, jnp.abs(shown), axes)
-    reach = jnp.maximum(jnp.where(jnp.isinf(grid.reach), 0.0, grid.reach), largest)
+    reach = trees.where(jnp.isinf(grid.reach), largest, jnp.maximum(grid.reach, largest))
     reach = grids.toward(reach, dtype, up=False).astype(jnp.float32)
     below, above = sides_of(plan, reach)
     return Measured(grids.limit(trees.where(alive, x, jnp.zeros_like(x)), -below, above), axes, reach)

@@ -207,13 +207,19 @@ def leafwise(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`jnp.where` without the call that it leaves in the program, which takes time to compile; scalars broadcast."""
+    """`jnp.where` without the call that it leaves in the program, which takes time to compile; scalars broadcast.
+
+    Under explicit mesh axes the result is sharded as the first of x, y and the mask that is; constants are not.
+    """
     if not all(isinstance(v, jax.Array) for v in (mask, x, y)) or x.dtype != y.dtype or mask.dtype != bool:
         return jnp.where(mask, x, y)
-    whole = mask if mask.ndim else x if x.ndim else y  # the mask first: under explicit axes, constants have no sharding
+    whole = mask if mask.ndim else x if x.ndim else y
     x, y = (v if v.ndim or not whole.ndim else jnp.full_like(whole, v, v.dtype) for v in (x, y))
-    alike = x.shape == y.shape and mask.shape in ((), x.shape)
-    return jax.lax.select(mask, x, y) if alike else jnp.where(mask, x, y)
+    if x.shape != y.shape or mask.shape not in ((), x.shape):
+        return jnp.where(mask, x, y)
+    placed = next((v for v in (x, y, mask) if any(jax.typeof(v).sharding.spec)), x)
+    mask, x, y = (laid_as(v, placed) if v.ndim else v for v in (mask, x, y))
+    return jax.lax.select(mask, x, y)
 
 
 def laid_as(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import clipjax
-from clipjax import scores, selections, steps, structures, widths
+from clipjax import roundings, scores, selections, steps, structures, widths
 
+MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
 CHAINS = {
     "columns": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=-1, every=2),
     "rows, zero point": lambda: clipjax.fake_quantize(4, step=steps.minmax(), axis=0, every=2),
@@ -20,6 +21,7 @@ CHAINS = {
     "groups over shards": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=-1, group=32, every=2),
     "widths": lambda: clipjax.fake_quantize(widths.sqnr(20.0), step=steps.absmax(), axis=-1, every=2),
     "stochastic": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=-1, rounding="stochastic"),
+    "soft": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=0, rounding=roundings.parq(4)),
     "random clamp": lambda: clipjax.clamp_weights(0.2, select=selections.bernoulli(0.5)),
     "random mask": lambda: clipjax.prune_mask(0.5, score=scores.random(), every=2, stop=2),
     "16 of 32": lambda: clipjax.prune_mask(structure=structures.n_of_m(16, 32), every=2, stop=2),
@@ -47,6 +49,13 @@ def trained(member, mesh=None, spec=None):
     return run(params, tx.init(params))
 
 
+def rounded(w):
+    """The forward form with a step in each of two groups of rows, and its gradients."""
+    step = clipjax.choose_step(w, 4, step=steps.absmax(), axis=-1, group=32)
+    level = lambda w, step: clipjax.fake_quant(w, step, 4)
+    return level(w, step), jax.grad(lambda *args: jnp.sum(jnp.square(level(*args))), (0, 1))(w, step)
+
+
 @functools.cache
 def on_one_device(name):
     return jax.device_get(trained(CHAINS[name]))
@@ -55,11 +64,21 @@ def on_one_device(name):
 @pytest.mark.parametrize("spec", [P("data", "model"), P(("data", "model"), None)], ids=str)
 @pytest.mark.parametrize("name", CHAINS)
 def test_explicit_axes_compute_what_one_device_computes(name, spec):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
-        params, state = trained(CHAINS[name], mesh, spec)
-    assert params["kernel"].sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 2)
+    with jax.set_mesh(MESH):
+        params, state = trained(CHAINS[name], MESH, spec)
+    assert params["kernel"].sharding.is_equivalent_to(jax.NamedSharding(MESH, spec), 2)
     for x in jax.tree.leaves(state):
         assert x.sharding.is_fully_replicated or x.dtype == bool or x.shape == (64, 32)  # masks, the carry
     assert len(np.unique(params["kernel"])) > 2
     chex.assert_trees_all_equal(jax.device_get((params, state)), on_one_device(name))
+
+
+@pytest.mark.parametrize("transform", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
+def test_the_forward_form_with_groups_over_shards(transform):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.float32)
+    with jax.set_mesh(MESH):
+        got = transform(rounded)(jax.device_put(w, jax.NamedSharding(MESH, P("data", "model"))))
+    wanted = transform(rounded)(w)
+    chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(wanted))
+    assert got[0].sharding.spec == P("data", "model")
+    chex.assert_trees_all_equal(wanted[1][1], jnp.zeros((2, 32)))  # straight through, so the step has no gradient
