@@ -6,8 +6,8 @@ which frees hundreds of MB, is slower for about three steps. Bytes a parameter a
 outside of loops, GB/s those over the time; a GPU wants `--size 2.7e8`, or it waits for the host.
 "frozen" compiles with `refresh=False`; "cycle" keeps the refreshes in the program and runs past `stop`; "refresh" is
 one update that recomputes mask and steps; "by hand" is the frozen chain in one function that lands nowhere exactly and
-has no case for NaN and infinity: what is left when exactness costs nothing; "additions" reads and writes the same arrays
-behind clip and adam and only adds them up: what is left when clamping, pruning and rounding cost nothing.
+has no case for NaN and infinity: what is left when exactness costs nothing; "additions" reads and writes the same
+arrays behind clip and adam and only adds them up: what is left when clamping, pruning and rounding cost nothing.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def bernoulli(p: Any, *, key: Any = None) -> Selection:
       D3, section 2, item 3.
     """
     _probability(p)
-    return Selection(_random(lambda key, x: trees.laid_as(jax.random.bernoulli(key, p, x.shape), x)), key)
+    return Selection(_random(lambda key, x: jax.random.bernoulli(key, p, x.shape)), key)
 
 
 def leaves(p: Any, *, key: Any = None) -> Selection:

@@ -282,4 +282,18 @@ MUTANTS = (
         "finite",
     ),
     Mutant("_norms.py", "jnp.where(largest > 1, 0.25, 1.0)", "jnp.ones_like(largest)", "projections", "wherever"),
+    Mutant(
+        "_projecting.py", "jax.tree.map(trees.laid_as, refresh(*again()), old)", "refresh(*again())", "explicit_axes"
+    ),
+    Mutant("_trees.py", "placed = max(", "placed = min(", "explicit_axes", "groups or soft"),
+    Mutant("_blocks.py", "_dealt(x, axis, -(-x.shape[axis] // size))", "x", "explicit_axes", "over_shards or 16"),
+    Mutant(
+        "scores.py",
+        "trees.laid_as(jax.random.uniform(k, x.shape), x)",
+        "jax.random.uniform(k, x.shape)",
+        "explicit_axes",
+    ),
+    Mutant(
+        "_forwarding.py", "wide, s, slope, jnp.zeros_like(s))", "wide, by, slope, jnp.zeros_like(by))", "explicit_axes"
+    ),
 )

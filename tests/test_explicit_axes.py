@@ -1,5 +1,6 @@
 """Explicit mesh axes under `jax.set_mesh`, where arrays have their sharding in their type: what one device computes."""
 
+import contextlib
 import functools
 
 import chex
@@ -14,6 +15,7 @@ import clipjax
 from clipjax import roundings, scores, selections, steps, structures, widths
 
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+FLAT = P(("data", "model"), None)
 CHAINS = {
     "columns": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=-1, every=2),
     "rows, zero point": lambda: clipjax.fake_quantize(4, step=steps.minmax(), axis=0, every=2),
@@ -21,7 +23,7 @@ CHAINS = {
     "groups over shards": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=-1, group=32, every=2),
     "widths": lambda: clipjax.fake_quantize(widths.sqnr(20.0), step=steps.absmax(), axis=-1, every=2),
     "stochastic": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=-1, rounding="stochastic"),
-    "soft": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=0, rounding=roundings.parq(4)),
+    "soft": lambda: clipjax.fake_quantize(4, step=steps.absmax(), axis=-1, rounding=roundings.parq(4)),
     "random clamp": lambda: clipjax.clamp_weights(0.2, select=selections.bernoulli(0.5)),
     "random mask": lambda: clipjax.prune_mask(0.5, score=scores.random(), every=2, stop=2),
     "16 of 32": lambda: clipjax.prune_mask(structure=structures.n_of_m(16, 32), every=2, stop=2),
@@ -61,13 +63,15 @@ def on_one_device(name):
     return jax.device_get(trained(CHAINS[name]))
 
 
-@pytest.mark.parametrize("spec", [P("data", "model"), P(("data", "model"), None)], ids=str)
+@pytest.mark.parametrize(
+    ("spec", "inside"), [(P("data", "model"), True), (P("data", "model"), False), (FLAT, True)], ids=str
+)
 @pytest.mark.parametrize("name", CHAINS)
-def test_explicit_axes_compute_what_one_device_computes(name, spec):
-    with jax.set_mesh(MESH):
+def test_explicit_axes_compute_what_one_device_computes(name, spec, inside):
+    with jax.set_mesh(MESH) if inside else contextlib.nullcontext():
         params, state = trained(CHAINS[name], MESH, spec)
     assert params["kernel"].sharding.is_equivalent_to(jax.NamedSharding(MESH, spec), 2)
-    for x in jax.tree.leaves(state):
+    for x in jax.tree.leaves(state) if inside else []:
         assert x.sharding.is_fully_replicated or x.dtype == bool or x.shape == (64, 32)  # masks, the carry
     assert len(np.unique(params["kernel"])) > 2
     chex.assert_trees_all_equal(jax.device_get((params, state)), on_one_device(name))
