@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clipjax import _arguments as arguments
 from clipjax._typing import Tree, Where
 
 BOX_FIELDS = ("value", "raw_value")  # where Linen's and NNX's boxes keep their array
@@ -225,8 +226,10 @@ def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 def laid_as(x: jax.Array, like: jax.Array) -> jax.Array:
     """`x` sharded as another array of its shape; only explicit mesh axes ask for it."""
     sharding = jax.typeof(like).sharding
-    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-    return jax.reshard(x, sharding) if explicit and sharding != jax.typeof(x).sharding else x
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types or sharding == jax.typeof(x).sharding:
+        return x
+    traced = arguments.traced(x) or arguments.traced(like)
+    return jax.reshard(x, sharding) if traced else jax.device_put(x, like.sharding)  # no mesh has to be set then
 
 
 def wide(dtype: Any) -> Any:

@@ -86,3 +86,16 @@ def test_the_forward_form_with_groups_over_shards(transform):
     chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(wanted))
     assert got[0].sharding.spec == P("data", "model")
     chex.assert_trees_all_equal(wanted[1][1], jnp.zeros((2, 32)))  # straight through, so the step has no gradient
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("name", ["columns", "random clamp", "random mask"])
+def test_eager_updates_need_no_mesh(name, inside):
+    tx = optax.chain(optax.sgd(0.1), CHAINS[name]())
+    local = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 32)), jnp.float32)}
+    wanted, _ = tx.update(local, tx.init(local), local, refresh=True)
+    with jax.set_mesh(MESH) if inside else contextlib.nullcontext():
+        params = jax.device_put(local, jax.NamedSharding(MESH, P("data", "model")))
+        got, _ = tx.update(params, tx.init(params), params, refresh=True)
+    assert got["kernel"].sharding.spec == P("data", "model")
+    chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(wanted))
