@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import math
+import re
 
 import chex
 import jax
@@ -99,3 +101,26 @@ def test_eager_updates_need_no_mesh(name, inside):
         got, _ = tx.update(params, tx.init(params), params, refresh=True)
     assert got["kernel"].sharding.spec == P("data", "model")
     chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(wanted))
+
+
+@pytest.mark.parametrize(
+    ("name", "refresh", "most"),
+    [
+        ("columns", False, 0),
+        ("small groups", False, 0),
+        ("columns", True, 32),
+        ("small groups", True, 8 * 32),
+        ("groups over shards", False, 64 * 32),
+    ],
+)
+def test_what_is_gathered(name, refresh, most):
+    """Nothing between refreshes, one number a step in them; leaves only where a shard splits their groups."""
+    tx = CHAINS[name]()
+    with jax.set_mesh(MESH):
+        params = {"kernel": jax.device_put(jnp.ones((64, 32)), jax.NamedSharding(MESH, P("data", "model")))}
+        update = jax.jit(functools.partial(tx.update, refresh=refresh))
+        text = update.lower(params, tx.init(params), params).compile().as_text()
+    shapes = re.findall(r"\w+\[([\d,]*)\]\S* all-gather\(", text)
+    assert max([math.prod(int(n) for n in shape.split(",")) for shape in shapes], default=0) <= most
+    assert ("all-gather" in text) == (most > 0)
+    assert not [line for line in text.splitlines() if any(word in line for word in ("all-to-all", "permute", " sort("))]
