@@ -11,6 +11,7 @@ from lenet_training import Course
 
 import clipjax
 from clipjax import scores
+from clipjax.typing import Score
 
 LIMIT, BOUND = 1e-3, 0.35  # D3's C and T
 TARGET_DB = 15.0  # D4: the signal to noise that a chosen bit width must reach
@@ -51,7 +52,7 @@ def gradual(course: Course, *, begin: float = 0.1, end: float = LAST, **options:
     return clipjax.prune_mask(schedule, start=start, stop=stop, every=every, key=course.key, **options)
 
 
-def by(score: Callable[..., scores.Score]) -> Callable[..., optax.GradientTransformation]:
+def by(score: Callable[..., Score]) -> Callable[..., optax.GradientTransformation]:
     """Gradual pruning by a score, behind the optimizer."""
 
     def chain(course: Course, optimizer: Any, decay: float | None = None, **pruning: Any) -> Any:

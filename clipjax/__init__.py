@@ -1,24 +1,24 @@
 """clipjax makes a JAX model small while it trains, with nothing but Optax transformations."""
 
-from clipjax import projections, roundings, scores, selections, steps, structures, thresholds, widths
-from clipjax._clamping import clamp_weights
-from clipjax._clipping import clip, clip_norm
-from clipjax._following import Rule
-from clipjax._forwarding import fake_quant
-from clipjax._grids import clamp, dequantize, quantize, round_to_step
-from clipjax._masks import make_mask
-from clipjax._packing import load, pack, save, unpack
-from clipjax._projecting import project, with_gradient
-from clipjax._pruning import prune_mask
-from clipjax._quantizing import Quantized, fake_quantize, quantized
-from clipjax._reporting import report
-from clipjax._shrinking import Shrunk, shrink
-from clipjax._skipping import skip_spikes
-from clipjax._summarizing import Summary, summarize
-from clipjax._trees import per_leaf
-from clipjax.projections import Context, Projection
+from clipjax._arrays.arguments import per_leaf
+from clipjax._files.saving import load, pack, save, unpack
+from clipjax._gradients.clipping import clip, clip_norm
+from clipjax._gradients.skipping import skip_spikes
+from clipjax._gradients.with_gradient import with_gradient
+from clipjax._maths.integers import dequantize, quantize, round_to_step
+from clipjax._maths.intervals import clamp
+from clipjax._maths.straight_through import fake_quant
+from clipjax._programs.shrinking import Shrunk, shrink
+from clipjax._reports.reporting import report
+from clipjax._reports.summarizing import Summary, summarize
+from clipjax._weights.clamping import clamp_weights
+from clipjax._weights.masks import make_mask
+from clipjax._weights.projecting import project
+from clipjax._weights.pruning import prune_mask
+from clipjax._weights.quantizing import Quantized, fake_quantize, quantized
 from clipjax.scores import snip, synflow
 from clipjax.steps import choose_step
+from clipjax.typing import Context, Projection, Rule
 from clipjax.widths import choose_bits
 
 __version__ = "0.1.0"

@@ -13,21 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from clipjax import _alphabets as alphabets
-from clipjax import _container as container
-from clipjax import _layouts as layouts
-from clipjax import _packing as packing
-from clipjax import _records as records
-from clipjax._summarizing import Summary
-from clipjax._typing import Tree
+from clipjax._files import alphabets, container, layouts, leaf_entries, saving
+from clipjax._reports.summarizing import Summary
+from clipjax.typing import Tree
 
 
 def inspect(path: str) -> Summary:
     """A table with a row for every leaf of a file, the header's bytes and the total at its end."""
     with open(path, "rb") as file:
         reader = container.Reader(file)
-        if records.made(reader):
-            rows = [_row(f.entry, f.dtype, f.shape, f.size, f.how(reader)) for f in records.leaves(reader)]
+        if leaf_entries.made(reader):
+            rows = [_row(f.entry, f.dtype, f.shape, f.size, f.how(reader)) for f in leaf_entries.leaves(reader)]
         else:
             rows = [_row(e, e.kind, e.shape, e.end - e.begin, "raw") for e in reader.entries]
     raw, size = sum(row["raw"] for row in rows), reader.size
@@ -45,14 +41,14 @@ def _row(entry: container.Entry, dtype: np.dtype, shape: tuple[int, ...], raw: i
 
 def compress(source: str, target: str) -> None:
     """Write a plain safetensors file, or an Orbax checkpoint, as a small file."""
-    packing.save(target, _checkpointer().restore(os.path.abspath(source)) if os.path.isdir(source) else _plain(source))
+    saving.save(target, _checkpointer().restore(os.path.abspath(source)) if os.path.isdir(source) else _plain(source))
 
 
 def _plain(path: str) -> Tree:
     """The tree of a plain safetensors file, its names nested at "/"; leaves are read when they are looked at."""
     with open(path, "rb") as file:
         reader = container.Reader(file)
-        if records.made(reader):
+        if leaf_entries.made(reader):
             raise ValueError(f"`IN` must be a plain safetensors file, got a clipjax file: {path}. It is small already.")
         begin = [reader.begin + entry.begin for entry in reader.entries]
     arrays = [
@@ -67,13 +63,13 @@ def _plain(path: str) -> Tree:
 def expand(source: str, target: str, max_bytes: int | None = None) -> None:
     """Write a small file as a plain safetensors file, or as an Orbax checkpoint."""
     if not target.endswith(".safetensors"):
-        _checkpointer().save(os.path.abspath(target), packing.load(source, max_bytes=max_bytes))
+        _checkpointer().save(os.path.abspath(target), saving.load(source, max_bytes=max_bytes))
         return
     folder = os.path.dirname(os.path.abspath(target))
     with open(source, "rb") as file, container.Writer(folder) as writer:
         reader = container.Reader(file)
-        found = records.leaves(reader)
-        records.check_size(found, reader.size, max_bytes)
+        found = leaf_entries.leaves(reader)
+        leaf_entries.check_size(found, reader.size, max_bytes)
         for leaf in found:
             if leaf.dtype not in container.NAMES:
                 raise ValueError(f"safetensors has no name for {leaf.dtype.name}, of leaf {leaf.entry.name!r}.")

@@ -6,66 +6,14 @@ A `Projection` is to parameters what a `GradientTransformation` is to updates.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from clipjax import _arguments as arguments
-from clipjax import _grids as grids
-from clipjax import _norms as norms
-from clipjax._typing import Tree
-
-
-class Context(NamedTuple):
-    """What a projection may look at besides its target.
-
-    Trees hold None at leaves that are not governed.
-
-    Attributes:
-      count: i32, updates before this one.
-      params: the visible parameters, in their own dtype.
-      landed: the weights that the members before would land on: weights seen + updates, without carry.
-      grad: the incoming gradient where `with_gradient` or a caller's `grad=` provides it, else None.
-      key: a PRNG key of this update.
-      refresh: None to follow the life cycle by count; a static bool to force or forbid a refresh.
-      again: `again() -> (target, landed)`, computed anew. Inside a `lax.cond` this keeps the branch from holding on to
-        arrays that the program would otherwise never store.
-    """
-
-    count: jax.Array  # type: ignore[assignment]
-    params: Tree
-    landed: Tree
-    grad: Tree | None
-    key: jax.Array
-    refresh: bool | None = None
-    again: Callable[[], tuple[Tree, Tree]] | None = None
-
-
-class Projection(NamedTuple):
-    """A set of parameters.
-
-    Attributes:
-      init: `init(params) -> state`.
-      apply: `apply(target, state, context) -> (new, state)`: the target moved into the set. Targets are f32 (f64 for
-        f64 parameters), None where a leaf is not governed.
-      hold: `hold(target, state, context) -> new`: the same with the set as the state has it, nothing refreshed.
-        Optional; without it `apply` is called and its state dropped.
-      vanishes: `vanishes(target, state, context) -> bool tree`: True only where P sends the target to 0: a cheaper
-        answer than `hold`. Optional.
-      survives: `survives(target, before, after)` -> masks that broadcast to the target, from the state before and after
-        the update, for a P that keeps these entries and sets all others to 0, which needs no landing. The moments of an
-        inner optimizer are set to 0 with them.
-      near: the relative difference up to which params count as what P made of the carried weights; 0 for a P whose
-        values are exact in floating point, so that two compiled programs agree on them.
-    """
-
-    init: Callable[[Tree], Any]
-    apply: Callable[[Tree, Any, Context], tuple[Tree, Any]]
-    hold: Callable[[Tree, Any, Context], Tree] | None = None
-    vanishes: Callable[[Tree, Any, Context], Tree] | None = None
-    survives: Callable[[Tree, Any, Any], Tree] | None = None
-    near: float = 0.0
+from clipjax._arrays import arguments
+from clipjax._maths import intervals, norms
+from clipjax.typing import Projection, Tree
 
 
 def stateless(fn: Callable[[Tree], Tree]) -> Projection:
@@ -125,8 +73,8 @@ def clamp(bound: Any) -> Projection:
       >>> clamp(1.0).apply(jnp.array([2.0]), (), None)[0].tolist()
       [1.0]
     """
-    grids.interval(bound)
-    return stateless(lambda tree: jax.tree.map(lambda x: grids.clamp(x, bound), tree))
+    intervals.interval(bound)
+    return stateless(lambda tree: jax.tree.map(lambda x: intervals.clamp(x, bound), tree))
 
 
 def max_norm(bound: float, *, axis: int | tuple[int, ...] | None = None) -> Projection:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from clipjax import _arguments as arguments
-from clipjax import _grids as grids
-
-
-class Rounding(NamedTuple):
-    """A rounding that changes with time.
-
-    Attributes:
-      soften: `soften(ratio, code, below, above, since) -> level`, all in units of the step: the weight, its nearest
-        level, the levels on its two sides (its own at the ends of the grid), and the updates since `start`.
-    """
-
-    soften: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+from clipjax._arrays import arguments
+from clipjax._maths import grids, intervals
+from clipjax.typing import Rounding
 
 
 def parq(updates: int, steepness: float = 10.0) -> Rounding:
@@ -55,7 +44,7 @@ def parq(updates: int, steepness: float = 10.0) -> Rounding:
       and section 5.
     """
     _check_updates(updates)
-    grids.check_positive(steepness, "steepness", "10 is the usual value.")
+    arguments.check_positive(steepness, "steepness", "10 is the usual value.")
 
     def sigmoid(t: Any) -> jax.Array:
         return jax.nn.sigmoid(jnp.asarray(steepness * (0.5 - t), jnp.float32))
@@ -65,7 +54,7 @@ def parq(updates: int, steepness: float = 10.0) -> Rounding:
         inverse_slope = (sigmoid(t) - sigmoid(1.0)) / (sigmoid(0.0) - sigmoid(1.0))
         middle = (below + above) / 2
         moved = middle + (ratio - middle) / jnp.where(t < 1, inverse_slope, 1.0).astype(ratio.dtype)
-        return jnp.where(t < 1, grids.limit(moved, below, above), code)
+        return jnp.where(t < 1, intervals.limit(moved, below, above), code)
 
     return Rounding(soften)
 

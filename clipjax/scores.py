@@ -7,29 +7,13 @@ exponential and live in the state; a score that needs no history stores none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from clipjax import _arguments as arguments
-from clipjax import _trees as trees
-from clipjax._typing import Tree
-from clipjax.projections import Context
-
-
-class Score(NamedTuple):
-    """A saliency.
-
-    Attributes:
-      init: `init(params) -> state`.
-      observe: `observe(target, state, context) -> state`, at every update.
-      score: `score(target, state, context) -> tree` of arrays like the target, at a refresh.
-    """
-
-    init: Callable[[Tree], Any]
-    observe: Callable[[Tree, Any, Context], Any]
-    score: Callable[[Tree, Any, Context], Tree]
+from clipjax._arrays import arguments, sharding, trees
+from clipjax.typing import Context, Score, Tree
 
 
 def magnitude(normalize: str | None = None) -> Score:
@@ -93,7 +77,7 @@ def random() -> Score:
     def score(target: Tree, state: Any, context: Context) -> Tree:
         arrays, treedef = trees.arrays(target)
         keys = jax.random.split(context.key, max(len(arrays), 1))
-        draws = [trees.laid_as(jax.random.uniform(k, x.shape), x) for k, x in zip(keys, arrays, strict=False)]
+        draws = [sharding.laid_as(jax.random.uniform(k, x.shape), x) for k, x in zip(keys, arrays, strict=False)]
         return treedef.unflatten(draws)
 
     return Score(lambda params: (), lambda target, state, context: state, score)

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax import _arguments as arguments
-from clipjax import _selecting as selecting
-from clipjax import _trees as trees
-from clipjax._typing import Tree
-
-
-class Selection(NamedTuple):
-    """Which entries may be touched.
-
-    Attributes:
-      choose: `choose(tree, key) -> tree` of bool masks that broadcast to the arrays of `tree`.
-      key: a PRNG key of its own, or None to use the member's. Folded with the count at every use.
-    """
-
-    choose: Callable[[Tree, jax.Array], Tree]
-    key: Any = None
+from clipjax._arrays import arguments, trees
+from clipjax._maths import counts, ranking
+from clipjax.typing import Selection, Tree
 
 
 def everything() -> Selection:
@@ -111,12 +98,12 @@ def largest(fraction: Any) -> Selection:
         arrays, treedef = trees.arrays(tree)
         if not arrays:
             return tree
-        keys = [selecting.order(jnp.abs(x.astype(jnp.float32))) for x in arrays]
+        keys = [ranking.order(jnp.abs(x.astype(jnp.float32))) for x in arrays]
         size = sum(x.size for x in arrays)
         remedy = "Select with `bernoulli`, or split the tree with `optax.partition`."
-        arguments.require(size <= selecting.MOST, "select", "compare less than 2**32 entries", size, remedy)
-        cut = selecting.share(1 - fraction, size)
-        return treedef.unflatten(selecting.keep(keys, jnp.full(len(keys), cut), pooled=True))
+        arguments.require(size <= ranking.MOST, "select", "compare less than 2**32 entries", size, remedy)
+        cut = counts.of_fraction(1 - fraction, size)
+        return treedef.unflatten(ranking.keep(keys, jnp.full(len(keys), cut), pooled=True))
 
     return Selection(choose)
 

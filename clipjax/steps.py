@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax import _arguments as arguments
-from clipjax import _fitting as fitting
-from clipjax import _grids as grids
-
-
-class Step(NamedTuple):
-    """A rule for the step of a grid.
-
-    Attributes:
-      fit: `fit(x, bits, axes) -> s`: f32 array `x`, zeros being entries to ignore; `bits` may be traced where >= 2; the
-        axes that share a step are kept with size 1. Where all entries are zero, any value may come out: the caller
-        takes 1.
-      follows: False for a step that no distribution changes.
-      limits: for an interval, its two ends: the codes are those whose values lie inside.
-      affine: True where the levels reach from the lowest weight to the highest instead of as far to both sides.
-      power_of_two: True for a step that is moved to a power of two.
-    """
-
-    fit: Callable[[jax.Array, Any, tuple[int, ...]], jax.Array]
-    follows: bool = True
-    limits: tuple[Any, Any] | None = None
-    affine: bool = False
-    power_of_two: bool = False
+from clipjax._arrays import arguments
+from clipjax._maths import fitting, grids, step_groups
+from clipjax.typing import Step
 
 
 def fixed(step: Any) -> Step:
@@ -51,7 +30,7 @@ def fixed(step: Any) -> Step:
       >>> float(clipjax.choose_step(jnp.ones(3), 4, step=fixed(0.25)))
       0.25
     """
-    grids.check_step(step)
+    arguments.check_step(step)
 
     def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
         return fitting.given(step, x, axes)
@@ -191,7 +170,7 @@ def sigma(k: float = 3.0) -> Step:
       >>> float(clipjax.choose_step(jnp.array([1.0, -1.0, 0.0]), 2, step=sigma(2.0)))
       2.0
     """
-    grids.check_positive(k, "k", "It counts standard deviations, e.g. 3.")
+    arguments.check_positive(k, "k", "It counts standard deviations, e.g. 3.")
 
     def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
         return k * fitting.root_mean_square(x, axes)[0] / grids.top(bits)
@@ -332,6 +311,6 @@ def choose_step(
     arguments.bits(bits)
     x = jnp.asarray(x).astype(jnp.float32)
     finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    axes = grids.shared_axes(x.ndim, axis, group)
+    axes = step_groups.shared_axes(x.ndim, axis, group)
     rule = as_step(mse() if step is None else step)
-    return grids.per_block(fit(rule, grids.view(finite, group), bits, axes), group)
+    return step_groups.per_block(fit(rule, step_groups.view(finite, group), bits, axes), group)

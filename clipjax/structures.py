@@ -9,39 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipjax import _arguments as arguments
-from clipjax import _blocks as blocks
-from clipjax import _groups as grouping
-from clipjax import _trees as trees
-from clipjax._typing import Tree, Where
-
-
-class Structure(NamedTuple):
-    """A way to cut the arrays of a tree into units that live and die together.
-
-    Trees hold None at leaves that take no part. An array of units stands where the leaf stands that owns them.
-
-    Attributes:
-      reduce: `reduce(scores) -> tree` of unit scores, from the scores of the leaves that vote.
-      check: `check(params, voters)` raises where the leaves cannot be cut so.
-      expand: `expand(units, tree) -> tree` of arrays that broadcast to the leaves: each entry has its unit's value.
-      owners: `owners(tree) -> tree` without the leaves that own no units.
-      holds: `holds(path, leaf) -> bool`, the leaves that have entries of the units; the score is then of those among
-        them that `where` picks. None where both are the same.
-      min_keep: how many units every array of units keeps whatever the scores say.
-      whole: True where every weight is a unit of its own.
-      keep: for a structure that fixes the sparsity, `keep(keys) -> mask` of unsigned keys, the lowest of which go;
-        None where the sparsity is free.
-    """
-
-    reduce: Callable[[Tree], Tree]
-    check: Callable[[Tree, Tree], None]
-    expand: Callable[[Tree, Tree], Tree]
-    owners: Callable[[Tree], Tree] = lambda tree: tree
-    holds: Where | None = None
-    min_keep: int = 0
-    whole: bool = False
-    keep: Callable[[jax.Array], jax.Array] | None = None
+from clipjax._arrays import arguments, sharding, trees
+from clipjax._maths import blocks
+from clipjax._programs import groups as grouping
+from clipjax.typing import Structure, Tree
 
 
 def _leafwise(
@@ -110,7 +81,7 @@ def n_of_m(n: int, m: int, axis: int = -2) -> Structure:
         for j in range(m):  # how many of the group come before: no sort
             other = jax.lax.slice_in_dim(groups, j, j + 1, axis=at + 1)
             rank += ((other > groups) | ((other == groups) & (j < place))).astype(jnp.int32)
-        return trees.laid_as(blocks.join(rank < n, at, size), keys)
+        return sharding.laid_as(blocks.join(rank < n, at, size), keys)
 
     return _leafwise(lambda scores: scores, _has_axis(axis), whole=True, keep=keep)
 
@@ -155,7 +126,7 @@ def block(height: int, width: int) -> Structure:
                 jnp.expand_dims(units, axis + 1), blocks.resized(units, axis, (units.shape[axis], size))
             )
             units = blocks.join(repeated, axis, leaf.shape[axis])
-        return trees.laid_as(units, leaf)
+        return sharding.laid_as(units, leaf)
 
     return _leafwise(reduce, _has_axis(-2), expand)
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipjax import _arguments as arguments
-from clipjax import _windows as windows
-from clipjax._following import Rule
+from clipjax._arrays import arguments
+from clipjax._maths import ring_buffers
+from clipjax.typing import Rule
 
 
 class _Moments(NamedTuple):
@@ -190,16 +190,16 @@ def percentile(q: Any = 10.0, window: int = 1000) -> Rule:
     _number(q, "q", lambda n: (n >= 0) & (n <= 100), "lie in [0, 100]", "AutoClip uses 10.")
     window = _length(window)
 
-    def update(norm: jax.Array, state: windows.Sorted) -> tuple[jax.Array, windows.Sorted]:
-        state = windows.insert(state, norm)
+    def update(norm: jax.Array, state: ring_buffers.Sorted) -> tuple[jax.Array, ring_buffers.Sorted]:
+        state = ring_buffers.insert(state, norm)
         last = jnp.minimum(state.window.seen, window) - 1
         place = last.astype(jnp.float32) * jnp.asarray(q, jnp.float32)  # in hundredths: exact where q is whole
         low = jnp.floor(place / 100).astype(jnp.int32)
-        below, above = (windows.at(state.ordered, i) for i in (low, jnp.minimum(low + 1, last)))
+        below, above = (ring_buffers.at(state.ordered, i) for i in (low, jnp.minimum(low + 1, last)))
         part = (place - 100 * low.astype(jnp.float32)) / 100
         return below + part * (above - below), state
 
-    return Rule(lambda: windows.Sorted(windows.empty(window), windows.empty(window).norms), update)
+    return Rule(lambda: ring_buffers.Sorted(ring_buffers.empty(window), ring_buffers.empty(window).norms), update)
 
 
 def mean_sigma(k: Any = 3.0, window: int = 128) -> Rule:
@@ -232,12 +232,12 @@ def mean_sigma(k: Any = 3.0, window: int = 128) -> Rule:
     _number(k, "k", lambda n: n >= 0, "be a number >= 0", "It counts standard deviations.")
     window = _length(window)
 
-    def update(norm: jax.Array, state: windows.Window) -> tuple[jax.Array, windows.Window]:
+    def update(norm: jax.Array, state: ring_buffers.Window) -> tuple[jax.Array, ring_buffers.Window]:
         full = state.seen >= window
         past = jnp.where(full, state.norms, 0.0)
-        return jnp.where(full, past.mean() + k * past.std(), jnp.inf), windows.push(state, norm)
+        return jnp.where(full, past.mean() + k * past.std(), jnp.inf), ring_buffers.push(state, norm)
 
-    return Rule(lambda: windows.empty(window), update)
+    return Rule(lambda: ring_buffers.empty(window), update)
 
 
 def quantile_track(q: Any, init: Any = 1.0, lr: Any = 0.2) -> Rule:

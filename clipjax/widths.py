@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax import _arguments as arguments
-from clipjax import _fitting as fitting
-from clipjax import _grids as grids
-from clipjax import _trees as trees
 from clipjax import steps as stepping
-from clipjax._typing import Tree, Where
+from clipjax._arrays import arguments, picking, trees
+from clipjax._maths import fitting, grids, intervals, step_groups
+from clipjax.typing import Step, Tree, Where, Width
 
 ALLOWED = (2, 3, 4, 5, 6, 7, 8)
-
-
-class Width(NamedTuple):
-    """A rule for the widths of all arrays.
-
-    Attributes:
-      allowed: the widths to choose from, rising.
-      choose: `choose(sizes, energy, noise) -> index`: the number of weights of every array, f32[arrays] its sum of
-        squares, f32[arrays, widths] its squared error on the grid of each width; i32[arrays], which width it gets.
-    """
-
-    allowed: tuple[int, ...]
-    choose: Callable[[list[int], jax.Array, jax.Array], jax.Array]
 
 
 def sqnr(target_db: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
@@ -169,18 +153,18 @@ def choose_bits(
     arguments.require(one, "target_db", "be given, or else `budget`, not both", target_db, "Try 20.")
     width = sqnr(target_db, allowed) if budget is None else _budget(budget, allowed)  # type: ignore[arg-type]
     rule = stepping.mse() if step is None else stepping.as_step(step)
-    picks = trees.pick(trees.weights if where is None else where, params)
-    picked = trees.restrict(params, picks)
+    picks = picking.pick(picking.weights if where is None else where, params)
+    picked = picking.restrict(params, picks)
     weighs = dict(trees.governed(sensitivity))
     spectra = []
     for path, leaf in trees.governed(picked):
-        size, own = (trees.resolve(value, path, leaf) for value in (group, axis))
+        size, own = (arguments.resolve(value, path, leaf) for value in (group, axis))
         if sensitivity is not None:
             remedy = "Give a tree like the params."
             arguments.require(path in weighs, "sensitivity", "name every picked leaf", path, remedy)
-        h = None if sensitivity is None else grids.view(jnp.broadcast_to(weighs[path], leaf.shape), size)
-        x = grids.view(jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)).astype(jnp.float32), size)
-        spectra.append(_spectrum(x, h, rule, grids.shared_axes(leaf.ndim, own, size), width.allowed))
+        h = None if sensitivity is None else step_groups.view(jnp.broadcast_to(weighs[path], leaf.shape), size)
+        x = step_groups.view(jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)).astype(jnp.float32), size)
+        spectra.append(_spectrum(x, h, rule, step_groups.shared_axes(leaf.ndim, own, size), width.allowed))
     chosen = {}
     if spectra:
         energy, noise = (jnp.stack([getattr(s, name) for s in spectra]) for name in ("energy", "noise"))
@@ -202,7 +186,7 @@ class Spectrum(NamedTuple):
 
 def spectrum(
     x: jax.Array,
-    rule: stepping.Step,
+    rule: Step,
     axes: tuple[int, ...],
     allowed: tuple[int, ...],
     limit: Any = None,
@@ -230,14 +214,14 @@ def _weighted(squares: jax.Array, sensitivity: jax.Array | None) -> jax.Array:
     return jnp.sum(squares if sensitivity is None else squares * sensitivity.astype(squares.dtype))
 
 
-def _nearest(x: jax.Array, step: jax.Array, rule: stepping.Step, axes: tuple[int, ...], bits: Any) -> jax.Array:
+def _nearest(x: jax.Array, step: jax.Array, rule: Step, axes: tuple[int, ...], bits: Any) -> jax.Array:
     """The nearest level to every nonzero weight on the grid of this width."""
     low = high = jnp.asarray(grids.top(bits), x.dtype)
     if rule.affine:
         low, high = grids.ends(step, bits, *(fitting.over(jnp.max, side, axes) for side in (-x, x)))
     elif rule.limits is not None:
         low, high = grids.ends(step, bits, *(jnp.asarray(abs(end), x.dtype) for end in rule.limits))
-    code = grids.limit(grids.codes(x, step, bits if isinstance(bits, int) else None), -low, high)
+    code = intervals.limit(grids.codes(x, step, bits if isinstance(bits, int) else None), -low, high)
     return jnp.where(x == 0, x, code * step)
 
 

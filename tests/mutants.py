@@ -33,7 +33,7 @@ def copy(target):
 
 def pytest(root, names, expression):
     """Exit status and output of pytest in a copy of the tree."""
-    files = [f"tests/test_{name}.py" for name in names if (root / f"tests/test_{name}.py").exists()]
+    files = [str(path) for name in names for path in (root / "tests").rglob(f"test_{name}.py")]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "not slow"]
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     command += [*files, "-k", expression]

@@ -26,6 +26,7 @@ from documents_reference import (
 
 import clipjax
 from clipjax import scores, selections, steps, structures
+from clipjax.typing import Selection
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -186,9 +187,7 @@ def interval_grid(values, lo, hi, bits):
 def test_d0_cuts_the_weakest_of_the_sampled_units_and_quantizes_the_rest_into_an_interval():
     """Of the picked units of every layer the lower half by mean |w| goes; every other one is on the grid."""
     picked = {"a": np.array([1, 0, 1, 1, 0, 1, 1, 0], bool), "b": np.array([0, 1, 1, 0], bool)}
-    sample = selections.Selection(
-        lambda tree, key: {k: {"bias": None, "kernel": jnp.asarray(m)[None]} for k, m in picked.items()}
-    )
+    sample = Selection(lambda tree, key: {k: {"bias": None, "kernel": jnp.asarray(m)[None]} for k, m in picked.items()})
     unit = structures.unit(min_keep=0)
     prune = clipjax.prune_mask(0.5, structure=unit, scope="leaf", select=sample)
     grid = clipjax.fake_quantize(4, step=steps.interval(-0.6, 0.6))

@@ -11,61 +11,67 @@ import pytest
 import clipjax
 
 PACKAGE = pathlib.Path(clipjax.__file__).parent
-MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
+TESTS = pathlib.Path(__file__).parent
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+FILES = [*PACKAGE.rglob("*.py"), *TESTS.rglob("*.py")]
 
-FILES = [*PACKAGE.glob("*.py"), *pathlib.Path(__file__).parent.glob("*.py")]
+FAMILIES = "projections selections roundings steps widths structures scores thresholds"
 
-# DESIGN.md, "Layout". Inside levels 0 and 1 the order of a line is the order of imports: a module may use those before.
+# CONTRIBUTING.md draws this. A room may use the rooms of the levels above it in the table, and inside a room a module
+# those that stand before it; the rooms of one level do not know each other.
 LEVELS = (
-    (0, ("_typing", "_arguments", "_trees")),
-    (1, ("_norms", "_selecting", "_blocks", "_grids", "_fitting", "_landing", "_following", "_windows", "_groups")),
-    (
-        1,
-        (
-            "steps",
-            "widths",
-            "roundings",
-            "_plans",
-            "_distributions",
-            "projections",
-            "selections",
-            "structures",
-            "scores",
-            "thresholds",
-            "_masks",
-        ),
-    ),
-    (1, ("_ans", "_densities", "_coding", "_multiples", "_alphabets")),  # the small file, from symbols to trees
-    (1, ("_payloads", "_container", "_records", "_layouts")),
-    (2, ("_projecting",)),
-    (3, ("_clipping", "_clamping", "_pruning", "_quantizing", "_forwarding", "_skipping")),
-    (4, ("_reporting", "_summarizing", "_packing", "_shrinking")),
-    (5, ("__main__",)),
+    {"": "typing"},
+    {"_arrays": "arguments trees sharding elementwise dtypes picking"},
+    {
+        "_maths": "blocks counts ring_buffers intervals norms ranking grids step_groups integers fitting landing"
+        " straight_through",
+        "_programs": "groups shrinking",
+    },
+    {"": FAMILIES},
+    {
+        "_gradients": "threshold_state clipping skipping with_gradient",
+        "_weights": "refreshing projecting clamping masks pruning leaf_grid quantizing",
+    },
+    {"_files": "ans densities symbol_codes step_search alphabets leaf_codec container leaf_entries layouts saving"},
+    {"_reports": "distributions reporting summarizing"},
+    {"": "__init__ __main__"},
 )
-LEVEL = {name: level for level, names in LEVELS for name in names}
-ORDER = [name for _, names in LEVELS for name in names]
+PLACES = {
+    f"{room}.{name}" if room else name: (level, room, place)
+    for level, rooms in enumerate(LEVELS)
+    for room, names in rooms.items()
+    for place, name in enumerate(names.split())
+}
 
 
 def imports(path):
-    """The clipjax modules that a file imports."""
+    """The clipjax modules that a file imports, as `_room.module`, wherever in it the import stands."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "clipjax":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clipjax."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "clipjax":
+            room = node.module.removeprefix("clipjax").removeprefix(".")
+            inside = {".".join(filter(None, (room, alias.name))) for alias in node.names}
+            found |= {name if name in MODULES else room for name in inside}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("clipjax.")}
-    return found
+            found |= {a.name.removeprefix("clipjax.") for a in node.names if a.name.startswith("clipjax.")}
+        assert not getattr(node, "level", 0), f"{path} has a relative import"
+    return found - {""}
 
 
-@pytest.mark.parametrize("name", MODULES)
+def test_every_module_has_its_place():
+    rooms = {f"{room}.__init__" for level in LEVELS for room in level if room}
+    assert set(PLACES) | rooms == set(MODULES)
+    assert len(LEVELS) <= 8
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(".__init__")])
 def test_imports_lower_levels_only(name):
-    assert name in LEVEL, f"{name} has no level: add it to the table"
+    level, room, place = PLACES[name]
     for other in imports(MODULES[name]):
-        lower = LEVEL[other] < LEVEL[name]
-        earlier = LEVEL[other] == LEVEL[name] <= 1 and ORDER.index(other) < ORDER.index(name)
-        assert lower or earlier, f"{name} (level {LEVEL[name]}) imports {other} (level {LEVEL[other]})"
+        other_level, other_room, other_place = PLACES[other]
+        lower = other_level < level
+        before = (other_level, other_room) == (level, room) and other_place < place
+        assert lower or before, f"{name} (level {level}) imports {other} (level {other_level})"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -75,7 +81,7 @@ def test_no_file_past_350_lines(path):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_vague_names(name):
-    assert not {"utils", "helpers", "misc", "common", "config"} & set(name.strip("_").split("_"))
+    assert not {"utils", "helpers", "misc", "common", "config"} & set(name.replace(".", "_").split("_"))
 
 
 BLOCKED = (

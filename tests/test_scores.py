@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clipjax import scores
-from clipjax.projections import Context
+from clipjax.typing import Context
 
 pytestmark = pytest.mark.usefixtures("strict")
 

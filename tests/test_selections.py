@@ -7,6 +7,7 @@ import pytest
 
 import clipjax
 from clipjax import selections
+from clipjax.typing import Selection
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -88,7 +89,7 @@ def test_empty_tree():
 
 @pytest.mark.parametrize("mask", [lambda x: True, lambda x: np.ones(x.shape, bool), lambda x: jnp.ones(x.shape)])
 def test_masks_of_ones_own_are_read_as_where_reads_them(mask):
-    own = selections.Selection(lambda tree, key: jax.tree.map(mask, tree))
+    own = Selection(lambda tree, key: jax.tree.map(mask, tree))
     grads = {"w": jnp.array([[3.0, -4.0]])}
     for build in (clipjax.clip, clipjax.clip_norm, clipjax.clamp_weights):
         found, expected = (tx.update(grads, tx.init(grads), grads)[0] for tx in (build(1.0, select=own), build(1.0)))

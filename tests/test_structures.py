@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax import _selecting as selecting
 from clipjax import structures
+from clipjax._maths import ranking
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -67,7 +67,7 @@ def reference_n_of_m(scores, n, m, axis):
 def test_n_of_m_keeps_the_best_of_every_group(n, m, axis):
     """Mishra et al., 2021; on any axis, with a padded last group and ties to the earlier position."""
     scores = np.round(np.random.default_rng(1).normal(size=(5, 6, 7)) * 2).astype(np.float32)
-    got = structures.n_of_m(n, m, axis).keep(selecting.order(jnp.asarray(scores)))
+    got = structures.n_of_m(n, m, axis).keep(ranking.order(jnp.asarray(scores)))
     np.testing.assert_array_equal(got, reference_n_of_m(scores, n, m, axis))
 
 

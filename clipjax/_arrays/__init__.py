@@ -1,0 +1,1 @@
+"""Arrays and trees: arguments, paths, dtypes, sharding."""

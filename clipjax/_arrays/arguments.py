@@ -1,0 +1,196 @@
+"""Checks of what a caller passes: what is static is checked early, what is traced never raises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from clipjax.typing import PerLeaf
+
+NO_PARAMS = (
+    "You are using a transformation that requires the current value of parameters, but you are not"
+    " passing `params` when calling `update`. Pass them: `tx.update(updates, state, params)`."
+)
+
+
+def traced(value: Any) -> bool:
+    """True for a value that is known only when the compiled program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def known(value: Any) -> bool:
+    """True for a number whose value can be checked now: not a schedule, not traced."""
+    return value is not None and checkable(value)
+
+
+def checkable(value: Any) -> bool:
+    """True for what has to be a number now, None included, which is none."""
+    return not callable(value) and not traced(value)
+
+
+def is_tree(value: Any) -> bool:
+    """True for a container with a value for each leaf, such as a dict or an Equinox model.
+
+    A callable is a schedule; only where it holds other containers, as a model does its layers, it is a tree.
+    """
+    if value is None or isinstance(value, jax.tree_util.Partial):
+        return False
+    inside = [value] if not callable(value) else jax.tree.leaves(value, is_leaf=lambda child: child is not value)
+    return any(not jax.tree_util.treedef_is_leaf(jax.tree.structure(child)) for child in inside if child is not None)
+
+
+def is_schedule(value: Any) -> bool:
+    """True for a callable that is no tree."""
+    return callable(value) and not is_tree(value)
+
+
+def require(ok: Any, name: str, rule: str, value: Any, remedy: str) -> None:
+    """Raise the one kind of message this library has: argument, rule, value, remedy."""
+    if not ok:
+        shown = value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
+        raise ValueError(f"`{name}` must {rule}, got {shown!r}. {remedy}")
+
+
+def static(value: Any, name: str) -> Any:
+    """Return `value`, or say how to keep an argument that decides shapes out of tracing."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"`{name}` must be a static Python value, got an array. Keep it out of tracing:"
+            f" pass it as a Python value, or `optax.inject_hyperparams(..., static_args=('{name}',))`."
+        )
+    return value
+
+
+def finite(value: Any) -> bool:
+    """True where every entry of a known number is finite."""
+    return bool(np.all(np.isfinite(np.asarray(value, np.float64))))
+
+
+def numeric(value: Any, name: str, remedy: str) -> np.ndarray:
+    """A known value as f64; strings and other things that are no numbers are refused by name."""
+    try:
+        number = None if value is None or isinstance(value, str) else np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        number = None
+    if number is None:
+        raise TypeError(f"`{name}` must be a number, got {value!r}. {remedy}")
+    return number
+
+
+def non_negative(value: Any, name: str, remedy: str) -> None:
+    """Check a known bound or threshold: a number >= 0, infinity allowed, NaN not."""
+    if checkable(value):
+        number = numeric(value, name, remedy)
+        require(np.all(number >= 0), name, "be a number >= 0", value, remedy)
+
+
+def fraction(value: Any, name: str, remedy: str) -> None:
+    """Check a known fraction in [0, 1)."""
+    if checkable(value):
+        number = numeric(value, name, remedy)
+        require(np.all((number >= 0) & (number < 1)), name, "lie in [0, 1)", value, remedy)
+
+
+def whole(value: Any, name: str, *, low: int, remedy: str) -> None:
+    """Check a known whole number that is at least `low`."""
+    if checkable(value):
+        number = numeric(value, name, remedy)
+        ok = np.all((number >= low) & (number == np.floor(number)))
+        require(ok, name, f"be a whole number >= {low}", value, remedy)
+
+
+def times(start: Any, every: Any, stop: Any) -> None:
+    """Check the life cycle arguments that every refreshing member shares."""
+    whole(start, "start", low=0, remedy="Updates are counted from 0.")
+    if every is not None:
+        whole(every, "every", low=1, remedy="Give the number of updates between two refreshes.")
+    if stop is not None:
+        whole(stop, "stop", low=0, remedy="Updates are counted from 0.")
+    if known(start) and known(stop):
+        remedy = f"Refreshes happen from `start` ({int(start)}) to `stop`."
+        require(float(stop) >= float(start), "stop", "not be smaller than `start`", stop, remedy)
+
+
+def axis(value: Any) -> None:
+    """Check one static axis."""
+    static(value, "axis")
+    ok = isinstance(value, int | np.integer)
+    require(ok, "axis", "be a whole number", value, "Output units of Flax kernels are on axis -1.")
+
+
+def bits(value: Any, name: str = "bits") -> None:
+    """Check a bit width: a static whole number between 1 and 16."""
+    static(value, name)
+    ok = isinstance(value, int | np.integer) and not isinstance(value, bool) and 1 <= value <= 16
+    require(ok, name, "be between 1 and 16", value, "2 is ternary, 4 and 8 are usual.")
+
+
+def choice(value: Any, name: str, options: tuple[str, ...]) -> None:
+    """Check an option given by name."""
+    static(value, name)
+    listed = ", ".join(repr(option) for option in options)
+    require(value in options, name, f"be one of {listed}", value, "Other values have no meaning.")
+
+
+def instance(value: Any, kind: type | tuple[type, ...], name: str, remedy: str) -> None:
+    """Check that a family member (a score, a structure, a step) was built by its factory."""
+    if not isinstance(value, kind):
+        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise TypeError(f"`{name}` must be a {names}, got {value!r}. {remedy}")
+
+
+def schedule(value: Any) -> Callable[[jax.Array], Any]:
+    """Turn a number into the constant schedule; a bare callable is always a schedule."""
+    return value if callable(value) else lambda count: value
+
+
+def is_number(value: Any) -> bool:
+    """True for a Python or NumPy number that is not NaN."""
+    return isinstance(value, int | float | np.number) and not math.isnan(float(value))
+
+
+def per_leaf(fn: Callable[[str, Any], Any]) -> PerLeaf:
+    """Give every leaf its own value of an argument.
+
+    A bare callable is always a schedule, so a function of the leaf is marked by this name. It works wherever
+    a static value may differ by leaf: the bound of `clamp_weights`, the sparsity of `prune_mask` and the
+    bits and axis of `fake_quantize`.
+
+    Args:
+      fn: `fn(path, leaf) -> value` of the path, shape and dtype; `path` is like `"encoder/lin/kernel"`. It is called
+        at init, and again whenever an update is traced, where a leaf has no values.
+
+    Returns:
+      The argument to pass.
+
+    Example:
+      >>> import clipjax, jax.numpy as jnp
+      >>> tx = clipjax.clamp_weights(clipjax.per_leaf(lambda path, leaf: 1.0 if "head" in path else 0.5))
+      >>> params = {"body": jnp.array([2.0]), "head": jnp.array([2.0])}
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> {k: float((params[k] + u)[0]) for k, u in updates.items()}
+      {'body': 0.5, 'head': 1.0}
+    """
+    return PerLeaf(fn)
+
+
+def resolve(value: Any, path: str, leaf: Any) -> Any:
+    """The value of an argument for one leaf."""
+    return value.fn(path, leaf) if isinstance(value, PerLeaf) else value
+
+
+def check_step(step: Any) -> None:
+    """Check a known step: positive and finite."""
+    check_positive(step, "step", "It is the distance of two levels.")
+
+
+def check_positive(value: Any, name: str, remedy: str) -> None:
+    """Check a known number: positive and finite."""
+    if checkable(value):
+        number = numeric(value, name, remedy)
+        ok = np.all(number > 0) and finite(value)
+        require(ok, name, "be positive and finite", value, remedy)

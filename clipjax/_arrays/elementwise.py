@@ -1,0 +1,32 @@
+"""Elementwise maths that leaves no call in the compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipjax._arrays import sharding
+
+
+def leafwise(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The maths of one leaf, traced once for all leaves of a shape and inlined: no call is left in the program."""
+    return jax.jit(fn, inline=True)
+
+
+def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.where` without the call that it leaves in the program, which takes time to compile; scalars broadcast.
+
+    Under explicit mesh axes the result is sharded as x, y or the mask is, along the most axes; constants are not.
+    """
+    if not all(isinstance(v, jax.Array) for v in (mask, x, y)) or x.dtype != y.dtype or mask.dtype != bool:
+        return jnp.where(mask, x, y)
+    whole = x if x.ndim else y
+    x, y = (v if v.shape == whole.shape else jnp.full_like(whole, v) if v.ndim == 0 else v for v in (x, y))
+    if x.shape != y.shape or mask.shape not in ((), x.shape):
+        return jnp.where(mask, x, y)
+    placed = max((x, y, mask), key=lambda v: sum(names is not None for names in jax.typeof(v).sharding.spec))
+    mask, x, y = (sharding.laid_as(v, placed) if v.ndim else v for v in (mask, x, y))
+    return jax.lax.select(mask, x, y)

@@ -1,0 +1,59 @@
+"""Which leaves a transformation governs: the `where` argument, its defaults, and trees cut down to them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax.numpy as jnp
+
+from clipjax._arrays import trees
+from clipjax.typing import Tree, Where
+
+NOT_WEIGHTS = ("bias", "b", "scale", "offset")
+
+
+def floating(leaf: Any) -> bool:
+    """True for a non-empty array of real floats: the only leaves that the weight side ever touches."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and leaf.size > 0
+
+
+def weights(path: str, leaf: Any) -> bool:
+    """Matrices and kernels: rank >= 2 and not named like a bias or a normalization's scale."""
+    return leaf.ndim >= 2 and path.rsplit("/", 1)[-1] not in NOT_WEIGHTS
+
+
+def everything(path: str, leaf: Any) -> bool:
+    """Every float leaf."""
+    return True
+
+
+def pick(where: Where, tree: Tree) -> list[bool]:
+    """Which leaves a member governs, aligned with `flatten`."""
+    leaves, _ = trees.flatten(tree)
+    return [floating(leaf) and bool(where(path, leaf)) for path, leaf in zip(trees.paths(tree), leaves, strict=True)]
+
+
+def warn_if_nothing(picks: list[bool], tree: Tree) -> None:
+    """Warn about a `where` that governs nothing, unless the tree holds no arrays at all."""
+    if not any(picks) and any(leaf is not None for leaf in trees.flatten(tree)[0]):
+        warnings.warn(
+            "`where` picks no float array of these params, so this member does nothing. The default for"
+            " pruning and quantizing is arrays of rank >= 2 that are not named bias, b, scale or offset;"
+            " pass `where=lambda path, leaf: ...` to choose.",
+            stacklevel=4,
+        )
+
+
+def restrict(tree: Tree, picks: list[bool]) -> Tree:
+    """The same tree with None at every leaf that is not picked."""
+    leaves, treedef = trees.flatten(tree)
+    return treedef.unflatten([x if ok else None for x, ok in zip(leaves, picks, strict=True)])
+
+
+def merge(tree: Tree, over: Tree, picks: list[bool]) -> Tree:
+    """`over` where picked, `tree` elsewhere."""
+    leaves, treedef = trees.flatten(tree)
+    chosen = zip(leaves, trees.flatten(over)[0], picks, strict=True)
+    return treedef.unflatten([new if ok else old for old, new, ok in chosen])

@@ -1,0 +1,117 @@
+"""Walks over parameter trees: which leaves, under which paths, with None and boxes left in place.
+
+A tree that a member works on has the structure of the parameters, with None at every leaf that the
+member does not govern. `jax.tree.map` then visits the governed leaves alone.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipjax.typing import Tree
+
+BOX_FIELDS = ("value", "raw_value")  # where Linen's and NNX's boxes keep their array
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Any]:
+    """Leaves and structure, None counted as a leaf so that positions stay aligned."""
+    return jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+
+
+def arrays(tree: Tree) -> tuple[list[Any], Any]:
+    """The governed leaves alone and their structure."""
+    return jax.tree.flatten(tree)
+
+
+def paths(tree: Tree) -> list[str]:
+    """The path of every leaf: keys joined by "/", the same in every container and at init and update."""
+    keyed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    under = collections.Counter(keys[:-1] for keys, _ in keyed)
+    under.update(keys[:i] for keys, _ in keyed for i in range(len(keys) - 1))
+    return [_join(keys, alone=under[keys[:-1]] == 1) for keys, _ in keyed]
+
+
+def _join(keys: tuple[Any, ...], *, alone: bool) -> str:
+    """The path without the field of a box: the only leaf under its parent."""
+    last = keys[-1] if keys else None
+    boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name in BOX_FIELDS
+    return "/".join(_name(key) for key in (keys[:-1] if boxed and alone and len(keys) > 1 else keys))
+
+
+def _name(key: Any) -> str:
+    for field in ("key", "name", "idx"):
+        if hasattr(key, field):
+            return str(getattr(key, field))
+    return str(key)
+
+
+def match(tree: Tree, like: Tree) -> Tree:
+    """The leaves of `tree` at the paths of `like`, None where it has none: `tree` may be larger or unmasked."""
+    found = dict(zip(paths(tree), flatten(tree)[0], strict=True))
+    leaves, treedef = flatten(like)
+    at = zip(paths(like), leaves, strict=True)
+    return treedef.unflatten([None if leaf is None else found.get(path) for path, leaf in at])
+
+
+def governed(tree: Tree) -> list[tuple[str, Any]]:
+    """The governed leaves in tree order, with their paths."""
+    return [(p, x) for p, x in zip(paths(tree), flatten(tree)[0], strict=True) if x is not None]
+
+
+def by_path(tree: Tree) -> Any:
+    """The governed leaves keyed by path: plain arrays of any shape, outside of the params' boxes."""
+    named = governed(tree)
+    if not named:  # one leaf all the same: `optax.tree.map_params` inits with a tree that has none
+        return jnp.zeros(())
+    found = dict(named)
+    if len(found) != len(named):
+        raise ValueError(
+            f"Leaf paths must differ, got {sorted(p for p, _ in named)}. Rename the keys that contain '/'."
+        )
+    return found
+
+
+def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """`fn(path, leaf, *leaves)` at every governed leaf."""
+    leaves, treedef = flatten(tree)
+    others = [flatten(other)[0] for other in rest]
+    at = zip(paths(tree), leaves, *others, strict=True)
+    return treedef.unflatten([None if x is None else fn(path, x, *xs) for path, x, *xs in at])
+
+
+def place(values: Tree, like: Tree) -> Tree:
+    """State arrays at the governed leaves of `like`: found by path in a dict of paths, else by position."""
+    leaves, treedef = flatten(like)
+    names = [None if leaf is None else path for path, leaf in zip(paths(like), leaves, strict=True)]
+    if isinstance(values, dict) and all(name is None or _is_array(values.get(name)) for name in names):
+        return treedef.unflatten([None if name is None else values[name] for name in names])
+    ordered = iter(jax.tree.leaves(values))
+    return treedef.unflatten([None if leaf is None else next(ordered) for leaf in leaves])
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "dtype")
+
+
+def find(state: Tree, kind: type) -> list[Any]:
+    """Every state of one kind inside any optimizer state, in tree order, boxes removed."""
+    found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+    return [jax.tree.map(_unboxed, x, is_leaf=_is_box) for x in found if isinstance(x, kind)]
+
+
+def _is_box(x: Any) -> bool:
+    """True for one value under the name that boxes give it."""
+    inside, _ = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda child: child is not x)
+    keys, child = inside[0] if len(inside) == 1 else ((), None)
+    named = bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in BOX_FIELDS
+    return named and (not jax.tree.leaves(child) or jax.tree_util.treedef_is_leaf(jax.tree.structure(child)))
+
+
+def _unboxed(x: Any) -> Any:
+    """Arrays out of their boxes; a box may also hold None, or a state without arrays."""
+    return jax.tree.map(jnp.asarray, jax.tree.leaves(x, is_leaf=lambda child: child is not x)[0])

@@ -1,0 +1,1 @@
+"""The small file, from trees to bytes."""

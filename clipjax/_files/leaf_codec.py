@@ -1,0 +1,175 @@
+"""One array as the bytes that stand for it in the file, and back: raw, or an alphabet and coded symbols.
+
+A coded payload is: CRC-32 of the raw bytes; a byte that says which of grid, book and escapes follow; their heads; the
+code; the escapes. Numbers are little-endian, counts LEB128, arrays row-major.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from clipjax._files import alphabets, ans, step_search, symbol_codes
+
+_GRID, _BOOK, _ESCAPES = 1, 2, 4
+
+
+DTYPES = {
+    np.dtype(t).name: np.dtype(t)
+    for t in (
+        *(np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
+        *(np.float16, np.float32, np.float64, np.complex64, np.complex128, jnp.bfloat16),
+        *(jnp.int2, jnp.int4, jnp.uint2, jnp.uint4, jnp.float4_e2m1fn, jnp.float8_e3m4, jnp.float8_e4m3),
+        *(jnp.float8_e4m3b11fnuz, jnp.float8_e4m3fn, jnp.float8_e4m3fnuz, jnp.float8_e5m2, jnp.float8_e5m2fnuz),
+        jnp.float8_e8m0fnu,
+    )
+}
+
+
+"""Every dtype that a file can hold, by name."""
+
+
+class Payload(NamedTuple):
+    """What stands for one array.
+
+    Attributes:
+      data: the bytes; None where the array goes into the file as it is.
+      packed: the bytes of alphabet, packed codes and escapes, at most those of the array.
+    """
+
+    data: bytearray | None
+    packed: int
+
+
+class Grid(NamedTuple):
+    """Codes and steps of an array whose values are k * s: k i16[shape], s f32[blocks, columns]."""
+
+    codes: np.ndarray
+    step: np.ndarray
+
+
+def pack(x: np.ndarray) -> Payload:
+    """The smallest payload of an array."""
+    found = alphabets.find(x)
+    if found is None:
+        return Payload(None, x.nbytes)
+    symbols, alphabet = found
+    code, packed = symbol_codes.plan(symbols, alphabet.size, alphabet.zero)
+    head, escapes = _head(alphabet), alphabet.escapes.nbytes
+    packed = min(4 + len(head) + packed + escapes, x.nbytes)
+    if 4 + len(head) + code.size + escapes >= x.nbytes:
+        return Payload(None, packed)
+    data = bytearray(zlib.crc32(alphabets.patterns(x).data).to_bytes(4, "little"))
+    data += head
+    code.write(data)
+    data += alphabet.escapes.astype(alphabet.escapes.dtype.newbyteorder("<"), copy=False).data
+    return Payload(data if len(data) < x.nbytes else None, packed)
+
+
+def unpack(data: bytes, dtype: np.dtype, shape: tuple[int, ...], dequantize: bool = True) -> np.ndarray | Grid:
+    """The array of a coded payload; with `dequantize=False` its codes and steps, where it is k * s and -0.
+
+    Raises:
+      ValueError: for a payload that `pack` does not write, or whose array has another checksum.
+    """
+    checksum, symbols, alphabet = _symbols(data, dtype, shape)
+    out = alphabets.read(symbols, alphabet, dtype).reshape(shape)
+    bits = alphabets.patterns(out)
+    if zlib.crc32(bits.data) != checksum or (dtype == np.bool_ and bits.max(initial=0) > 1):
+        raise ValueError("The decoded array has another checksum than the one that was stored.")
+    found, book, escapes = alphabet
+    if dequantize or found is None or escapes.size or (book << book.dtype.type(1)).any():
+        return out
+    codes = np.empty(shape, np.int16)
+    for code, part in zip(ans.chunks(codes), ans.chunks(symbols), strict=True):
+        code[:] = np.where(part < found.levels, part.astype(np.int32) + found.low, 0)
+    return Grid(codes, found.step)
+
+
+def entropy(x: np.ndarray) -> int:
+    """Bytes of an ideal order-0 code of the bit patterns, and of each distinct pattern itself; at most those of `x`.
+
+    A pattern that occurs once is no symbol: an escape stands for it.
+    """
+    _, counts = np.unique(alphabets.patterns(x), return_counts=True)
+    symbols = np.append(counts[counts > 1], np.sum(counts == 1))
+    return min(x.nbytes, math.ceil(ans.information(symbols)) + counts.size * min(x.dtype.itemsize, 8))
+
+
+def describe(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> str:
+    """How a payload stands for its array, in words."""
+    cursor = ans.Cursor(data)
+    head = _read_head(cursor, dtype, shape)
+    parts = [f"{head.grid.step.size} step{'s' * (head.grid.step.size > 1)}"] if head.grid else []
+    parts += [f"{head.book.size} values"] * bool(head.book.size) + [f"{head.escaped} others"] * bool(head.escaped)
+    return f"{' + '.join(parts)}, {symbol_codes.NAMES[cursor.take(1)[0]] if head.size > 1 else 'constant'}"
+
+
+def _head(alphabet: alphabets.Alphabet) -> bytes:
+    found, book, escapes = alphabet
+    flags = _GRID * (found is not None) | _BOOK * bool(book.size) | _ESCAPES * bool(escapes.size)
+    parts = [bytes([flags])]
+    if found:
+        zigzag = 2 * found.low if found.low >= 0 else -2 * found.low - 1
+        parts += [ans.whole(n) for n in (zigzag, found.levels, *found.step.shape)]
+        parts.append(found.step.astype("<f4").tobytes())
+    if book.size:
+        parts += [ans.whole(book.size), book.astype(book.dtype.newbyteorder("<")).tobytes()]
+    if escapes.size:
+        parts.append(ans.whole(escapes.size))
+    return b"".join(parts)
+
+
+class _Head(NamedTuple):
+    """What stands before the code."""
+
+    checksum: int
+    grid: step_search.Grid | None
+    book: np.ndarray
+    escaped: int
+    lines: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """The number of symbols."""
+        return (self.grid.levels if self.grid else 0) + self.book.size + bool(self.escaped)
+
+
+def _read_head(cursor: ans.Cursor, dtype: np.dtype, shape: tuple[int, ...]) -> _Head:
+    checksum = int.from_bytes(cursor.take(4), "little")
+    kind = np.dtype(f"u{min(dtype.itemsize, 8)}")
+    lines = alphabets.matrix(shape, math.prod(shape) * dtype.itemsize // kind.itemsize)
+    flags = cursor.take(1)[0]
+    found = _read_grid(cursor, lines) if flags & _GRID and dtype in step_search.DTYPES else None
+    book = cursor.array(cursor.whole(alphabets.LIMIT), kind).astype(kind) if flags & _BOOK else np.zeros(0, kind)
+    escaped = cursor.whole(lines[0] * lines[1]) if flags & _ESCAPES else 0
+    head = _Head(checksum, found, book, escaped, lines)
+    if not 1 <= head.size <= alphabets.LIMIT:
+        raise ValueError(f"A payload's alphabet must have 1 to {alphabets.LIMIT} symbols, got {head.size}.")
+    return head
+
+
+def _symbols(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> tuple[int, np.ndarray, alphabets.Alphabet]:
+    """Checksum, symbols and alphabet of a payload."""
+    cursor = ans.Cursor(data)
+    head = _read_head(cursor, dtype, shape)
+    symbols = symbol_codes.decode(cursor, head.lines, head.size)
+    escapes = cursor.array(head.escaped, head.book.dtype).astype(head.book.dtype)
+    if cursor.left:
+        raise ValueError(f"A payload is {cursor.left} bytes too long.")
+    return head.checksum, symbols, alphabets.Alphabet(head.grid, head.book, escapes)
+
+
+def _read_grid(cursor: ans.Cursor, lines: tuple[int, int]) -> step_search.Grid:
+    zigzag, size, blocks, columns = (cursor.whole(most) for most in (1 << 16, alphabets.LIMIT, *lines))
+    if not blocks or lines[0] % blocks or columns not in (1, lines[1]):
+        raise ValueError(f"A payload's {blocks} x {columns} steps do not fit {lines[0]} x {lines[1]} values.")
+    step = cursor.array(blocks * columns, np.float32).astype(np.float32).reshape(blocks, columns)
+    low = zigzag // 2 if zigzag % 2 == 0 else -(zigzag + 1) // 2
+    if low + size > 1 << 15 or not size:
+        raise ValueError(f"A payload's codes must end below 2^15, got {size} from {low}.")
+    return step_search.Grid(step, low, size)

@@ -1,0 +1,1 @@
+"""Transformations before the optimizer: clipping, skipping, thresholds that follow a history."""

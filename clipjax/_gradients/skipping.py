@@ -1,0 +1,111 @@
+"""Skipping whole updates: what a clip would only scale down is left out, the optimizer's state with it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipjax._arrays import trees
+from clipjax._gradients import threshold_state
+from clipjax._maths import norms
+from clipjax.typing import Tree
+
+
+class SkipState(NamedTuple):
+    """State of `skip_spikes`.
+
+    Attributes:
+      count: i32, updates so far.
+      skipped: i32, updates that were left out.
+      nonfinite: i32, those of them whose norm was not finite.
+      norm_pre: f32, the norm of the last gradient.
+      threshold: f32, the threshold of the last update.
+      rule: the state of a rule; () without one.
+      inner: the state of the inner transformation.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    skipped: jax.Array
+    nonfinite: jax.Array
+    norm_pre: jax.Array
+    threshold: jax.Array
+    rule: Any
+    inner: Any
+
+
+def skip_spikes(
+    inner: optax.GradientTransformation, threshold: Any, *, axis_name: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Leave out updates whose gradient norm exceeds a threshold or is not finite.
+
+    .. math:: u = \mathrm{inner}(g) \ \text{if}\ \lVert g \rVert_2 \le C,\ \text{else}\ 0
+
+    A skipped update is zero and leaves the inner state as it was, moments and counts included; it is counted. Members
+    that hold weights in a set belong outside, behind it: their constraints then hold after skipped updates too.
+
+    Args:
+      inner: what to skip, usually the optimizer.
+      threshold: C >= 0, a number (may be traced), a schedule count -> C, or a rule of `clipjax.thresholds`, which sees
+        the norms of skipped updates too; infinity skips only what is not finite. A rule that is fed clipped norms
+        (`zscore`, `ema_ratio`) does not recover from a lasting rise of the norm, and skips all that follows;
+        `mean_sigma`, `percentile` and `quantile_track` do.
+      axis_name: inside `shard_map`, the mesh axes to add up across, as in `clip_norm`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: for a negative or NaN threshold.
+      TypeError: for complex or integer gradients, at update.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = skip_spikes(optax.sgd(1.0), 10.0)
+      >>> params = jnp.ones(2)
+      >>> state = tx.init(params)
+      >>> for grads in (jnp.array([3.0, 4.0]), jnp.array([30.0, 40.0]), jnp.array([jnp.nan, 0.0])):
+      ...     updates, state = tx.update(grads, state, params)
+      ...     print(updates.tolist(), int(state.skipped))
+      [-3.0, -4.0] 0
+      [0.0, 0.0] 1
+      [0.0, 0.0] 2
+
+    References:
+      Levanter, `levanter.optim.skipstep`; Chowdhery et al., "PaLM", 2022, section 5.1. D3, section 5.
+    """
+    threshold_state.check(threshold)
+    inside = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Tree) -> SkipState:
+        count, skipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
+        norm, limit = jnp.zeros((), jnp.float32), jnp.asarray(jnp.inf, jnp.float32)
+        return SkipState(
+            count, skipped, nonfinite, norm, limit, threshold_state.begin(threshold, norm), inside.init(params)
+        )
+
+    def update_fn(updates: Tree, state: SkipState, params: Tree = None, **extra: Any) -> tuple[Tree, SkipState]:
+        norms.check_real(updates)
+        named = trees.governed(updates)
+        paths, leaves = [path for path, _ in named], [g for _, g in named]
+        axes = None if axis_name is None else norms.sharded_over(axis_name, paths, leaves)
+        norm = norms.norm(leaves, axes=axes).astype(jnp.float32)
+        limit, history = threshold_state.follow(threshold, state.count, norm, state.rule, zeros=False)
+        good = jnp.isfinite(norm) & (norm <= limit)
+        # selects, not a branch: they fuse with the optimizer, and a donated state stays where it is
+        emitted, new_inner = inside.update(updates, state.inner, params, **extra)
+        emitted = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), emitted)
+        new_inner = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_inner, state.inner)
+        return emitted, SkipState(
+            optax.safe_increment(state.count),
+            state.skipped + (~good).astype(jnp.int32),
+            state.nonfinite + (~jnp.isfinite(norm)).astype(jnp.int32),
+            threshold_state.recorded(state.norm_pre, norm),
+            threshold_state.recorded(state.threshold, limit),
+            history,
+            new_inner,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

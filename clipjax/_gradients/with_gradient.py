@@ -1,0 +1,40 @@
+"""The incoming gradient as an extra argument for every transformation of a chain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from clipjax.typing import Tree
+
+
+def with_gradient(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Hand the incoming gradient to every member of a chain as the extra argument `grad`.
+
+    Behind an optimizer a member sees updates; gradient scores need the gradient itself. A caller's own `grad=` wins.
+
+    Args:
+      inner: the whole chain.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
+
+    Example:
+      >>> import clipjax, jax.numpy as jnp, optax
+      >>> score = clipjax.scores.gradient()
+      >>> tx = with_gradient(optax.chain(optax.adam(0.1), clipjax.prune_mask(0.5, score=score)))
+      >>> params = {"kernel": jnp.ones((1, 2))}
+      >>> updates, _ = tx.update({"kernel": jnp.array([[1.0, 2.0]])}, tx.init(params), params)
+      >>> [round(x, 2) for x in optax.apply_updates(params, updates)["kernel"][0].tolist()]
+      [0.0, 0.9]
+
+    References:
+      D2, section 2.2, step 1.
+    """
+    inside = optax.with_extra_args_support(inner)
+
+    def update_fn(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        return inside.update(updates, state, params, **{"grad": updates, **extra})
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)

@@ -1,0 +1,1 @@
+"""Plain maths on arrays: selection, norms, grids, landing."""

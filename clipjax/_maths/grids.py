@@ -1,0 +1,93 @@
+"""Plain maths of a grid: rounding to codes, the codes a width allows, and steps whose multiples are exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipjax._arrays import arguments, elementwise
+
+ROUNDINGS = ("nearest", "half_away", "stochastic")
+
+
+def top(bits: Any) -> Any:
+    """The largest code of a symmetric grid: 2^(bits-1) - 1, and 1 for bits = 1, where the codes are -1 and 1."""
+    if isinstance(bits, int | np.integer):
+        return max(1, 2 ** (int(bits) - 1) - 1)
+    return jnp.maximum(jnp.left_shift(1, bits - 1) - 1, 1).astype(jnp.float32)
+
+
+def code_dtype(bits: int | None) -> Any:
+    """The narrowest integer that holds the codes."""
+    return jnp.int32 if bits is None else jnp.int8 if bits <= 8 else jnp.int16
+
+
+@elementwise.leafwise
+def ratio(x: jax.Array, step: Any) -> jax.Array:
+    """The quotient x / s as the device divides: correctly rounded on a CPU, up to two ulps off on a GPU.
+
+    A select keeps the divisor elementwise: XLA rewrites a division by a broadcast scalar as a product with its
+    reciprocal, which rounds near-ties differently.
+    """
+    return x / elementwise.where(x == x, jnp.asarray(step, x.dtype), jnp.ones_like(x))
+
+
+def codes(x: jax.Array, step: Any, bits: Any, *, rounding: str = "nearest", key: Any = None) -> jax.Array:
+    """Unlimited integer codes round(x / s), as floats; sign(x) with sign(0) = + for bits = 1, which may be traced."""
+    if bits is None or (arguments.known(bits) and bits > 1):
+        return rounded(ratio(x, step), rounding, key)
+    sign = jnp.where(x < 0, jnp.ones_like(x) * -1, jnp.ones_like(x))
+    return sign if arguments.known(bits) else jnp.where(bits == 1, sign, rounded(ratio(x, step), rounding, key))
+
+
+def rounded(ratio: jax.Array, rounding: str, key: Any) -> jax.Array:
+    """Whole numbers near the given ones."""
+    if rounding == "half_away":
+        return jax.lax.round(ratio, jax.lax.RoundingMethod.AWAY_FROM_ZERO)
+    if rounding == "stochastic":
+        return jnp.floor(ratio + jax.random.uniform(key, ratio.shape, ratio.dtype))
+    return jax.lax.round(ratio, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def short(step: jax.Array, bits: Any) -> jax.Array:
+    """Keep 23 - bits significant bits, toward zero, so that codes * s and their differences are exact in f32."""
+    raw = jax.lax.bitcast_convert_type(step.astype(jnp.float32), jnp.uint32)
+    drop = jnp.asarray(1 + bits, jnp.uint32)
+    return jax.lax.bitcast_convert_type((raw >> drop) << drop, jnp.float32)
+
+
+def share(whole: jax.Array, parts: Any, bits: Any) -> jax.Array:
+    """The largest short step of which so many do not exceed `whole`; the quotient itself may round to more."""
+    step = short(whole / parts, bits)
+    below = jax.lax.bitcast_convert_type(step, jnp.uint32) - (jnp.uint32(1) << jnp.asarray(1 + bits, jnp.uint32))
+    return jnp.where(step * parts > whole, short(jax.lax.bitcast_convert_type(below, jnp.float32), bits), step)
+
+
+@elementwise.leafwise
+def multiples(limit: jax.Array, step: jax.Array) -> jax.Array:
+    """The largest whole k with k * s <= limit, exact where k * s is; 0 for limit < 0."""
+    k = jnp.floor(limit / step)  # may be one off: XLA may take it as a product, hardware may round it
+    k = jnp.where((k + 1) * step <= limit, k + 1, k)
+    return jnp.maximum(jnp.where(k * step > limit, k - 1, k), 0)
+
+
+def ends(step: jax.Array, bits: Any, below: jax.Array, above: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many levels lie on both sides of zero in [-below, above], cut at both ends to what the width has.
+
+    Never beyond zero: a side that has none gives none.
+    """
+    low, high = multiples(below, step), multiples(above, step)
+    surplus = jnp.maximum(low + high - 2 * jnp.asarray(top(bits), low.dtype), 0)
+    cut = jnp.minimum(jnp.maximum(jnp.floor(surplus / 2), surplus - high), low)
+    return low - cut, high - (surplus - cut)
+
+
+def check_rounding(rounding: str, key: Any) -> None:
+    """Check a rounding and the key that one of them needs."""
+    arguments.choice(rounding, "rounding", ROUNDINGS)
+    if rounding == "stochastic":
+        remedy = "Pass `key=jax.random.key(0)`."
+        arguments.require(key is not None, "key", "be given for stochastic rounding", key, remedy)

@@ -1,0 +1,88 @@
+"""Intervals [lo, hi]: how a bound is read, rounded inwards to a dtype, and applied to an array."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipjax._arrays import arguments, dtypes, elementwise
+
+
+def clamp(x: jax.Array, bound: Any) -> jax.Array:
+    """Limit every entry to [-T, T], or to [lo, hi].
+
+    D3's weight clipping: w -> T sign(w) if |w| > T, else w. The bound is rounded into the interval where the
+    dtype of `x` cannot hold it.
+
+    Args:
+      x: float array of any shape.
+      bound: T >= 0, or a pair (lo, hi); scalars or arrays that broadcast to `x`.
+
+    Returns:
+      An array like `x`; NaN stays NaN.
+
+    Raises:
+      ValueError: for a negative or NaN bound, lo > hi, or an interval without a value of the dtype of `x`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> clamp(jnp.array([-3.0, 0.5, 3.0]), 1.0).tolist()
+      [-1.0, 0.5, 1.0]
+
+    References:
+      D3, section 3, step 4.
+    """
+    x = jnp.asarray(x)
+    low, high = inside(bound, x.dtype)
+    return limit(x, low, high)
+
+
+@elementwise.leafwise
+def limit(x: jax.Array, low: Any, high: Any) -> jax.Array:
+    """The entries limited to [low, high], NaN as it is; two selects, where min and max would each test for NaN."""
+    low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
+    x = elementwise.where(x > high, high, x)
+    return elementwise.where(x < low, low, x)
+
+
+def interval(bound: Any) -> tuple[Any, Any]:
+    """The interval that a bound means: (-T, T) for a number T, a pair as it is, checked where known."""
+    if isinstance(bound, tuple | list):
+        arguments.require(len(bound) == 2, "bound", "be a number or a pair (lo, hi)", bound, "Give T or (lo, hi).")
+        low, high = bound
+        for end in (low, high):
+            if arguments.known(end):
+                ok = not np.any(np.isnan(np.asarray(end, np.float64)))
+                arguments.require(ok, "bound", "not hold NaN", bound, "Give numbers, lo <= hi.")
+        if arguments.known(low) and arguments.known(high):
+            ordered = np.all(np.asarray(low, np.float64) <= np.asarray(high, np.float64))
+            arguments.require(ordered, "bound", "have lo <= hi", bound, "Swap the two ends.")
+        return low, high
+    arguments.non_negative(bound, "bound", "|w| <= bound needs a bound of at least 0.")
+    return -bound if not isinstance(bound, jax.Array | np.ndarray) else -jnp.asarray(bound), bound
+
+
+def inside(bound: Any, dtype: Any) -> tuple[Any, Any]:
+    """The ends of the interval, rounded inwards where they fall between two values of `dtype`."""
+    low, high = interval(bound)
+    ends = toward(low, dtype, up=True), toward(high, dtype, up=False)
+    if arguments.known(low) and arguments.known(high):
+        remedy = f"No value of {jnp.dtype(dtype).name} lies inside; widen the interval."
+        arguments.require(np.all(ends[0] <= ends[1]), "bound", "hold a value of the leaf's dtype", bound, remedy)
+    return ends
+
+
+def toward(end: Any, dtype: Any, *, up: bool) -> Any:
+    """`end`, read as f32 (f64 for f64 leaves), rounded up or down to a value that `dtype` holds."""
+    xp: Any = np if arguments.known(end) else jnp
+    wide = dtypes.wide(dtype)
+    exact = xp.asarray(end).astype(wide)
+    if wide == dtype:
+        return exact
+    near = exact.astype(dtype).astype(wide) if xp is np else dtypes.narrowed(exact, dtype)
+    off = near < exact if up else near > exact
+    other = xp.nextafter(near.astype(dtype), xp.asarray(np.inf if up else -np.inf).astype(dtype))
+    return xp.where(off, other.astype(wide), near)

@@ -1,0 +1,50 @@
+"""Landing: the updates after which `optax.apply_updates` gives exactly the wanted values.
+
+`jax.lax.select` where nothing is broadcast: `jnp.where` is a call in the program, which takes time to compile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipjax._arrays import elementwise
+
+
+@elementwise.leafwise
+def land(p: jax.Array, q: jax.Array) -> jax.Array:
+    """The update u for which p + u is q in floating point, or the nearest value toward zero where none is found.
+
+    u = q - p is the float nearest to the exact difference, so no other u comes closer; it is exact for q = 0, for
+    q/2 <= p <= 2q (Sterbenz) and between levels of a short step. Where p + u still rounds to beyond q, u moves by one
+    unit in its last place: p + u then stays on the side of q, and |p + u| <= |q| holds always. A weight that must move
+    by more than itself may so land inside the set, and on its value at the next update. Infinity and NaN pass.
+    """
+    kind = jnp.dtype(f"uint{8 * p.dtype.itemsize}")
+    u = q - p
+    # p + u is 0 or has the sign of q, so that the larger one has the larger bits
+    move, reached, wanted = (jax.lax.bitcast_convert_type(x, kind) for x in (u, p + u, q))
+    apart = jax.lax.shift_right_arithmetic(move ^ wanted, kind.type(8 * kind.itemsize - 1))  # all ones: u must grow
+    inward = jax.lax.bitcast_convert_type(move - (apart | kind.type(1)), u.dtype)
+    return jax.lax.select(reached > wanted, inward, u)
+
+
+@elementwise.leafwise
+def land_or_stay(p: jax.Array, q: jax.Array) -> jax.Array:
+    """`land`, and 0 where both are the same infinity, whose difference is no number."""
+    return jax.lax.select((p == q) & (jnp.abs(p) == jnp.inf), jnp.zeros_like(p), land(p, q))
+
+
+@elementwise.leafwise
+def changed(u: jax.Array, p: jax.Array, landed: jax.Array, new: jax.Array, q: jax.Array) -> jax.Array:
+    """The update as it came where P changes nothing, and where the target is not finite."""
+    return jax.lax.select((new != landed) & jnp.isfinite(landed), land(p, q), u)
+
+
+@elementwise.leafwise
+def emptied(active: Any, u: jax.Array, p: jax.Array, landed: jax.Array, kept: jax.Array) -> jax.Array:
+    """`changed` where all that P does is to set entries to 0: u = -p is exact at once."""
+    gone = ~kept if active is None else ~kept & active
+    return jax.lax.select(gone & jnp.isfinite(landed), -p, u)

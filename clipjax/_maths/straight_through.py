@@ -1,0 +1,108 @@
+"""Quantization in the forward pass, for those who keep float params and quantize in the loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipjax._arrays import arguments, dtypes
+from clipjax._maths import blocks, grids, intervals
+
+GRADIENTS = ("straight_through", "clipped", "lsq")
+
+
+def fake_quant(
+    x: jax.Array,
+    step: Any,
+    bits: int | None = None,
+    *,
+    zero_point: Any = 0,
+    rounding: str = "nearest",
+    key: Any = None,
+    gradient: str = "straight_through",
+) -> jax.Array:
+    r"""Values on a grid, with a gradient as if rounding were the identity.
+
+    .. math:: Q(x) = s \left(\mathrm{clip}(\mathrm{round}(x/s) + z, -n, n) - z\right),\quad n = 2^{b-1} - 1
+
+    It is what `fake_quantize(inner=optimizer)` does to params, in the form of a function: of weights inside a loss, or
+    of activations (D0's other reading of a node). The gradient with respect to x is that of the output,
+
+    - "straight_through": everywhere;
+    - "clipped": where x rounds to a level, 0 where it is clipped to the outermost (torch's rule); for one bit where
+      \|x\| <= s;
+    - "lsq": where x is between the outermost levels, and the step is a parameter too, with the gradient
+      :math:`\frac{1}{\sqrt{N n}} \sum g\,d`, :math:`d = \mathrm{round}(x/s) - x/s` inside, the outermost level in
+      units of s outside, N being the number of values that share the step. Start from
+      :math:`s = 2\,\mathrm{mean}|x| / \sqrt n`.
+
+    Args:
+      x: float array of any shape.
+      step: s > 0, a scalar or an array that broadcasts to `x`, also block by block; may be traced.
+      bits: b, 1 to 16; None for unbounded codes (D4's formula). One bit is {-s, s}. Static.
+      zero_point: z, an integer or an array like `step`.
+      rounding: "nearest" (halves to even), "half_away" or "stochastic".
+      key: a PRNG key, for "stochastic" only.
+      gradient: "straight_through", "clipped" or "lsq". Static.
+
+    Returns:
+      An array like `x`; entries that are not finite pass.
+
+    Raises:
+      ValueError: for bits outside 1 to 16, a step that is not positive and finite, an unknown rounding or gradient, or
+        "lsq" without bits.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> fake_quant(jnp.array([0.6, 9.0]), 0.5, bits=2).tolist()
+      [0.5, 0.5]
+      >>> jax.grad(lambda x: fake_quant(x, 0.5, bits=2, gradient="clipped").sum())(jnp.array([0.6, 9.0])).tolist()
+      [1.0, 0.0]
+      >>> jax.grad(lambda x: fake_quant(x, 0.5, bits=2).sum())(jnp.array([0.6, 9.0])).tolist()
+      [1.0, 1.0]
+
+    References:
+      D4, section 2.2; D0, section 2.2, step 3. Bengio et al., 2013, https://arxiv.org/abs/1308.3432. Esser et al.,
+      "Learned Step Size Quantization", 2020, https://arxiv.org/abs/1902.08153.
+    """
+    arguments.check_step(step)
+    grids.check_rounding(rounding, key)
+    arguments.choice(gradient, "gradient", GRADIENTS)
+    if bits is not None:
+        arguments.bits(bits)
+    remedy = "A step is learned for a grid that has ends: give the width."
+    arguments.require(bits is not None or gradient != "lsq", "bits", "be given for a learned step", bits, remedy)
+    x = jnp.asarray(x)
+    wide = dtypes.widened(x)
+    step = jnp.asarray(step, wide.dtype)
+    fixed, by = jax.lax.stop_gradient((wide, step))
+    s, zero = (blocks.spread(jnp.asarray(v), x.shape).astype(wide.dtype) for v in (by, zero_point))
+    code = grids.codes(fixed, s, bits, rounding=rounding, key=key)
+    most = math.inf if bits is None else float(grids.top(bits))
+    limited = intervals.limit(code, -most - zero, most - zero)
+    level = jnp.where(jnp.isfinite(fixed), limited * s, fixed)
+    at = grids.ratio(fixed, s) if gradient == "lsq" or bits == 1 else code
+    outside = at != intervals.limit(at, -most - zero, most - zero)
+    slope = jnp.where(outside & (gradient != "straight_through"), 0, jnp.ones_like(fixed))
+    if gradient == "lsq":
+        pull = jnp.where(outside, limited, limited - grids.ratio(fixed, s)) / math.sqrt(
+            x.size / max(step.size, 1) * most
+        )
+        return _surrogate(level, wide, blocks.spread(step, x.shape), slope, pull).astype(x.dtype)
+    return _surrogate(level, wide, s, slope, jnp.zeros_like(s)).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _surrogate(level: jax.Array, x: jax.Array, step: jax.Array, slope: jax.Array, pull: jax.Array) -> jax.Array:
+    """The level, with the given derivatives after x and the step."""
+    return level
+
+
+@_surrogate.defjvp
+def _surrogate_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    level, _, _, slope, pull = primals
+    _, dx, ds, _, _ = tangents
+    return level, slope * dx + jnp.broadcast_to(pull * ds, level.shape)

@@ -1,0 +1,1 @@
+"""What belongs together in a model: groups of units, shrinking."""

@@ -1,0 +1,1 @@
+"""Reports on states and params."""

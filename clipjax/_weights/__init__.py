@@ -1,0 +1,1 @@
+"""Transformations after the optimizer: projecting, clamping, pruning, quantizing."""

@@ -1,0 +1,99 @@
+"""Weight clipping after the optimizer: parameters that stay within a bound."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipjax import selections
+from clipjax._arrays import arguments, elementwise, trees
+from clipjax._maths import intervals
+from clipjax._weights import projecting
+from clipjax.typing import Context, PerLeaf, Projection, Selection, Tree, Where
+
+
+class ClampState(NamedTuple):
+    """State of `clamp_weights` inside its `ProjectState`.
+
+    Attributes:
+      bound: f32[2], the interval of the last update; NaN before the first one and where it differs by leaf.
+    """
+
+    bound: jax.Array
+
+
+def clamp_weights(
+    bound: Any,
+    *,
+    when: str = "after",
+    select: Selection | None = None,
+    where: Where | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Hold weights within a bound: :math:`w \leftarrow T\,\mathrm{sign}(w)` if :math:`|w| > T` (D3).
+
+    Args:
+      bound: T >= 0, a pair (lo, hi), a schedule count -> either, or `per_leaf`. Numbers may be traced. Read as f32; in
+        narrower dtypes rounded into the interval. An interval without 0 may be missed at its end nearer to 0, by half a
+        unit in the last place of the weight before.
+      when: "after" the update, |w| <= T holds exactly after `optax.apply_updates`; "before" it, D3's order, the update
+        is added to the clamped weight and may leave the interval again.
+      select: which entries may be clamped, redrawn at every update; all by default.
+      where: `where(path, leaf) -> bool`; every float leaf by default.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`; its updates are f32 where parameters are narrower.
+
+    Raises:
+      ValueError: for a negative or NaN bound, lo > hi, an unknown `when`, at init for an interval that holds no value
+        of a leaf's dtype, and at update where `params` are missing.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = optax.chain(optax.sgd(1.0), clamp_weights(1.0))
+      >>> params = jnp.array([0.9, -5.0])
+      >>> updates, _ = tx.update(jnp.array([-0.3, 0.0]), tx.init(params), params)
+      >>> optax.apply_updates(params, updates).tolist()
+      [1.0, -1.0]
+
+    References:
+      D3, section 3, step 4.
+    """
+    arguments.choice(when, "when", ("after", "before"))
+    select = selections.everything() if select is None else select
+    selections.check(select)
+    if not callable(bound) and not isinstance(bound, PerLeaf):
+        intervals.interval(bound)
+
+    def ends(path: str, leaf: Any, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value = arguments.resolve(bound, path, leaf)
+        return intervals.inside(arguments.schedule(value)(count), leaf.dtype)
+
+    def init_fn(params: Tree) -> ClampState:
+        if not callable(bound):
+            trees.map_with_path(lambda path, p: ends(path, p, jnp.zeros((), jnp.int32)), params)
+        return ClampState(jnp.full((2,), jnp.nan, jnp.float32))
+
+    def apply_fn(target: Tree, state: ClampState, context: Context) -> tuple[Tree, ClampState]:
+        def limit(path: str, w: jax.Array, chosen: jax.Array, p: jax.Array) -> jax.Array:
+            low, high = (end.astype(w.dtype) for end in ends(path, p, context.count))
+            old = w if when == "after" else p.astype(w.dtype)
+            cut = intervals.limit(old, low, high)
+            # before: the update is added to the clamped weight
+            new = cut if when == "after" else elementwise.where(cut != old, cut + (w - old), w)
+            return elementwise.where(chosen, new, w)
+
+        chosen = selections.choose(select, target, None, context.count)
+        new = trees.map_with_path(limit, target, chosen, context.params)
+        return new, ClampState(_recorded(bound, context.count))
+
+    return projecting.project(Projection(init_fn, apply_fn), where=where)
+
+
+def _recorded(bound: Any, count: jax.Array) -> jax.Array:
+    if isinstance(bound, PerLeaf):
+        return jnp.full((2,), jnp.nan, jnp.float32)
+    low, high = intervals.interval(arguments.schedule(bound)(count))
+    return jnp.stack([jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)])

@@ -1,0 +1,92 @@
+"""`python -m clipjax`: what it prints, and that files come back through plain safetensors and Orbax bit for bit."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint
+import pytest
+import safetensors.numpy
+
+import clipjax
+from clipjax import __main__
+
+RNG = np.random.default_rng(0)
+SPARSE = np.where(RNG.random((200, 100)) < 0.9, 0, np.rint(3 * RNG.normal(size=(200, 100))) + 0.0).astype(np.float32)
+NET = {"head": {"bias": RNG.normal(size=5).astype(np.float32), "kernel": SPARSE / 4}, "scale": np.float32(2)}
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.shape, x.dtype, x.tobytes()) == (y.shape, y.dtype, y.tobytes())
+
+
+def test_inspect_has_a_row_for_every_leaf(tmp_path, capsys):
+    path = tmp_path / "net"
+    clipjax.save(path, NET)
+    assert __main__.main(["inspect", str(path)]) == 0
+    printed = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in printed.splitlines()}
+    assert list(rows) == ["path", "head/bias", "head/kernel", "scale", "header", "total"]
+    assert "float32[200,100]" in rows["head/kernel"] and "1 step, order 0" in rows["head/kernel"]
+    assert str(path.stat().st_size) in rows["total"] and rows["head/bias"].endswith("raw")
+
+
+def test_inspect_runs_as_a_module(tmp_path):
+    clipjax.save(tmp_path / "net", NET)
+    command = [sys.executable, "-m", "clipjax", "inspect", str(tmp_path / "net")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0 and "head/kernel" in done.stdout
+
+
+def test_plain_safetensors_there_and_back(tmp_path, capsys):
+    plain, small, back = (str(tmp_path / name) for name in ("plain.safetensors", "small", "back.safetensors"))
+    arrays = {"a.weight": SPARSE, "block/b": np.arange(6).reshape(2, 3), "empty": np.zeros((0, 4)), "~1": np.ones(2)}
+    safetensors.numpy.save_file(arrays, plain)
+    assert __main__.main(["compress", plain, small]) == 0
+    assert os.path.getsize(small) < os.path.getsize(plain) / 8
+    same(clipjax.load(small)["block"]["b"], arrays["block/b"])
+    assert __main__.main(["expand", small, back]) == 0
+    same(safetensors.numpy.load_file(back), safetensors.numpy.load_file(plain))
+    assert __main__.main(["inspect", plain]) == 0
+    assert "a.weight" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_orbax_there_and_back(tmp_path):
+    checkpoint, small, back = (str(tmp_path / name) for name in ("checkpoint", "small", "back"))
+    net = jax.tree.map(jnp.asarray, NET)
+    orbax.checkpoint.PyTreeCheckpointer().save(checkpoint, net)
+    assert __main__.main(["compress", checkpoint, small]) == 0
+    same(clipjax.load(small), net)
+    assert __main__.main(["expand", small, back]) == 0
+    same(orbax.checkpoint.PyTreeCheckpointer().restore(back), net)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "nothing"], "No such file"),
+        (["compress", "net", "out"], "small already"),
+        (["expand", "int4", "out.safetensors"], "no name for int4"),
+        (["expand", "net", "out.safetensors", "--max-bytes", "10"], "must allow for all leaves, got 10"),
+        (["expand", "text", "out.safetensors"], "no safetensors file"),
+        (["expand", "plain.safetensors", "out.safetensors"], "clipjax compress"),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    clipjax.save("net", NET)
+    clipjax.save("int4", {"x": jnp.arange(5).astype(jnp.int4)})
+    safetensors.numpy.save_file({"a": SPARSE}, "plain.safetensors")
+    (tmp_path / "text").write_text("some text, no header")
+    before = sorted(os.listdir())
+    assert __main__.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert words in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert sorted(os.listdir()) == before

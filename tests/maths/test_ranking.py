@@ -1,0 +1,167 @@
+"""Exact selection without a sort: counts and ties on adversarial inputs, against NumPy's lexsort."""
+
+import fractions
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipjax._maths import counts, ranking
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+SHAPES = ((13,), (4, 5), (2, 3, 2), ())
+SIZES = [int(np.prod(shape)) for shape in SHAPES]
+F32 = np.finfo(np.float32)
+PALETTE = [0.0, -0.0, 1.0, -1.0, 2.5, np.inf, -np.inf, np.nan, F32.max, F32.tiny, -F32.tiny, 1 + F32.eps, 1.5, -7.0]
+
+
+def reference(arrays, counts):
+    """The `counts` lowest are gone, NaN first; of equals the earlier is kept. An int pools, a list counts for each."""
+    if not isinstance(counts, int):
+        return [reference([x], int(k))[0] for x, k in zip(arrays, counts, strict=True)]
+    flat = np.concatenate([np.ravel(x) for x in arrays]).astype(np.float64)
+    number = np.where(np.isnan(flat), -1, 0)
+    keep = np.ones(flat.size, bool)
+    keep[np.lexsort((-np.arange(flat.size), np.where(np.isnan(flat), 0, flat), number))[:counts]] = False
+    parts = np.split(keep, np.cumsum([np.size(x) for x in arrays])[:-1])
+    return [m.reshape(np.shape(x)) for m, x in zip(parts, arrays, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames=("pooled", "devices"))
+def masks(arrays, counts, pooled, devices):
+    """`devices` only keeps the compiled functions apart."""
+    return ranking.keep([ranking.order(x) for x in arrays], counts, pooled=pooled)
+
+
+def check(arrays, counts, devices=8):
+    pooled = isinstance(counts, int)
+    ks = jnp.asarray(np.full(len(arrays), counts) if pooled else counts, jnp.uint32)
+    got = masks([jnp.asarray(x, jnp.float32) for x in arrays], ks, pooled, devices)
+    for g, e in zip(got, reference(arrays, counts), strict=True):
+        np.testing.assert_array_equal(g, e)
+
+
+def filled(values):
+    return [np.resize(np.asarray(values, np.float32), shape) for shape in SHAPES]
+
+
+@pytest.fixture(params=["one-device", "devices"])
+def devices(request, monkeypatch):
+    """Both ways to count: in one pass where there is one device, in sums where there are several."""
+    if request.param == "one-device":
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1.0], [0.0, -0.0], [np.nan], [np.inf, -np.inf], PALETTE, np.arange(46.0), -np.arange(46.0), [1, 1 + F32.eps]],
+    ids=["equal", "zeros", "nan", "infinite", "palette", "rising", "falling", "ulp"],
+)
+def test_keep_adversarial(values, devices):
+    total = sum(SIZES)
+    for k in (0, 1, 17, total - 1, total):
+        check(filled(values), k, devices)
+    check(filled(values), [5, 20, 0, 1], devices)
+    check(filled(values), [0, 1, 11, 0], devices)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    values=st.lists(
+        st.one_of(st.sampled_from(PALETTE), st.floats(width=32, allow_subnormal=False)), min_size=1, max_size=46
+    ),
+    k=st.integers(0, sum(SIZES)),
+    each=st.tuples(*(st.integers(0, n) for n in SIZES)),
+)
+def test_keep_matches_lexsort(values, k, each):
+    arrays = filled(values)
+    check(arrays, k)
+    check(arrays, list(each))
+
+
+def test_keep_denormals_compare_like_zero_or_like_themselves():
+    """A device may flush them; the count is exact either way, and no normal number goes first."""
+    x = np.array([1e-40, 0.0, 1e-45, F32.tiny, -1e-40, 1.0], np.float32)
+    for k in range(7):
+        (mask,) = jax.jit(lambda x, k: ranking.keep([ranking.order(x)], k[None], pooled=True))(x, jnp.uint32(k))
+        assert int((~mask).sum()) == k
+        assert k > 4 or (bool(mask[3]) and bool(mask[5]))
+
+
+def test_keep_one_element():
+    for value in (0.0, np.nan, -np.inf):
+        for k in (0, 1):
+            check([np.float32(value)], k)
+
+
+def test_keep_many_elements_matches_partition():
+    x = np.random.default_rng(0).normal(size=(100, 1000)).astype(np.float32)
+    (mask,) = masks([jnp.asarray(x)], jnp.array([90_000], jnp.uint32), True, 8)
+    np.testing.assert_array_equal(mask, x >= np.partition(x.ravel(), 90_000)[90_000])
+
+
+def test_order_is_the_order_of_floats():
+    x = np.sort(np.random.default_rng(1).normal(size=500).astype(np.float32) ** 9)
+    x = np.concatenate([[-np.inf], x, [np.inf]]).astype(np.float32)
+    keys = np.asarray(ranking.order(jnp.asarray(x)))
+    assert (np.diff(keys.astype(np.int64))[np.diff(x) > 0] > 0).all()
+    zero, minus, nan, gone = ranking.order(jnp.array([0.0, -0.0, np.nan, 5.0]), gone=jnp.arange(4) == 3)
+    assert zero == minus and gone < nan < keys[0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
+def test_order_of_narrow_and_integer_scores(dtype):
+    x = jnp.array([3, 1, 2, -4]).astype(dtype)
+    assert list(np.argsort(np.asarray(ranking.order(x)))) == [3, 1, 2, 0]
+
+
+def test_protected_keys_are_not_open_and_stay():
+    keys = [ranking.order(jnp.array([1.0, 2.0, 3.0, 4.0]))]
+    keys = [ranking.protect(keys[0], jnp.array([True, False, False, True]))]
+    assert int(ranking.open_count(keys)[0]) == 2
+    (mask,) = ranking.keep(keys, jnp.array([2], jnp.uint32), pooled=True)
+    np.testing.assert_array_equal(mask, [True, False, False, True])
+
+
+def test_index_is_row_major():
+    for shape in ((7,), (3, 4), (2, 3, 5), ()):
+        np.testing.assert_array_equal(ranking._index(shape), np.arange(int(np.prod(shape))).reshape(shape))
+
+
+def exact_share(fraction, n):
+    """Round of the exact product, halves to even."""
+    return round(fractions.Fraction(float(np.float32(fraction))) * n)
+
+
+SHARE = jax.jit(counts.of_fraction)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    fraction=st.one_of(
+        st.floats(0, 1, width=32, exclude_max=True),
+        st.builds(lambda a, b: a / 2**b, st.integers(0, 255), st.integers(8, 40)),
+    ),
+    n=st.one_of(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3, 5, 10, 2**31, 2**32 - 1, 10**7])),
+)
+def test_share_traced_is_exact(fraction, n):
+    if 0 < fraction < F32.tiny:
+        fraction = 0.0  # a device may flush denormals; n of them are no entry
+    assert int(SHARE(jnp.float32(fraction), jnp.uint32(n))) == exact_share(fraction, n)
+
+
+def test_share_traced_out_of_range_and_nan_stay_in_range():
+    got = [int(SHARE(jnp.float32(f), jnp.uint32(10))) for f in (-1.0, np.nan, 1.0, 5.0, 0.25, 0.35)]
+    assert got == [0, 0, 10, 10, 2, exact_share(0.35, 10)]
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 7, 10**6])
+@pytest.mark.parametrize("fraction", [0, 0.1, 0.25, 0.5, 0.7, 0.9, np.float32(0.3)])
+def test_share_static_is_pythons_round(n, fraction):
+    assert int(counts.of_fraction(fraction, n)) == round(float(fraction) * n)
