@@ -5,7 +5,7 @@ from clipjax._files.saving import load, pack, save, unpack
 from clipjax._gradients.clipping import clip, clip_norm
 from clipjax._gradients.skipping import skip_spikes
 from clipjax._gradients.with_gradient import with_gradient
-from clipjax._maths.integers import dequantize, quantize, round_to_step
+from clipjax._maths.integers import Quantized, dequantize, quantize, round_to_step
 from clipjax._maths.intervals import clamp
 from clipjax._maths.straight_through import fake_quant
 from clipjax._programs.shrinking import Shrunk, shrink
@@ -15,7 +15,7 @@ from clipjax._weights.clamping import clamp_weights
 from clipjax._weights.masks import make_mask
 from clipjax._weights.projecting import project
 from clipjax._weights.pruning import prune_mask
-from clipjax._weights.quantizing import Quantized, fake_quantize, quantized
+from clipjax._weights.quantizing import fake_quantize, quantized
 from clipjax.scores import snip, synflow
 from clipjax.steps import choose_step
 from clipjax.typing import Context, Projection, Rule

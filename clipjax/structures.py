@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from clipjax._arrays import arguments, sharding, trees
 from clipjax._maths import blocks
 from clipjax._programs import groups as grouping
-from clipjax.typing import Structure, Tree
+from clipjax.typing import Groups, Structure, Tree
 
 
 def _leafwise(
@@ -131,7 +131,7 @@ def block(height: int, width: int) -> Structure:
     return _leafwise(reduce, _has_axis(-2), expand)
 
 
-def unit(axis: int = -1, reduce: str = "mean", min_keep: int = 1, groups: grouping.Groups | None = None) -> Structure:
+def unit(axis: int = -1, reduce: str = "mean", min_keep: int = 1, groups: Groups | None = None) -> Structure:
     """Whole units: all weights that share an index of `axis`, e.g. a neuron's or an output channel's incoming weights.
 
     Sparsity counts units. A unit's score is the mean of its entries'.
@@ -190,7 +190,7 @@ def unit(axis: int = -1, reduce: str = "mean", min_keep: int = 1, groups: groupi
     return _leafwise(reduce_unit, _has_axis(axis), min_keep=int(min_keep))
 
 
-def _grouped(groups: grouping.Groups, reduce: str, min_keep: int) -> Structure:
+def _grouped(groups: Groups, reduce: str, min_keep: int) -> Structure:
     """Units that several leaves share."""
     groups = grouping.of_params(groups)
     names = {path for group in groups for path in group}

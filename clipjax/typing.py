@@ -1,23 +1,43 @@
-"""Names for the shapes of things that travel through the library."""
+"""What may be passed to clipjax: names for kinds of arguments, and the interfaces of which users write their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 
 Tree: TypeAlias = Any
 """A pytree of arrays; leaves that a transformation does not govern are None."""
 
-Where: TypeAlias = Callable[[str, Any], bool]
-"""`where(path, leaf) -> bool` picks leaves."""
+State: TypeAlias = Any
+"""A pytree of arrays that belongs to whoever made it."""
+
+Leaf: TypeAlias = jax.Array | jax.ShapeDtypeStruct
+"""An array, or at init under `jax.eval_shape` its shape and dtype."""
+
+Number: TypeAlias = float | int | np.number | jax.Array
+"""A number; arrays may be traced, which makes one `vmap` a sweep."""
+
+Count: TypeAlias = int | np.integer | jax.Array
+"""A number of updates; arrays may be traced."""
+
+Schedule: TypeAlias = Callable[[jax.Array], jax.typing.ArrayLike]
+"""`schedule(count) -> value`, as in Optax; a bare callable always means a schedule."""
+
+Where: TypeAlias = Callable[[str, Leaf], bool]
+"""`where(path, leaf) -> bool` picks leaves; a path reads `"encoder/lin/kernel"`."""
 
 
 class PerLeaf(NamedTuple):
-    """A static value that differs by leaf; see `per_leaf`."""
+    """A static value that differs by leaf; `clipjax.per_leaf` makes one.
 
-    fn: Callable[[str, Any], Any]
+    Attributes:
+      fn: `fn(path, leaf) -> value`.
+    """
+
+    fn: Callable[[str, Leaf], Any]
 
 
 class Rule(NamedTuple):
@@ -180,3 +200,28 @@ class Rounding(NamedTuple):
     """
 
     soften: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+Threshold: TypeAlias = Number | Schedule | Rule
+"""What a norm or an entry is limited to: a number C >= 0, a schedule of it, or a rule that follows the history."""
+
+Bound: TypeAlias = Number | tuple[Number, Number] | Schedule | PerLeaf
+"""An interval for weights: T >= 0 for [-T, T], a pair (lo, hi), a schedule of either, or `per_leaf`."""
+
+Sparsity: TypeAlias = Number | Schedule | PerLeaf | Tree | None
+"""A fraction of zeros in [0, 1): a number, a schedule, `per_leaf`, or a tree of fractions by path."""
+
+Bits: TypeAlias = int | np.integer | PerLeaf | Width | Tree | None
+"""A bit width, 1 to 16: a number, `per_leaf`, a tree from `choose_bits`, or a rule; None for unbounded codes."""
+
+StepSize: TypeAlias = Number | Step
+"""The distance of two levels: a number s > 0, or a rule of `clipjax.steps`."""
+
+Axis: TypeAlias = int | tuple[int, ...] | None
+"""The axis or axes that keep a step of their own; None for one step in all."""
+
+RoundingMode: TypeAlias = Literal["nearest", "half_away", "stochastic"] | Rounding
+"""How a quotient becomes a whole number: a name, or a rule of `clipjax.roundings` that hardens with time."""
+
+Groups: TypeAlias = Sequence[Mapping[str, int | tuple[int, ...]]]
+"""Leaves that share units: dicts path -> axis, or a tuple of axes; the first leaf of each dict owns its units."""

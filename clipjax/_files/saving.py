@@ -12,7 +12,7 @@ import numpy as np
 
 from clipjax._arrays import arguments
 from clipjax._files import container, layouts, leaf_codec, leaf_entries
-from clipjax._weights.quantizing import Quantized
+from clipjax._maths.integers import Quantized
 from clipjax.typing import Tree
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +11,37 @@ import jax.numpy as jnp
 
 from clipjax._arrays import arguments, dtypes
 from clipjax._maths import blocks, grids
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "step", "zero_point"),
+    meta_fields=("bits", "axis", "group", "format"),
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """The integers of one leaf: weight = (code - zero_point) * step, unless a format says otherwise.
+
+    A pytree: `codes`, `step` and `zero_point` are arrays, the others are static, so that a function of it can ask
+    `q.bits <= 4` inside jit. `dequantize(q)` gives the values.
+
+    Attributes:
+      codes: i8 up to 8 bits, i16 up to 16, i32 for unbounded codes; the shape of the weight.
+      step: f32, broadcasts to the weight, block by block where there are groups.
+      zero_point: i32, the code of 0, a scalar 0 on symmetric grids, else of the shape of `step`.
+      bits: the width, None for unbounded codes.
+      axis: the axis or axes with a step of their own, or None.
+      group: the size of groups along the input axis, or None.
+      format: the name of the format that decodes the codes, or None for the formula above.
+    """
+
+    codes: jax.Array
+    step: jax.Array
+    zero_point: jax.Array
+    bits: int | None
+    axis: int | tuple[int, ...] | None
+    group: int | None
+    format: str | None = None
 
 
 def round_to_step(x: jax.Array, step: Any, *, rounding: str = "nearest", key: Any = None) -> jax.Array:
@@ -96,23 +129,37 @@ def quantize(
     return jnp.clip(whole, -limit, limit).astype(grids.code_dtype(bits))
 
 
-def dequantize(codes: jax.Array, step: Any, dtype: Any = jnp.float32, *, zero_point: Any = 0) -> jax.Array:
+def dequantize(
+    codes: jax.Array | Quantized, step: Any = None, dtype: Any = jnp.float32, *, zero_point: Any = 0
+) -> jax.Array:
     """The values that codes stand for: (code - z) * s, computed in f32 and rounded once to `dtype`.
 
     Args:
-      codes: integer array from `quantize`.
-      step: s, a scalar or an array that broadcasts to `codes`, also block by block.
+      codes: integer array from `quantize`, or a `Quantized`, which has its own step and zero point.
+      step: s, a scalar or an array that broadcasts to `codes`, also block by block; left out for a `Quantized`.
       dtype: the float dtype to return.
       zero_point: z, the code of 0 on an affine grid; an integer or an array like `step`.
 
     Returns:
       f[...] of the shape of `codes`.
 
+    Raises:
+      ValueError: for codes without a step, a `Quantized` with one, and a format that this version does not know.
+
     Example:
       >>> import jax.numpy as jnp
       >>> dequantize(quantize(jnp.array([0.9, -0.2]), 0.5, 4), 0.5).tolist()
       [1.0, 0.0]
+      >>> dequantize(Quantized(jnp.array([2, 3]), jnp.float32(0.5), jnp.int32(1), 3, None, None)).tolist()
+      [0.5, 1.0]
     """
+    given = isinstance(codes, Quantized)
+    remedy = "Give the step of the codes; a `Quantized` has its own."
+    arguments.require((step is None) == given, "step", "be given with codes alone", step, remedy)
+    if isinstance(codes, Quantized):
+        remedy = "Only codes of a grid, format None, are known to this version."
+        arguments.require(codes.format is None, "format", "be known", codes.format, remedy)
+        return dequantize(codes.codes, codes.step, dtype, zero_point=codes.zero_point)
     codes = jnp.asarray(codes)
     step, zero = (blocks.spread(jnp.asarray(v), codes.shape).astype(dtypes.wide(dtype)) for v in (step, zero_point))
     return ((codes.astype(step.dtype) - zero) * step).astype(dtype)

@@ -5,19 +5,13 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from clipjax._arrays import arguments, picking, trees
-from clipjax.typing import Tree
-
-Groups: TypeAlias = Sequence[Mapping[str, int | tuple[int, ...]]]
-
-
-"""Dicts path -> axis, or a tuple of axes; the first leaf of each owns its units."""
-
+from clipjax.typing import Groups, Tree
 
 STATISTICS = ("mean", "var")  # of a batch norm: no params, so that no optimizer sees them
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clipjax._arrays import arguments, picking, trees
 from clipjax._programs import groups as grouping
-from clipjax.typing import Tree
+from clipjax.typing import Groups, Tree
 
 
 class Shrunk(NamedTuple):
@@ -37,7 +37,7 @@ class Shrunk(NamedTuple):
 Cuts = dict[str, dict[int, np.ndarray]]  # path -> axis counted from the end -> the indices that stay
 
 
-def shrink(variables: Tree, groups: grouping.Groups, opt_state: Any = None) -> Shrunk:
+def shrink(variables: Tree, groups: Groups, opt_state: Any = None) -> Shrunk:
     r"""Remove dead units: smaller arrays, the same outputs, and an optimizer state that fits.
 
     A group names the leaves, and their axis, that hold the entries of the same n units. Its first leaf owns them, and

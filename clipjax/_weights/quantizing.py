@@ -13,7 +13,7 @@ from clipjax import roundings
 from clipjax import steps as stepping
 from clipjax import widths as widening
 from clipjax._arrays import arguments, dtypes, picking, trees
-from clipjax._maths import blocks, grids
+from clipjax._maths import blocks, grids, integers
 from clipjax._weights import leaf_grid, projecting, refreshing
 from clipjax.typing import Context, PerLeaf, Projection, Rounding, Step, Tree, Where, Width
 
@@ -39,26 +39,6 @@ class QuantizeState(NamedTuple):
     bits: dict[str, jax.Array]
     low: dict[str, jax.Array]
     high: dict[str, jax.Array]
-
-
-class Quantized(NamedTuple):
-    """The integers of one leaf: weight = (code - zero_point) * step.
-
-    Attributes:
-      codes: i8 up to 8 bits, i16 up to 16, i32 for unbounded codes; the shape of the weight.
-      step: f32, broadcasts to the weight, block by block where there are groups.
-      zero_point: i32, the code of 0, a scalar 0 on symmetric grids, else of the shape of `step`.
-      bits: the width, None for unbounded codes.
-      axis: the axis or axes with a step of their own, or None.
-      group: the size of groups along the input axis, or None.
-    """
-
-    codes: jax.Array
-    step: jax.Array
-    zero_point: jax.Array
-    bits: int | None
-    axis: int | tuple[int, ...] | None
-    group: int | None
 
 
 def fake_quantize(
@@ -270,7 +250,7 @@ def quantized(params: Tree, opt_state: Any) -> Tree:
     return trees.map_with_path(codes, params)
 
 
-def _integers(leaf: jax.Array, grid: leaf_grid.Grid) -> Quantized:
+def _integers(leaf: jax.Array, grid: leaf_grid.Grid) -> integers.Quantized:
     bits = int(grid.bits) or None
     grouped = grid.step.ndim > leaf.ndim
     group = leaf.shape[-2] // grid.step.shape[-3] if grouped else None
@@ -280,7 +260,7 @@ def _integers(leaf: jax.Array, grid: leaf_grid.Grid) -> Quantized:
     zero = zero if bool(jnp.any(zero != 0)) else jnp.zeros((), jnp.int32)
     ratio = jnp.round(dtypes.widened(leaf) / blocks.spread(step, leaf.shape).astype(dtypes.wide(leaf.dtype)))
     code = jnp.where(jnp.isnan(ratio), 0, ratio) + blocks.spread(zero, leaf.shape).astype(ratio.dtype)
-    return Quantized(code.astype(grids.code_dtype(bits)), step, zero, bits, axis, group)
+    return integers.Quantized(code.astype(grids.code_dtype(bits)), step, zero, bits, axis, group)
 
 
 def _widths(bits: Any, tree: Tree) -> dict[str, Any]:

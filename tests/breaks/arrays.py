@@ -1,0 +1,49 @@
+"""Breaks of clipjax/_arrays."""
+
+from breaks.mutant import Mutant
+
+MUTANTS = (
+    Mutant("_arrays/elementwise.py", "jax.jit(fn, inline=True)", "jax.jit(fn)", "trees", "traced_once"),
+    Mutant(
+        "_arrays/picking.py",
+        "and leaf.size > 0",
+        "",
+        "contract_numbers",
+        "empty_scalar and (prune_once or quantize_axis)",
+    ),
+    Mutant(
+        "_arrays/dtypes.py",
+        "jax.lax.reduce_precision(x, info.nexp, info.nmant)",
+        "x.astype(dtype).astype(x.dtype)",
+        "contract_numbers",
+        "there_and_back and project_master",
+    ),
+    Mutant("_arrays/dtypes.py", "jnp.where(jnp.abs(x) < tiny, below, near)", "near", "trees", "narrowed"),
+    Mutant(
+        "_arrays/trees.py", 'BOX_FIELDS = ("value", "raw_value")', "BOX_FIELDS = ()", "contract_models", "nnx_optimizer"
+    ),
+    Mutant(
+        "_arrays/picking.py",
+        '("bias", "b", "scale", "offset")',
+        '("b", "scale", "offset")',
+        "contract_models",
+        "train_state and scanned",
+    ),
+    Mutant(
+        "_arrays/elementwise.py",
+        "return jax.lax.select(mask, x, y)",
+        "return jax.lax.select(mask, y, x)",
+        "trees",
+        "where_is",
+    ),
+    Mutant("_arrays/elementwise.py", "if x.shape != y.shape or mask", "if x is not y or mask", "passes", "no_call"),
+    Mutant("_arrays/trees.py", "_unboxed, x, is_leaf=_is_box", "jnp.asarray, x", "contract_models", "nnx_optimizer"),
+    Mutant(
+        "_arrays/arguments.py",
+        "callable(value) and not is_tree(value)",
+        "callable(value)",
+        "contract_models",
+        "targets",
+    ),
+    Mutant("_arrays/elementwise.py", "placed = max(", "placed = min(", "explicit_axes", "groups or soft"),
+)

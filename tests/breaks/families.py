@@ -1,0 +1,63 @@
+"""Breaks of the public families."""
+
+from breaks.mutant import Mutant
+
+MUTANTS = (
+    Mutant(
+        "structures.py", "(other == groups) & (j < place)", "(other == groups) & (j > place)", "structures", "n_of_m"
+    ),
+    Mutant("structures.py", "masks[m.index] & spread", "spread", "groups", "reference"),
+    Mutant("structures.py", "jnp.int32, shape, 1) % n ==", "jnp.int32, shape, 1) // n ==", "groups", "sharded"),
+    Mutant("structures.py", "rank < n,", "rank <= n,", "structures", "n_of_m"),
+    Mutant(
+        "structures.py",
+        "totals(scores) / totals(jnp.ones_like(scores))",
+        "totals(scores) / (height * width)",
+        "structures",
+        "block",
+    ),
+    Mutant("scores.py", "-weight * grad", "weight * grad", "scores", "movement"),
+    Mutant("scores.py", "jnp.square(w) * f.astype", "w * f.astype", "scores", "fisher"),
+    Mutant("scores.py", "sizes = jax.tree.map(jnp.abs, params)", "sizes = params", "scores", "synflow"),
+    Mutant("scores.py", "decay * average + (1 - decay)", "0 * average + (1 - decay)", "scores", "averages_over"),
+    Mutant("scores.py", "jnp.abs(weight * grad)", "jnp.abs(weight + grad)", "scores documents pruning", "taylor"),
+    Mutant(
+        "structures.py",
+        "range(scores.ndim) if i != axis % scores.ndim",
+        "range(scores.ndim) if i == axis",
+        "pruning",
+        "unit",
+    ),
+    Mutant("steps.py", "near > limit, near / 2, near", "near > limit, near, near", "steps", "power_of_two"),
+    Mutant("steps.py", "0.7 * fitting.mean_size", "0.0 * fitting.mean_size", "steps", "twn"),
+    Mutant(
+        "steps.py",
+        "grids.share(fitting.over(jnp.max, jnp.abs(x), axes), grids.top(bits)",
+        "grids.share(fitting.over(jnp.max, x, axes), grids.top(bits)",
+        "steps",
+        "absmax",
+    ),
+    Mutant("widths.py", "energy[:, None] >= ratio * noise", "energy[:, None] <= ratio * noise", "leaf_grid", "sqnr"),
+    Mutant("widths.py", "(cost <= left)", "(cost <= left + 99)", "leaf_grid", "budget"),
+    Mutant("widths.py", "jnp.where(x == 0, x, code * step)", "code * step", "leaf_grid", "pruned_weights"),
+    Mutant("roundings.py", "(sigmoid(t) - sigmoid(1.0))", "sigmoid(t)", "roundings", "parq_matches"),
+    Mutant("roundings.py", "(1 - t) * ratio + t * code", "ratio", "roundings", "relax"),
+    Mutant("thresholds.py", "clipped - new_mean, 1 - decay", "clipped - mean, 1 - decay", "thresholds", "zscore"),
+    Mutant("thresholds.py", "jnp.minimum(average, clipped)", "clipped", "thresholds", "ema_ratio"),
+    Mutant("thresholds.py", "rest - lr *", "rest + lr *", "thresholds", "quantile_track"),
+    Mutant("thresholds.py", "past.mean() + k * past.std()", "past.mean() + k * past.var()", "thresholds", "mean_sigma"),
+    Mutant("widths.py", "cost, 0), dtype=jnp.int32)", "cost, 0))", "widths", "x64"),
+    Mutant(
+        "projections.py",
+        "(norm * largest > bound) & jnp.isfinite(x)",
+        "norm * largest > bound",
+        "projections",
+        "finite",
+    ),
+    Mutant(
+        "scores.py",
+        "sharding.laid_as(jax.random.uniform(k, x.shape), x)",
+        "jax.random.uniform(k, x.shape)",
+        "explicit_axes",
+    ),
+)

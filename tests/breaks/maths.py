@@ -1,0 +1,102 @@
+"""Breaks of clipjax/_maths."""
+
+from breaks.mutant import Mutant
+
+MUTANTS = (
+    Mutant(
+        "_maths/landing.py",
+        "jnp.isfinite(landed), -p, u)",
+        "jnp.isfinite(landed), -0.5 * p, u)",
+        "contract_chain",
+        "zero",
+    ),
+    Mutant("_maths/landing.py", "gone & jnp.isfinite(landed), -p", "gone, -p", "pruning", "emitted_as_it_is"),
+    Mutant("_maths/landing.py", "reached > wanted, inward, u)", "reached < 0, inward, u)", "projecting", "land"),
+    Mutant("_maths/landing.py", "move - (apart | kind.type(1))", "move - kind.type(1)", "projecting", "land"),
+    Mutant(
+        "_maths/landing.py",
+        "(new != landed) & jnp.isfinite(landed)",
+        "(new != landed)",
+        "contract_numbers",
+        "nonfinite and clamp",
+    ),
+    Mutant("_maths/norms.py", "if ord <= 1:", "if ord < 1:", "passes", "clip_norm_one"),
+    Mutant(
+        "_maths/ranking.py", "jnp.where(bits == sign, kind.type(0), bits)", "bits", "ranking", "order or adversarial"
+    ),
+    Mutant("_maths/ranking.py", "counts - removed\n", "counts - removed + 1\n", "ranking", "keep"),
+    Mutant("_maths/ranking.py", "[::-1] - counts  # ties", "[::-1] - 0 * counts  # ties", "ranking", "keep"),
+    Mutant("_maths/counts.py", "twice > divisor) |", "twice >= divisor) |", "ranking", "share"),
+    Mutant("_maths/counts.py", "near & 1 == 1", "near & 1 == 0", "ranking", "share"),
+    Mutant(
+        "_maths/grids.py",
+        "RoundingMethod.TO_NEAREST_EVEN",
+        "RoundingMethod.AWAY_FROM_ZERO",
+        "grids",
+        "rounding or near_ties",
+    ),
+    Mutant(
+        "_maths/grids.py",
+        "jnp.where(x < 0, jnp.ones_like(x) * -1",
+        "jnp.where(x <= 0, jnp.ones_like(x) * -1",
+        "grids",
+        "codes",
+    ),
+    Mutant("_maths/grids.py", "2 ** (int(bits) - 1) - 1)", "2 ** (int(bits) - 1))", "grids", "codes"),
+    Mutant("_maths/grids.py", "drop = jnp.asarray(1 + bits,", "drop = jnp.asarray(0 * bits,", "grids", "short"),
+    Mutant("_maths/grids.py", "step * parts > whole", "step * parts > 2 * whole", "grids", "share"),
+    Mutant("_maths/grids.py", "(k + 1) * step <= limit, k + 1, k", "(k + 1) * step <= limit, k, k", "grids", "off"),
+    Mutant(
+        "_maths/grids.py",
+        "jnp.maximum(jnp.floor(surplus / 2), surplus - high), low)",
+        "surplus, surplus)",
+        "leaf_grid quantizing_tables",
+        "interval or tensorflow",
+    ),
+    Mutant("_maths/grids.py", "k * step > limit, k - 1, k)", "k * step > limit, k - 1, k - 1)", "grids", "multiples"),
+    Mutant("_maths/intervals.py", "near < exact if up", "near > exact if up", "grids", "inwards"),
+    Mutant("_maths/fitting.py", "counted = size > 0", "counted = size >= 0", "steps", "one_bit"),
+    Mutant("_maths/fitting.py", "(size > 0).astype(x.dtype)", "(size >= 0).astype(x.dtype)", "steps", "sigma"),
+    Mutant("_maths/fitting.py", "(keys > 0) & (keys <= middle)", "keys <= middle", "steps", "percentile"),
+    Mutant("_maths/fitting.py", "math.sqrt(0.5)", "0.5", "steps", "power_of_two"),
+    Mutant("_maths/straight_through.py", "limited - grids.ratio(fixed, s)", "limited", "straight_through", "lsq"),
+    Mutant(
+        "_maths/straight_through.py",
+        'outside & (gradient != "straight_through")',
+        "outside",
+        "straight_through",
+        "after_the_values",
+    ),
+    Mutant("_maths/blocks.py", "(have, want // have)", "(want // have, have)", "leaf_grid", "groups"),
+    Mutant(
+        "_maths/ring_buffers.py",
+        "(rest < norm) & (index < last)",
+        "(rest <= norm) & (index <= last)",
+        "thresholds",
+        "percentile",
+    ),
+    Mutant("_maths/norms.py", "jnp.sqrt(shrunk) * grow", "jnp.sqrt(plain)", "norms", "accelerators"),
+    Mutant("_maths/norms.py", "jnp.sqrt(grown) * shrink", "jnp.sqrt(plain)", "norms", "accelerators"),
+    Mutant("_maths/norms.py", "jnp.where(large, scaled * grow", "jnp.where(large, scaled", "norms", "numpys or mixed"),
+    Mutant(
+        "_maths/norms.py", "jnp.where(small, scaled * shrink", "jnp.where(small, scaled", "norms", "numpys or mixed"
+    ),
+    Mutant("_maths/norms.py", "(plain >= floor) & ~jnp.isinf(plain)", "plain >= 0", "norms", "numpys or mixed"),
+    Mutant("_maths/norms.py", "jax.lax.psum(part(x), at) if at", "part(x) if at", "clipping_sharded", "shard_map"),
+    Mutant("_maths/norms.py", "jax.lax.pmax(top, at) if at", "top if at", "clipping_sharded", "shard_map"),
+    Mutant(
+        "_maths/landing.py",
+        "jax.lax.select((p == q) & (jnp.abs(p) == jnp.inf), jnp.zeros_like(p), land(p, q))",
+        "land(p, q)",
+        "contract_numbers",
+        "nonfinite_target and params",
+    ),
+    Mutant("_maths/norms.py", "jnp.where(largest > 1, 0.25, 1.0)", "jnp.ones_like(largest)", "projections", "wherever"),
+    Mutant("_maths/blocks.py", "_dealt(x, axis, -(-x.shape[axis] // size))", "x", "explicit_axes", "over_shards or 16"),
+    Mutant(
+        "_maths/straight_through.py",
+        "wide, s, slope, jnp.zeros_like(s))",
+        "wide, by, slope, jnp.zeros_like(by))",
+        "explicit_axes",
+    ),
+)

@@ -1,0 +1,24 @@
+"""Breaks of clipjax/_reports."""
+
+from breaks.mutant import Mutant
+
+MUTANTS = (
+    Mutant("_reports/distributions.py", "np.isfinite(w) & (w != 0)", "np.isfinite(w)", "summarizing", "survivors"),
+    Mutant(
+        "_reports/distributions.py",
+        "np.mean(w**4) / power**2",
+        "np.mean(w**4) / power**2 - 3",
+        "summarizing",
+        "kurtosis",
+    ),
+    Mutant("_reports/distributions.py", "np.ldexp(w, -exponent)", "np.ldexp(w, 0)", "summarizing", "any_scale"),
+    Mutant("_reports/distributions.py", "10 * np.log10(", "20 * np.log10(", "summarizing", "sqnr"),
+    Mutant("_reports/summarizing.py", "np.where(mask, w, np.zeros_like(w))", "w", "summarizing", "pruned_weights"),
+    Mutant(
+        "_reports/summarizing.py",
+        "leaf if float_weights is None else float_weights",
+        "leaf",
+        "summarizing",
+        "quantized",
+    ),
+)
