@@ -35,22 +35,23 @@ mutants: $(VENV)/.test
 # What trains for hours prints its saved runs. `make bench DATA=DIR`, the folder of MNIST's files, trains what out/ lacks;
 # TEXT=FILE is what the transformers read.
 TRAINED := lenet lenet_grids headline claims spikes
-TIMED := $(filter-out $(TRAINED) aot compiled %_chains %_figures %_training,$(basename $(notdir $(wildcard benchmarks/*.py))))
+TIMED := $(filter-out $(addprefix %/,$(addsuffix .py,$(TRAINED) aot compiled)) $(addsuffix .py,%_chains %_figures %_training),\
+  $(wildcard benchmarks/*/*.py))
 RUNS := $(if $(DATA),--data-dir $(DATA),--table)
 READ := $(if $(TEXT),--text $(TEXT))
 bench: $(VENV)/.bench
-	set -e; for name in $(TIMED); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
-	$(BIN)/python benchmarks/lenet.py $(RUNS)
-	$(BIN)/python benchmarks/lenet.py --network LeNet-5 --seeds 1 $(RUNS)
-	$(BIN)/python benchmarks/lenet_grids.py $(RUNS)
-	$(BIN)/python benchmarks/headline.py $(RUNS) $(if $(DATA),--out out/headline.jsonl)
-	$(BIN)/python benchmarks/claims.py $(RUNS) $(READ)
-	$(BIN)/python benchmarks/spikes.py $(READ)
+	set -e; for script in $(TIMED); do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/weights/lenet.py $(RUNS)
+	$(BIN)/python benchmarks/weights/lenet.py --network LeNet-5 --seeds 1 $(RUNS)
+	$(BIN)/python benchmarks/weights/lenet_grids.py $(RUNS)
+	$(BIN)/python benchmarks/weights/headline.py $(RUNS) $(if $(DATA),--out out/headline.jsonl)
+	$(BIN)/python benchmarks/weights/claims.py $(RUNS) $(READ)
+	$(BIN)/python benchmarks/gradients/spikes.py $(READ)
 
 # Compiles for TPUs and GPUs that are not here; their plugins stay out of the other environment, which they would slow.
 aot:
 	$(MAKE) --no-print-directory VENV=$(AOT) $(AOT)/.aot
-	$(AOT)/bin/python benchmarks/aot.py $(if $(H100),--gpu-config $(H100)) $(ARGS)
+	$(AOT)/bin/python benchmarks/programs/aot.py $(if $(H100),--gpu-config $(H100)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(AOT) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """No member adds a pass over memory: bytes, kernels and temporaries of the update, read from the compiled program.
 
 The counts are those of XLA's CPU backend, which writes one array a kernel: adam takes 40 bytes and 3 kernels where a
-TPU takes 28 and 1. Where `libtpu` is installed `benchmarks/aot.py` compiles the same updates for a TPU.
+TPU takes 28 and 1. Where `libtpu` is installed `benchmarks/programs/aot.py` compiles the same updates for a TPU.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import pytest
 import clipjax
 from clipjax import projections, steps, thresholds
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks" / "programs"
 sys.path.insert(0, str(BENCHMARKS))
 compiled = pytest.importorskip("compiled", reason="the benchmarks are not here")
 

@@ -1,7 +1,7 @@
 """Claims: on MNIST LeNet-300-100 loses at most .05 points at 8 and 4 bits, .1 ternary (TWN's step), .3 binary.
 
-    python benchmarks/lenet_grids.py --data-dir DIR [--seeds 5] [--table] [--together]
-    python benchmarks/lenet_grids.py --data-dir DIR --tune     # the settings that were tried, on held-out images
+    python benchmarks/weights/lenet_grids.py --data-dir DIR [--seeds 5] [--table] [--together]
+    python benchmarks/weights/lenet_grids.py --data-dir DIR --tune  # the settings that were tried, on held-out images
 
 Weights are quantized from a quarter of the updates on, by a member behind the optimizer ("chain") and by one around it
 ("inner"). Beside them: the same without carry, where what rounding removed is lost (D4's trap), widths that follow the
@@ -226,7 +226,7 @@ def main() -> None:
     """Trains what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="where MNIST's four IDX files are, .gz or not")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "out", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "out", help="folder of the results")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--together", action="store_true", help="all seeds of a row at once, for a GPU")
     parser.add_argument("--tune", action="store_true", help="the settings that were tried, on held-out images")

@@ -1,8 +1,8 @@
 """Reads a compiled program: what it moves through memory, in how many kernels, in which loops, across which devices.
 
 Not a benchmark but the measure of `aot.py` and of `tests/test_passes.py`: the optimized HLO of any backend, so that the
-numbers are those of the program that runs, and need no device to run it on. `python benchmarks/compiled.py FILE` prints
-the kernels of a saved program.
+numbers are those of the program that runs, and need no device to run it on. `python benchmarks/programs/compiled.py
+FILE` prints the kernels of a saved program.
 """
 
 from __future__ import annotations

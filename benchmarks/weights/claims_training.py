@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +17,14 @@ import lenet_training as training
 import measuring
 import numpy as np
 import optax
-import spikes
 from claims_chains import BITS, GROUPS, KINDS, MASKS, ROWS, SPARSITY, SWEEPS, Chain, merger
 from lenet import Facts, file_bytes
 from measuring import Promise
 
 import clipjax
+
+sys.path.append(str(Path(__file__).parents[1] / "gradients"))
+import spikes
 
 SEEDS = (0, 1, 2)
 NETWORK = "LeNet-300-100"

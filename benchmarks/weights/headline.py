@@ -1,9 +1,9 @@
 """Question: how small can the file of a LeNet be, zeros and grids trained by one chain, at the error of published work?
 
-    python benchmarks/headline.py --data-dir DIR --seeds 5                # every row from scratch
-    python benchmarks/headline.py --data-dir DIR --row LeNet-300-100-80x  # one row
-    python benchmarks/headline.py --data-dir DIR --tune                   # all that was tried, on validation images
-    python benchmarks/headline.py --table [--tune]                        # what is saved, without training
+    python benchmarks/weights/headline.py --data-dir DIR --seeds 5                # every row from scratch
+    python benchmarks/weights/headline.py --data-dir DIR --row LeNet-300-100-80x  # one row
+    python benchmarks/weights/headline.py --data-dir DIR --tune                   # all that was tried, held out
+    python benchmarks/weights/headline.py --table [--tune]                        # what is saved, without training
 
 Goals, as bytes of the file that `clipjax.save` writes against those of the f32 arrays, mean over seeds: LeNet-300-100
 at least 80x at 1.64 % test error (Deep Compression has 40x at 1.58 %, its reference 1.64 %) and 120x at 1.92 %

@@ -308,7 +308,7 @@ def main() -> None:
     text, plan, steps = read(options.text), OPTIMIZERS, 200
     if options.quick:
         plan, steps = {"SGD": OPTIMIZERS["SGD"]._replace(rates=(0.05, 0.2, 0.8), tuning=(0.2,))}, 100
-    out = options.out or Path(__file__).parent.parent / "out" / ("spikes-quick" if options.quick else "spikes")
+    out = options.out or Path(__file__).parents[2] / "out" / ("spikes-quick" if options.quick else "spikes")
     out.mkdir(parents=True, exist_ok=True)
     shape = (text.digest, steps, BATCH, CONTEXT, WIDTH, LAYERS, HEADS)
     setup = hashlib.sha256(repr(shape).encode()).hexdigest()[:12]

@@ -1,11 +1,11 @@
 """Question: which score prunes LeNet best on MNIST, and is magnitude at 95 % of zeros at most 1.8 % wrong?
 
-    python benchmarks/lenet.py --data-dir DIR             # LeNet-300-100, everything: an hour and a half on one core
-    python benchmarks/lenet.py --data-dir DIR --network LeNet-5  # seven to nine minutes a training, 64 for each seed
-    python benchmarks/lenet.py --data-dir DIR --quick     # LeNet-300-100, three seeds, ten minutes on 2 idle cores
-    python benchmarks/lenet.py --data-dir DIR --tune      # every setting that was tried, on validation images
-    python benchmarks/lenet.py --data-dir DIR --together  # all seeds of a cell as one batch, for a GPU
-    python benchmarks/lenet.py --table --quick            # from what is saved, without training
+    python benchmarks/weights/lenet.py --data-dir DIR                    # LeNet-300-100: an hour and a half on one core
+    python benchmarks/weights/lenet.py --data-dir DIR --network LeNet-5  # 64 trainings a seed, of seven to nine minutes
+    python benchmarks/weights/lenet.py --data-dir DIR --quick            # three seeds, ten minutes on 2 idle cores
+    python benchmarks/weights/lenet.py --data-dir DIR --tune             # every setting tried, on validation images
+    python benchmarks/weights/lenet.py --data-dir DIR --together         # all seeds of a cell as one batch, for a GPU
+    python benchmarks/weights/lenet.py --table --quick                   # from what is saved, without training
 
 Every row is one chain around the same optimizer (lenet_chains.py), trained for the same epochs from the same first
 params on the same batches, the whole training one compiled program (lenet_training.py). Seeds are the outermost loop:
@@ -281,7 +281,7 @@ def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="where MNIST's four IDX files are, .gz or not")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "out", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "out", help="folder of the results")
     parser.add_argument("--network", choices=LEVELS, default=NETWORK)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--together", action="store_true", help="all seeds of a cell at once, for a GPU")

@@ -1,7 +1,7 @@
 """Claims: those that the documents D0 to D4 make, settled: true, false, or how much.
 
-    python benchmarks/claims.py --data-dir DIR [--text FILE]     # some twenty minutes on one core
-    python benchmarks/claims.py --table                          # from what is saved, without training
+    python benchmarks/weights/claims.py --data-dir DIR [--text FILE]     # some twenty minutes on one core
+    python benchmarks/weights/claims.py --table                          # from what is saved, without training
 
 Measured here (claims_training.py): clipping, clamping, pruning and quantizing alone and merged; thresholds from loose
 to strangling; a training whose masks are sorted beside `prune_mask`'s; gradients of a plain net of 20 layers; the time
@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="where MNIST's four IDX files are, .gz or not")
     parser.add_argument("--text", type=Path, help="plain text for the transformer; the source of optax by default")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "out", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "out", help="folder of the results")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is saved")
     options = parser.parse_args()
     if options.data_dir is None and not options.table:
