@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from clipjax._arrays import arguments
 
@@ -14,3 +15,20 @@ def laid_as(x: jax.Array, like: jax.Array) -> jax.Array:
         return x
     traced = arguments.traced(x) or arguments.traced(like)
     return jax.reshard(x, sharding) if traced else jax.device_put(x, like.sharding)  # no mesh has to be set then
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """`x` whole on every device of a mesh of automatic axes, where XLA might shard it as an array that it meets."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or set(mesh.axis_types) != {jax.sharding.AxisType.Auto}:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, jax.P()))
+
+
+def reshaped(x: jax.Array, shape: tuple[int, ...], *, like: jax.Array, spec: jax.P | None = None) -> jax.Array:
+    """`x` in another shape; on explicit mesh axes sharded by `spec` over the mesh of `like`, by default not at all."""
+    mesh = jax.typeof(like).sharding.mesh
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return jnp.reshape(x, shape)
+    spec = jax.P(*[None] * len(shape)) if spec is None else spec
+    return jnp.reshape(x, shape, out_sharding=jax.NamedSharding(mesh, spec))

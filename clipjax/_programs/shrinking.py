@@ -1,13 +1,10 @@
-"""Shrinking: dead units leave the arrays for real, and the outputs stay what they are.
-
-A pruned unit is a slice of zeros that still costs memory and time.
-"""
+"""Shrinking: pruned units, which are slices of zeros and still cost memory and time, are cut out of the arrays."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,48 +13,53 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clipjax._arrays import arguments, picking, trees
 from clipjax._programs import groups as grouping
-from clipjax.typing import Groups, Tree
+from clipjax._programs.groups import GroupLeaf
+from clipjax.typing import Groups, State, Tree
 
 
 class Shrunk(NamedTuple):
-    """What `shrink` returns; unpacks as three values.
+    """The result of `shrink`; unpacks as three values.
 
     Attributes:
-      variables: the tree with smaller arrays.
-      opt_state: the optimizer state that belongs to it, None where none was given.
+      variables: the given tree with smaller arrays.
+      opt_state: the optimizer state that fits them, None where none was given.
       widths: the number of units left, keyed by the path of every owner as its group writes it; by (path, axis), the
         axis counted from the end, for an owner that is cut by several groups.
     """
 
-    variables: Any
-    opt_state: Any
+    variables: Tree
+    opt_state: State
     widths: dict[str | tuple[str, int], int]
 
 
-Cuts = dict[str, dict[int, np.ndarray]]  # path -> axis counted from the end -> the indices that stay
+Kept: TypeAlias = dict[int, np.ndarray]
+"""The indices that are kept along each axis of a leaf that is cut, the axis counted from the end."""
 
 
-def shrink(variables: Tree, groups: Groups, opt_state: Any = None) -> Shrunk:
-    r"""Remove dead units: smaller arrays, the same outputs, and an optimizer state that fits.
+def shrink(variables: Tree, groups: Groups, opt_state: State = None) -> Shrunk:
+    r"""Cut dead units out of all arrays: smaller arrays, the same outputs, and an optimizer state that fits.
 
-    A group names the leaves, and their axis, that hold the entries of the same n units. Its first leaf owns them, and
-    so does every other weight of it (rank >= 2, not named bias, b, scale or offset) that is cut along the same axis
-    counted from the end: layers whose outputs are added, multiplied or attended to. With W_o the owners, the units
+    A unit is dead if all weights that make it are 0. `groups` says which leaves have entries of the same n units, and
+    along which axis: the outputs of a kernel, their biases, the inputs of the next kernel. The first leaf of a group
+    owns its units. Other weights of the group (rank >= 2, not named bias, b, scale or offset) own them too if they are
+    cut along the same axis counted from the end, as layers are whose outputs are added, multiplied or attended to. With
+    :math:`W_o` the owners of a group, the units
 
     .. math:: K = \{u : \exists o,\ W_o[\dots, u, \dots] \ne 0\}, \qquad X \leftarrow X[\dots, K, \dots]
 
-    stay, in order, in all leaves X of the group. Deadness is judged on the arrays as they are given. Where the
-    owner's axis is its last one, another leaf may have m * n entries (the kernel after a flattened NHWC map): entry i
-    belongs to unit i % n.
+    are kept, in order, in every leaf X of the group. The arrays alone decide; masks in `opt_state` are not read.
 
-    Arrays of the optimizer state are found by the end of their path and cut where they have the leaf's size: moments,
-    carries, masks, steps; a size of 1 stays. Cut after the last refresh of `prune_mask`: its sparsity would count the
-    units that are left. The outputs are the same where a unit whose weights, bias, scale and offset are 0 gives 0:
-    the activation maps 0 to 0 (not sigmoid), and no statistic runs over the units (BatchNorm, not LayerNorm).
+    - Flattened maps. If the owner's axis is its last one, another leaf may have m * n entries, as the kernel after a
+      flattened NHWC map does: entry i then belongs to unit i % n.
+    - The optimizer state. An array of it belongs to the leaf whose path its own path ends with. It is cut along each
+      axis where it has the leaf's size and left as it is where it has size 1: moments, latent weights, masks, steps.
+      Call `shrink` after the last refresh of `prune_mask`, since a later one counts its sparsity from the units left.
+    - The outputs are the same if a unit whose weights, bias, scale and offset are 0 outputs 0: its activation maps 0 to
+      0 (relu does, sigmoid does not), and no statistic is taken over the units (BatchNorm takes none, LayerNorm does).
 
     Args:
       variables: params, or Linen variables with their collections, or an `nnx.State`; concrete arrays.
-      groups: dicts path -> axis, or a tuple of axes. A path may leave out the collection: "bn/mean" is
+      groups: a list of dicts path -> axis, or a tuple of axes. A path may leave out the collection: "bn/mean" is
         "batch_stats/bn/mean". A leaf may be in several groups with different axes.
       opt_state: any optimizer state that belongs to the variables.
 
@@ -65,8 +67,8 @@ def shrink(variables: Tree, groups: Groups, opt_state: Any = None) -> Shrunk:
       `Shrunk(variables, opt_state, widths)`; build the model again with these widths.
 
     Raises:
-      ValueError: if a cut unit still has a non-zero bias, scale or offset; for an unknown or ambiguous path, an axis
-        that does not exist or that is cut twice, sizes that do not match, a group with no unit alive, and a state
+      ValueError: if a dead unit still has a non-zero bias, scale or offset; for an unknown or ambiguous path, an axis
+        that does not exist or that is cut twice, sizes that do not match, a group whose units are all dead, and a state
         array that does not have the shape of its leaf (factored moments).
       TypeError: for traced arrays, and for groups that are not dicts of paths.
 
@@ -83,114 +85,114 @@ def shrink(variables: Tree, groups: Groups, opt_state: Any = None) -> Shrunk:
     References:
       D0, section 2.2, steps 1 and 2: a "node" is a unit's incoming weights.
     """
-    _check(variables, groups, opt_state)
+    if any(arguments.traced(x) for x in jax.tree.leaves((variables, opt_state))):
+        raise TypeError(
+            "`variables` and `opt_state` must be concrete, got traced arrays. Call `shrink` outside of jit."
+        )
+    grouping.check(groups)
     leaves, treedef = trees.flatten(variables)
     paths = trees.paths(variables)
-    cuts: Cuts = {}
+    kept: dict[str, Kept] = {}
     widths: dict[str | tuple[str, int], int] = {}
-    found = grouping.resolve(groups, variables)
-    owned = [[m for m in members if grouping.owns(m, members[0])] for members in found]
-    times = collections.Counter(owner.path for owners in owned for owner in owners)
-    for members, owners in zip(found, owned, strict=True):
-        keep = _alive(owners)
-        for o in owners:
-            widths[o.written if times[o.path] == 1 else (o.written, o.axis)] = len(keep)
-        for member in members:
-            cuts.setdefault(member.path, {})[member.axis] = _indices(keep, member, owners[0])
-    new = [_take(x, cuts.get(path, {})) for path, x in zip(paths, leaves, strict=True)]
-    state = _follow(opt_state, _shapes(paths, leaves), cuts)
-    return Shrunk(treedef.unflatten(new), state, widths)
+    resolved = grouping.resolve(groups, variables)
+    owners_of = [[leaf for leaf in group if grouping.owns(leaf, group[0])] for group in resolved]
+    times_owner = collections.Counter(owner.path for owners in owners_of for owner in owners)
+    for group, owners in zip(resolved, owners_of, strict=True):
+        alive = _alive(owners)
+        for owner in owners:
+            widths[owner.written if times_owner[owner.path] == 1 else (owner.written, owner.axis)] = len(alive)
+        for leaf in group:
+            kept.setdefault(leaf.path, {})[leaf.axis] = _indices(alive, leaf, owners[0])
+    new = [_cut(x, kept.get(path, {})) for path, x in zip(paths, leaves, strict=True)]
+    return Shrunk(treedef.unflatten(new), _cut_state(opt_state, _state_tails(paths, leaves), kept), widths)
 
 
-def _alive(owners: list[grouping.Member]) -> np.ndarray:
+def _alive(owners: list[GroupLeaf]) -> np.ndarray:
     """The units with a weight that is not 0, NaN included, in at least one owner."""
     alive = np.zeros(grouping.units_of(owners[0]), bool)
     for owner in owners:
-        others = tuple(a for a in range(-owner.leaf.ndim, 0) if a != owner.axis)
-        alive |= np.asarray(jnp.any(jnp.asarray(owner.leaf) != 0, axis=others))
+        alive |= _nonzero(owner)
     remedy = "Prune with `structures.unit(min_keep=1)`, or take the layer out of the model."
     arguments.require(alive.any(), owners[0].path, "have a unit alive", f"{alive.size} dead units", remedy)
     return np.flatnonzero(alive)
 
 
-def _indices(keep: np.ndarray, member: grouping.Member, owner: grouping.Member) -> np.ndarray:
-    """The indices of a leaf's axis that belong to the units that stay."""
+def _nonzero(leaf: GroupLeaf) -> np.ndarray:
+    """Where, along its axis, a leaf has an entry that is not 0."""
+    others = tuple(a for a in range(-leaf.leaf.ndim, 0) if a != leaf.axis)
+    return np.asarray(jnp.any(jnp.asarray(leaf.leaf) != 0, axis=others))
+
+
+def _indices(alive: np.ndarray, leaf: GroupLeaf, owner: GroupLeaf) -> np.ndarray:
+    """The indices along the axis of a leaf that belong to the units that are kept."""
     units = grouping.units_of(owner)
-    kept = (np.arange(member.repeats)[:, None] * units + keep).ravel()
-    if member.path.rsplit("/", 1)[-1] in picking.NOT_WEIGHTS:
-        _check_silent(np.delete(np.arange(member.repeats * units), kept), member, owner)
+    kept = (np.arange(leaf.repeats)[:, None] * units + alive).ravel()
+    if leaf.path.rsplit("/", 1)[-1] in picking.NOT_WEIGHTS:
+        _check_zero(np.delete(np.arange(leaf.repeats * units), kept), leaf, owner)
     return kept
 
 
-def _check_silent(cut: np.ndarray, member: grouping.Member, owner: grouping.Member) -> None:
-    """A bias, scale or offset of a unit that is cut must be 0, else the outputs change."""
-    others = tuple(a for a in range(-member.leaf.ndim, 0) if a != member.axis)
-    loud = np.flatnonzero(np.asarray(jnp.any(jnp.asarray(member.leaf) != 0, axis=others)))
-    units = sorted({int(i) % grouping.units_of(owner) for i in np.intersect1d(cut, loud)})
+def _check_zero(dead: np.ndarray, leaf: GroupLeaf, owner: GroupLeaf) -> None:
+    """A bias, scale or offset of a dead unit must be 0, else the outputs would change without it."""
+    wrong = np.intersect1d(dead, np.flatnonzero(_nonzero(leaf)))
+    units = sorted({int(i) % grouping.units_of(owner) for i in wrong})
     remedy = (
         f"The weights of these units in {owner.path!r} are 0, but cutting them would change the outputs: set them"
-        f" to zero in {member.path!r} too, or prune it with the same units."
+        f" to zero in {leaf.path!r} too, or prune it with the same units."
     )
-    arguments.require(not units, member.path, "be 0 in the units that are cut", units, remedy)
+    arguments.require(not units, leaf.path, "be 0 in the units that are cut", units, remedy)
 
 
-def _take(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
-    """The array without what is cut; an axis of size 1 stays."""
-    for axis, kept in axes.items():
+def _cut(x: Any, kept: Kept) -> Any:
+    """The kept entries along each axis of an array; an axis of size 1 holds one value for all units, and is kept."""
+    for axis, indices in kept.items():
         if x.shape[axis] != 1:
-            x = _pick(x, axis, kept)
+            x = _take(x, axis, indices)
     return x
 
 
-def _pick(x: Any, axis: int, kept: np.ndarray) -> Any:
-    """The entries that stay, sharded as before; an axis whose new size does not divide is replicated."""
-    index: Any = (..., kept, *[slice(None)] * (-1 - axis))
+def _take(x: Any, axis: int, indices: np.ndarray) -> Any:
+    """The entries at these indices, sharded as before; an axis whose new size does not divide is replicated."""
+    index: Any = (..., indices, *[slice(None)] * (-1 - axis))
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return x[index]
     spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
-    picked = np.asarray(x)[index]
-    if picked.shape[axis] % (x.shape[axis] // sharding.shard_shape(x.shape)[axis]):
+    taken = np.asarray(x)[index]
+    if taken.shape[axis] % (x.shape[axis] // sharding.shard_shape(x.shape)[axis]):
         spec[axis] = None
-    return jax.device_put(picked, sharding.update(spec=PartitionSpec(*spec)))
+    return jax.device_put(taken, sharding.update(spec=PartitionSpec(*spec)))
 
 
-def _shapes(paths: list[str], leaves: list[Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Path and shape of every array, keyed by what the path of its state may end with: also by Linen's params."""
+def _state_tails(paths: list[str], leaves: list[Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Path and shape of every array, keyed by how the paths of its state end: Linen's params also without "params/"."""
     named = [(path, x.shape) for path, x in zip(paths, leaves, strict=True) if hasattr(x, "shape")]
     inner = {path.removeprefix("params/"): (path, shape) for path, shape in named if path.startswith("params/")}
     return inner | {path: (path, shape) for path, shape in named}
 
 
-def _follow(opt_state: Any, shapes: dict[str, tuple[str, tuple[int, ...]]], cuts: Cuts) -> Any:
-    """The state, every array in it cut as the leaf is that its path ends with, the longest one first."""
+def _cut_state(opt_state: State, tails: Mapping[str, tuple[str, tuple[int, ...]]], kept: Mapping[str, Kept]) -> State:
+    """The optimizer state, every array of it cut as the leaf is that its path ends with."""
     leaves, treedef = trees.flatten(opt_state)
 
-    def follow(path: str, x: Any) -> Any:
+    def cut(path: str, x: Any) -> Any:
         parts = path.split("/")
-        tails = ("/".join(parts[i:]) for i in range(len(parts)))
-        leaf = [shapes[tail] for tail in tails if tail in shapes]
-        if not hasattr(x, "shape") or not any(name in cuts for name, _ in leaf):
+        ends = ("/".join(parts[i:]) for i in range(len(parts)))
+        candidates = [tails[end] for end in ends if end in tails]  # the longest path first
+        if not hasattr(x, "shape") or not any(name in kept for name, _ in candidates):
             return x
-        for name, shape in leaf:
+        for name, shape in candidates:
             if _fits(x.shape, shape):
-                return _take(x, cuts.get(name, {}))
-        remedy = f"It cannot be cut as {leaf[0][0]!r} of shape {leaf[0][1]}: start anew with `tx.init(params)`."
+                return _cut(x, kept.get(name, {}))
+        name, shape = candidates[0]
+        remedy = f"It cannot be cut as {name!r} of shape {shape}: start anew with `tx.init(params)`."
         arguments.require(x.size <= 1, f"opt_state/{path}", "have the shape of its leaf", x.shape, remedy)
         return x
 
-    return treedef.unflatten([follow(path, x) for path, x in zip(trees.paths(opt_state), leaves, strict=True)])
+    return treedef.unflatten([cut(path, x) for path, x in zip(trees.paths(opt_state), leaves, strict=True)])
 
 
 def _fits(shape: tuple[int, ...], like: tuple[int, ...]) -> bool:
     """True for the leaf's own shape, one that broadcasts to it at full rank, and a stack of either."""
     tail = shape[len(shape) - len(like) :]
     return len(shape) >= len(like) and all(a in (1, b) for a, b in zip(tail, like, strict=True))
-
-
-def _check(variables: Tree, groups: Any, opt_state: Any) -> None:
-    if any(arguments.traced(x) for x in jax.tree.leaves((variables, opt_state))):
-        raise TypeError(
-            "`variables` and `opt_state` must be concrete, got traced arrays. Call `shrink` outside of jit."
-        )
-    grouping.check(groups)

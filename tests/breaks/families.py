@@ -6,8 +6,6 @@ MUTANTS = (
     Mutant(
         "structures.py", "(other == groups) & (j < place)", "(other == groups) & (j > place)", "structures", "n_of_m"
     ),
-    Mutant("structures.py", "masks[m.index] & spread", "spread", "groups", "reference"),
-    Mutant("structures.py", "jnp.int32, shape, 1) % n ==", "jnp.int32, shape, 1) // n ==", "groups", "sharded"),
     Mutant("structures.py", "rank < n,", "rank <= n,", "structures", "n_of_m"),
     Mutant(
         "structures.py",
