@@ -8,8 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments
-from clipjax._maths import grids, intervals
+from clipjax._maths import intervals
 from clipjax.typing import Rounding
+
+__all__ = ["Rounding", "binary_relax", "parq"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def parq(updates: int, steepness: float = 10.0) -> Rounding:
@@ -96,13 +102,3 @@ def binary_relax(updates: int) -> Rounding:
 def _check_updates(updates: Any) -> None:
     arguments.static(updates, "updates")
     arguments.whole(updates, "updates", low=1, remedy="Give the number of updates from `start` until the grid is hard.")
-
-
-def check(rounding: Any) -> None:
-    """Check a `rounding=` argument: a name or a rule of this module."""
-    if not isinstance(rounding, Rounding):
-        if not isinstance(rounding, str):
-            arguments.instance(
-                rounding, Rounding, "rounding", "Give 'nearest', or call a factory: `roundings.parq(100)`."
-            )
-        arguments.choice(rounding, "rounding", grids.ROUNDINGS)

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._maths import fitting, grids, step_groups
-from clipjax.typing import Step
+from clipjax._maths import fitting, grids, levels, step_groups
+from clipjax.typing import Axis, Number, Step, StepSize
+
+__all__ = [
+    "Step",
+    "absmax",
+    "choose_step",
+    "fixed",
+    "interval",
+    "minmax",
+    "mse",
+    "percentile",
+    "power_of_two",
+    "sigma",
+    "twn",
+]
 
 
-def fixed(step: Any) -> Step:
+def __dir__() -> list[str]:
+    return __all__
+
+
+def fixed(step: Number) -> Step:
     """A given step, whatever the distribution.
 
     Args:
@@ -30,12 +46,7 @@ def fixed(step: Any) -> Step:
       >>> float(clipjax.choose_step(jnp.ones(3), 4, step=fixed(0.25)))
       0.25
     """
-    arguments.check_step(step)
-
-    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
-        return fitting.given(step, x, axes)
-
-    return Step(fit, follows=False)
+    return levels.given(step)
 
 
 def interval(lo: float, hi: float) -> Step:
@@ -69,8 +80,8 @@ def interval(lo: float, hi: float) -> Step:
     remedy = "The grid holds 0, so that a pruned weight is on it: lo <= 0 <= hi and lo < hi."
     arguments.require(ok, "lo, hi", "be finite and enclose 0", (lo, hi), remedy)
 
-    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
-        if isinstance(bits, int) and bits == 1:  # no zero: the levels -s and s must both lie inside
+    def fit(x: jax.Array, bits: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        if not arguments.traced(bits) and bits == 1:  # no zero: the levels -s and s must both lie inside
             spread = np.minimum(-np.float32(lo), np.float32(hi))
             remedy = "Use bits >= 2, or ends on both sides of 0."
             arguments.require(spread > 0, "lo, hi", "enclose 0 on both sides for bits=1", (lo, hi), remedy)
@@ -78,7 +89,7 @@ def interval(lo: float, hi: float) -> Step:
             spread = (np.float32(hi) - np.float32(lo)) / (2 * grids.top(bits))
         return fitting.given(spread, x, axes)
 
-    return Step(fit, follows=False, limits=(float(np.float32(lo)), float(np.float32(hi))))
+    return Step(fit, levels.between(lo, hi))
 
 
 def absmax() -> Step:
@@ -93,7 +104,7 @@ def absmax() -> Step:
       0.25
     """
 
-    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
+    def fit(x: jax.Array, bits: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
         return grids.share(fitting.over(jnp.max, jnp.abs(x), axes), grids.top(bits), bits)
 
     return Step(fit)
@@ -145,7 +156,7 @@ def percentile(q: float = 99.9) -> Step:
     """
     fitting.check_percent(q, "q")
 
-    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
+    def fit(x: jax.Array, bits: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
         return grids.share(fitting.order_statistic(x, q, axes), grids.top(bits), bits)
 
     return Step(fit)
@@ -172,7 +183,7 @@ def sigma(k: float = 3.0) -> Step:
     """
     arguments.check_positive(k, "k", "It counts standard deviations, e.g. 3.")
 
-    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
+    def fit(x: jax.Array, bits: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
         return k * fitting.root_mean_square(x, axes)[0] / grids.top(bits)
 
     return Step(fit)
@@ -195,7 +206,7 @@ def twn() -> Step:
       Li et al., "Ternary Weight Networks", 2016, https://arxiv.org/abs/1605.04711.
     """
 
-    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
+    def fit(x: jax.Array, bits: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
         large = jnp.abs(x) > 0.7 * fitting.mean_size(x, axes)
         return fitting.mean_size(x, axes, large) / grids.top(bits)
 
@@ -219,11 +230,11 @@ def minmax() -> Step:
       0.75
     """
 
-    def fit(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
+    def fit(x: jax.Array, bits: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
         high, low = fitting.over(jnp.max, x, axes), fitting.over(jnp.min, x, axes)
         return grids.share(jnp.maximum(high, 0) - jnp.minimum(low, 0), 2 * grids.top(bits), bits)
 
-    return Step(fit, affine=True)
+    return Step(fit, levels.affine, sides=lambda x: (-x, x), min_bits=2)
 
 
 def power_of_two(step: Step | None = None) -> Step:
@@ -246,42 +257,18 @@ def power_of_two(step: Step | None = None) -> Step:
     References:
       Miyashita et al., 2016, https://arxiv.org/abs/1603.01025.
     """
-    rule = mse() if step is None else as_step(step)
-    free = rule.limits is None and not rule.affine
+    rule = levels.resolve(step, mse())
+    free = rule.levels in (None, levels.as_given, levels.power_of_two)
     arguments.require(free, "step", "leave the ends of the grid free", step, "Use mse(), absmax() or percentile().")
-    return rule._replace(power_of_two=True)
-
-
-def as_step(step: Any) -> Step:
-    """A step rule; a number means `fixed`."""
-    if isinstance(step, Step):
-        return step
-    if callable(step) or isinstance(step, str) or step is None:
-        raise TypeError(
-            f"`step` must be a number or a rule from `clipjax.steps`, got {step!r}. Call the factory: `steps.mse()`."
-        )
-    return fixed(step)
-
-
-def fit(rule: Step, x: jax.Array, bits: Any, axes: tuple[int, ...], limit: Any = None) -> jax.Array:
-    """The step of a rule, at most `limit`, 1 for all-zero arrays; short unless it is a number that the caller gave."""
-    step = rule.fit(x, bits, axes)
-    if limit is not None and rule.follows:
-        step = jnp.minimum(step, limit)
-    if rule.power_of_two:
-        near = fitting.power_of_two(step)
-        step = near if limit is None else jnp.where(near > limit, near / 2, near)
-    if rule.follows or rule.limits is not None:
-        step = grids.short(step, bits)
-    return jnp.where(step > 0, step, jnp.ones_like(step))
+    return rule._replace(levels=levels.power_of_two)
 
 
 def choose_step(
     x: jax.Array,
     bits: int,
     *,
-    step: Step | float | None = None,
-    axis: int | tuple[int, ...] | None = None,
+    step: StepSize | None = None,
+    axis: Axis = None,
     group: int | None = None,
 ) -> jax.Array:
     """The step that `fake_quantize` would take for this array, before any run.
@@ -311,6 +298,6 @@ def choose_step(
     arguments.bits(bits)
     x = jnp.asarray(x).astype(jnp.float32)
     finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    axes = step_groups.shared_axes(x.ndim, axis, group)
-    rule = as_step(mse() if step is None else step)
-    return step_groups.per_block(fit(rule, step_groups.view(finite, group), bits, axes), group)
+    groups = step_groups.resolve(axis, group, "x", x)
+    found = levels.of(levels.resolve(step, mse()), step_groups.view(finite, groups), bits, groups.axes)
+    return step_groups.per_block(found.step, groups)

@@ -66,19 +66,20 @@ class Selection(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a projection may look at besides its target.
+    """The facts of one update that a projection may use besides its target.
 
-    Trees hold None at leaves that are not governed.
+    Trees have None at leaves that are not governed.
 
     Attributes:
       count: i32, updates before this one.
-      params: the visible parameters, in their own dtype.
-      landed: the weights that the members before would land on: weights seen + updates, without carry.
+      params: the params, in their own dtype.
+      landed: params + updates, the values that the params would take without this projection; latent weights do not
+        enter.
       grad: the incoming gradient where `with_gradient` or a caller's `grad=` provides it, else None.
       key: a PRNG key of this update.
-      refresh: None to follow the life cycle by count; a static bool to force or forbid a refresh.
-      again: `again() -> (target, landed)`, computed anew. Inside a `lax.cond` this keeps the branch from holding on to
-        arrays that the program would otherwise never store.
+      refresh: None to refresh by count; a static bool to force or forbid it.
+      again: `again() -> (target, landed)`, computed anew. A branch of `lax.cond` that calls it does not keep arrays
+        alive that the program would otherwise never store.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -91,29 +92,20 @@ class Context(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A set of parameters.
+    """A set that parameters are held in; to parameters what a `GradientTransformation` is to updates.
 
     Attributes:
       init: `init(params) -> state`.
-      apply: `apply(target, state, context) -> (new, state)`: the target moved into the set. Targets are f32 (f64 for
-        f64 parameters), None where a leaf is not governed.
-      hold: `hold(target, state, context) -> new`: the same with the set as the state has it, nothing refreshed.
-        Optional; without it `apply` is called and its state dropped.
-      vanishes: `vanishes(target, state, context) -> bool tree`: True only where P sends the target to 0: a cheaper
-        answer than `hold`. Optional.
-      survives: `survives(target, before, after)` -> masks that broadcast to the target, from the state before and after
-        the update, for a P that keeps these entries and sets all others to 0, which needs no landing. The moments of an
-        inner optimizer are set to 0 with them.
-      near: the relative difference up to which params count as what P made of the carried weights; 0 for a P whose
-        values are exact in floating point, so that two compiled programs agree on them.
+      apply: `apply(target, state, context) -> (new, state)` moves the target into the set. Targets are f32 (f64 for
+        f64 params), None where a leaf is not governed.
+      apply_frozen: `apply_frozen(target, state, context) -> new` does the same for the set that the state describes,
+        and refreshes nothing. It is optional and for speed: latent weights are projected up to three times an update,
+        and without it `apply` is called and its new state dropped.
     """
 
-    init: Callable[[Tree], Any]
-    apply: Callable[[Tree, Any, Context], tuple[Tree, Any]]
-    hold: Callable[[Tree, Any, Context], Tree] | None = None
-    vanishes: Callable[[Tree, Any, Context], Tree] | None = None
-    survives: Callable[[Tree, Any, Any], Tree] | None = None
-    near: float = 0.0
+    init: Callable[[Tree], State]
+    apply: Callable[[Tree, State, Context], tuple[Tree, State]]
+    apply_frozen: Callable[[Tree, State, Context], Tree] | None = None
 
 
 class Score(NamedTuple):
@@ -158,24 +150,42 @@ class Structure(NamedTuple):
     keep: Callable[[jax.Array], jax.Array] | None = None
 
 
-class Step(NamedTuple):
-    """A rule for the step of a grid.
+class Levels(NamedTuple):
+    """The levels of a grid, k * step for low <= k <= high, for each group of weights that shares a step.
 
     Attributes:
-      fit: `fit(x, bits, axes) -> s`: f32 array `x`, zeros being entries to ignore; `bits` may be traced where >= 2; the
-        axes that share a step are kept with size 1. Where all entries are zero, any value may come out: the caller
-        takes 1.
-      follows: False for a step that no distribution changes.
-      limits: for an interval, its two ends: the codes are those whose values lie inside.
-      affine: True where the levels reach from the lowest weight to the highest instead of as far to both sides.
-      power_of_two: True for a step that is moved to a power of two.
+      step: f32, the distance of two levels, positive.
+      low: f32, the smallest multiple that is a level, at most 0.
+      high: f32, the largest one.
+      zero_point: i32, the code of 0.
+    """
+
+    step: jax.Array
+    low: jax.Array
+    high: jax.Array
+    zero_point: jax.Array
+
+
+class Step(NamedTuple):
+    """A rule for the step of a grid, and for the levels that it has.
+
+    A rule of your own needs `fit` alone: its grid is symmetric.
+
+    Attributes:
+      fit: `fit(x, bits, axes) -> s`: an f32 array `x`, in which zeros are entries to ignore; `bits`, which may be
+        traced where it is at least 2; the axes that share a step, kept with size 1. Where all entries are zero any
+        value may come out: the step is then 1.
+      levels: `levels(s, bits, extents, max_level) -> Levels`, from the fitted step, how far the weights extend below
+        and above zero, and how far levels may; None for as many levels below zero as above.
+      sides: `sides(x)`, a tuple of arrays whose largest entries are how far weights extend: (|x|,), or below zero and
+        above, (-x, x); None for the former.
+      min_bits: the smallest width that the rule allows.
     """
 
     fit: Callable[[jax.Array, Any, tuple[int, ...]], jax.Array]
-    follows: bool = True
-    limits: tuple[Any, Any] | None = None
-    affine: bool = False
-    power_of_two: bool = False
+    levels: Callable[[jax.Array, Any, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]], Levels] | None = None
+    sides: Callable[[jax.Array], tuple[jax.Array, ...]] | None = None
+    min_bits: int = 1
 
 
 class Width(NamedTuple):

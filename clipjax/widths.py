@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax import steps as stepping
+from clipjax import steps
 from clipjax._arrays import arguments, picking, trees
-from clipjax._maths import fitting, grids, intervals, step_groups
-from clipjax.typing import Step, Tree, Where, Width
+from clipjax._maths import levels, spectra, step_groups
+from clipjax.typing import Axis, PerLeaf, StepSize, Tree, Where, Width
+
+__all__ = ["Width", "budget", "choose_bits", "sqnr"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 ALLOWED = (2, 3, 4, 5, 6, 7, 8)
 
 
-def sqnr(target_db: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
+def sqnr(target_db: float, allowed: Sequence[int] = ALLOWED) -> Width:
     r"""The smallest width whose signal to quantization noise reaches a target, or the largest allowed.
 
     .. math:: \mathrm{SQNR}(b) = 10 \log_{10} \frac{\sum w^2}{\sum (Q_b(w) - w)^2} \ge \text{target}
@@ -48,7 +54,7 @@ def sqnr(target_db: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
     arguments.static(target_db, "target_db")
     remedy = "Give decibels, e.g. 20."
     arguments.require(arguments.is_number(target_db), "target_db", "be a number", target_db, remedy)
-    allowed = checked(allowed)
+    allowed = arguments.widths(allowed, "allowed")
     ratio = 10.0 ** (min(float(target_db), 380.0) / 10)  # beyond that no f32 noise but 0 would do
 
     def choose(sizes: list[int], energy: jax.Array, noise: jax.Array) -> jax.Array:
@@ -58,7 +64,7 @@ def sqnr(target_db: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
     return Width(allowed, choose)
 
 
-def budget(bits: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
+def budget(bits: float, allowed: Sequence[int] = ALLOWED) -> Width:
     r"""Widths whose mean over all weights is at most a budget, each bit given where it removes most squared error.
 
     Reverse water-filling: from the smallest width on, the array that loses most error per bit stored gets its next
@@ -86,7 +92,7 @@ def budget(bits: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
     arguments.static(bits, "budget")
     ok = arguments.is_number(bits) and arguments.finite(bits)
     arguments.require(ok, "budget", "be a finite number", bits, "Give mean bits, e.g. 4.")
-    allowed = checked(allowed)
+    allowed = arguments.widths(allowed, "allowed")
     remedy = f"The smallest allowed width is {allowed[0]}."
     arguments.require(bits >= allowed[0], "budget", "be at least the smallest width", bits, remedy)
 
@@ -96,24 +102,15 @@ def budget(bits: float, allowed: tuple[int, ...] = ALLOWED) -> Width:
     return Width(allowed, choose)
 
 
-def checked(allowed: tuple[int, ...], name: str = "allowed") -> tuple[int, ...]:
-    """Widths without repetition, rising."""
-    ok = isinstance(allowed, tuple | list | range) and len(allowed) > 0
-    arguments.require(ok, name, "hold widths", allowed, "Try (2, 4, 8).")
-    for width in allowed:
-        arguments.bits(width, name)
-    return tuple(sorted({int(width) for width in allowed}))
-
-
 def choose_bits(
     params: Tree,
     *,
     target_db: float | None = None,
     budget: float | None = None,
-    allowed: tuple[int, ...] = ALLOWED,
-    step: Any = None,
-    axis: Any = None,
-    group: Any = None,
+    allowed: Sequence[int] = ALLOWED,
+    step: StepSize | None = None,
+    axis: Axis | PerLeaf = None,
+    group: int | PerLeaf | None = None,
     sensitivity: Tree = None,
     where: Where | None = None,
 ) -> Tree:
@@ -152,87 +149,31 @@ def choose_bits(
     one = (target_db is None) != (budget is None)
     arguments.require(one, "target_db", "be given, or else `budget`, not both", target_db, "Try 20.")
     width = sqnr(target_db, allowed) if budget is None else _budget(budget, allowed)  # type: ignore[arg-type]
-    rule = stepping.mse() if step is None else stepping.as_step(step)
-    picks = picking.pick(picking.weights if where is None else where, params)
-    picked = picking.restrict(params, picks)
-    weighs = dict(trees.governed(sensitivity))
-    spectra = []
-    for path, leaf in trees.governed(picked):
-        size, own = (arguments.resolve(value, path, leaf) for value in (group, axis))
+    rule = levels.resolve(step, steps.mse())
+    picks = picking.pick(picking.resolve(where, picking.weights), params)
+    picked = trees.governed(picking.restrict(params, picks))
+    counts_for = dict(trees.governed(sensitivity))
+    found = []
+    for path, leaf in picked:
+        groups = step_groups.resolve(axis, group, path, leaf)
         if sensitivity is not None:
             remedy = "Give a tree like the params."
-            arguments.require(path in weighs, "sensitivity", "name every picked leaf", path, remedy)
-        h = None if sensitivity is None else step_groups.view(jnp.broadcast_to(weighs[path], leaf.shape), size)
-        x = step_groups.view(jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)).astype(jnp.float32), size)
-        spectra.append(_spectrum(x, h, rule, step_groups.shared_axes(leaf.ndim, own, size), width.allowed))
+            arguments.require(path in counts_for, "sensitivity", "name every picked leaf", path, remedy)
+        h = None if sensitivity is None else step_groups.view(jnp.broadcast_to(counts_for[path], leaf.shape), groups)
+        x = jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)).astype(jnp.float32)
+        view = step_groups.view(x, groups)
+        found.append(_compiled_spectrum(view, rule, groups.axes, width.allowed, sensitivity=h))
     chosen = {}
-    if spectra:
-        energy, noise = (jnp.stack([getattr(s, name) for s in spectra]) for name in ("energy", "noise"))
-        index = np.asarray(width.choose([leaf.size for _, leaf in trees.governed(picked)], energy, noise))
-        chosen = {path: width.allowed[i] for (path, _), i in zip(trees.governed(picked), index, strict=True)}
+    if found:
+        energy, noise = (jnp.stack([getattr(s, name) for s in found]) for name in ("energy", "noise"))
+        index = np.asarray(width.choose([leaf.size for _, leaf in picked], energy, noise))
+        chosen = {path: width.allowed[i] for (path, _), i in zip(picked, index, strict=True)}
     return trees.map_with_path(lambda path, leaf: chosen.get(path), params)
 
 
 _budget = budget  # `choose_bits` has an argument of this name
 
-
-class Spectrum(NamedTuple):
-    """What each width would do to an array: its sum of squares, and squared error and step per width."""
-
-    energy: jax.Array
-    noise: jax.Array
-    steps: jax.Array
-
-
-def spectrum(
-    x: jax.Array,
-    rule: Step,
-    axes: tuple[int, ...],
-    allowed: tuple[int, ...],
-    limit: Any = None,
-    sensitivity: jax.Array | None = None,
-) -> Spectrum:
-    """The spectrum of an array whose zeros are no weights, one loop over all widths above 1."""
-
-    def one(bits: Any) -> tuple[jax.Array, jax.Array]:
-        step = stepping.fit(rule, x, bits, axes, limit)
-        return _weighted(jnp.square(_nearest(x, step, rule, axes, bits) - x), sensitivity), step
-
-    found = [jax.tree.map(lambda v: v[None], one(1))] if allowed[0] == 1 else []
-    wider = jnp.asarray([b for b in allowed if b > 1], jnp.int32)
-    found += [jax.lax.map(one, wider)] if wider.size else []
-    noise, steps = (jnp.concatenate(column) for column in zip(*found, strict=True))
-    return Spectrum(_weighted(jnp.square(x), sensitivity), noise, steps)
-
-
-@functools.partial(jax.jit, static_argnames=("rule", "axes", "allowed"))
-def _spectrum(x: jax.Array, h: Any, rule: Any, axes: tuple[int, ...], allowed: tuple[int, ...]) -> Spectrum:
-    return spectrum(x, rule, axes, allowed, sensitivity=h)
-
-
-def _weighted(squares: jax.Array, sensitivity: jax.Array | None) -> jax.Array:
-    return jnp.sum(squares if sensitivity is None else squares * sensitivity.astype(squares.dtype))
-
-
-def _nearest(x: jax.Array, step: jax.Array, rule: Step, axes: tuple[int, ...], bits: Any) -> jax.Array:
-    """The nearest level to every nonzero weight on the grid of this width."""
-    low = high = jnp.asarray(grids.top(bits), x.dtype)
-    if rule.affine:
-        low, high = grids.ends(step, bits, *(fitting.over(jnp.max, side, axes) for side in (-x, x)))
-    elif rule.limits is not None:
-        low, high = grids.ends(step, bits, *(jnp.asarray(abs(end), x.dtype) for end in rule.limits))
-    code = intervals.limit(grids.codes(x, step, bits if isinstance(bits, int) else None), -low, high)
-    return jnp.where(x == 0, x, code * step)
-
-
-def width(allowed: tuple[int, ...], index: jax.Array) -> jax.Array:
-    """The width at an index, i32."""
-    return sum((jnp.where(index == i, b, 0) for i, b in enumerate(allowed)), jnp.zeros((), jnp.int32))
-
-
-def entry(values: jax.Array, index: jax.Array) -> jax.Array:
-    """One row."""
-    return jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
+_compiled_spectrum = jax.jit(spectra.spectrum, static_argnames=("rule", "axes", "allowed"))
 
 
 def _spend(sizes: list[int], noise: jax.Array, allowed: tuple[int, ...], budget: float) -> jax.Array:

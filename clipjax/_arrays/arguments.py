@@ -129,6 +129,15 @@ def bits(value: Any, name: str = "bits") -> None:
     require(ok, name, "be between 1 and 16", value, "2 is ternary, 4 and 8 are usual.")
 
 
+def widths(values: Any, name: str) -> tuple[int, ...]:
+    """Bit widths to choose from, checked, rising and without repetition."""
+    ok = isinstance(values, tuple | list | range) and len(values) > 0
+    require(ok, name, "hold widths", values, "Try (2, 4, 8).")
+    for width in values:
+        bits(width, name)
+    return tuple(sorted({int(width) for width in values}))
+
+
 def choice(value: Any, name: str, options: tuple[str, ...]) -> None:
     """Check an option given by name."""
     static(value, name)

@@ -30,3 +30,8 @@ def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     placed = max((x, y, mask), key=lambda v: sum(names is not None for names in jax.typeof(v).sharding.spec))
     mask, x, y = (sharding.laid_as(v, placed) if v.ndim else v for v in (mask, x, y))
     return jax.lax.select(mask, x, y)
+
+
+def keep(active: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`new` where `active`, which is None for always, else `old`."""
+    return new if active is None else where(active, new, old)

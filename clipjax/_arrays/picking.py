@@ -29,6 +29,15 @@ def everything(path: str, leaf: Any) -> bool:
     return True
 
 
+def resolve(where: Where | None, default: Where) -> Where:
+    """A `where=` argument, checked, or the default of its transformation."""
+    if where is not None and not callable(where):
+        raise TypeError(
+            f"`where` must be a function (path, leaf) -> bool, got {where!r}. Try `lambda path, leaf: ...`."
+        )
+    return default if where is None else where
+
+
 def pick(where: Where, tree: Tree) -> list[bool]:
     """Which leaves a member governs, aligned with `flatten`."""
     leaves, _ = trees.flatten(tree)
@@ -39,7 +48,7 @@ def warn_if_nothing(picks: list[bool], tree: Tree) -> None:
     """Warn about a `where` that governs nothing, unless the tree holds no arrays at all."""
     if not any(picks) and any(leaf is not None for leaf in trees.flatten(tree)[0]):
         warnings.warn(
-            "`where` picks no float array of these params, so this member does nothing. The default for"
+            "`where` picks no float array of these params, so this transformation does nothing. The default for"
             " pruning and quantizing is arrays of rank >= 2 that are not named bias, b, scale or offset;"
             " pass `where=lambda path, leaf: ...` to choose.",
             stacklevel=4,

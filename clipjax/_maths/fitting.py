@@ -62,7 +62,7 @@ def order_statistic(x: jax.Array, percent: float, axes: tuple[int, ...]) -> jax.
 
 def least_squares(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
     """The step of least squared error over the nonzero entries, see `steps.mse`."""
-    if isinstance(bits, int) and bits == 1:
+    if not arguments.traced(bits) and bits == 1:
         return mean_size(x, axes)
     rms, high = root_mean_square(x, axes)
     size, unit = jnp.abs(x), jnp.where(high > 0, high, jnp.ones_like(high))

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from clipjax._arrays import arguments, elementwise
 
@@ -15,7 +14,7 @@ ROUNDINGS = ("nearest", "half_away", "stochastic")
 
 def top(bits: Any) -> Any:
     """The largest code of a symmetric grid: 2^(bits-1) - 1, and 1 for bits = 1, where the codes are -1 and 1."""
-    if isinstance(bits, int | np.integer):
+    if not arguments.traced(bits):
         return max(1, 2 ** (int(bits) - 1) - 1)
     return jnp.maximum(jnp.left_shift(1, bits - 1) - 1, 1).astype(jnp.float32)
 
@@ -35,12 +34,22 @@ def ratio(x: jax.Array, step: Any) -> jax.Array:
     return x / elementwise.where(x == x, jnp.asarray(step, x.dtype), jnp.ones_like(x))
 
 
-def codes(x: jax.Array, step: Any, bits: Any, *, rounding: str = "nearest", key: Any = None) -> jax.Array:
-    """Unlimited integer codes round(x / s), as floats; sign(x) with sign(0) = + for bits = 1, which may be traced."""
-    if bits is None or (arguments.known(bits) and bits > 1):
+def codes(
+    x: jax.Array,
+    step: jax.Array,
+    binary: bool | jax.Array | None = None,
+    *,
+    rounding: str = "nearest",
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Unlimited integer codes round(x / s), as floats; sign(x) with sign(0) = + where the grid is `binary`.
+
+    `binary` is None where it is not, True where it is, and a traced bool where the width follows from the weights.
+    """
+    if binary is None:
         return rounded(ratio(x, step), rounding, key)
     sign = jnp.where(x < 0, jnp.ones_like(x) * -1, jnp.ones_like(x))
-    return sign if arguments.known(bits) else jnp.where(bits == 1, sign, rounded(ratio(x, step), rounding, key))
+    return sign if binary is True else jnp.where(binary, sign, rounded(ratio(x, step), rounding, key))
 
 
 def rounded(ratio: jax.Array, rounding: str, key: Any) -> jax.Array:

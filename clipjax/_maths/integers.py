@@ -74,7 +74,7 @@ def round_to_step(x: jax.Array, step: Any, *, rounding: str = "nearest", key: An
     x = jnp.asarray(x)
     wide = dtypes.widened(x)
     step = blocks.spread(jnp.asarray(step), x.shape).astype(wide.dtype)
-    level = grids.codes(wide, step, None, rounding=rounding, key=key) * step
+    level = grids.codes(wide, step, rounding=rounding, key=key) * step
     return jnp.where(jnp.isfinite(wide), level, wide).astype(x.dtype)
 
 
@@ -123,7 +123,7 @@ def quantize(
         arguments.bits(bits)
     x = dtypes.widened(jnp.asarray(x))
     step, zero = (blocks.spread(jnp.asarray(v), x.shape).astype(x.dtype) for v in (step, zero_point))
-    whole = grids.codes(x, step, bits, rounding=rounding, key=key)
+    whole = grids.codes(x, step, True if bits == 1 else None, rounding=rounding, key=key)
     whole = jnp.where(jnp.isnan(x) | jnp.isnan(whole), jnp.zeros_like(x), whole) + zero
     limit = float(2**31 - 128) if bits is None else float(grids.top(bits))
     return jnp.clip(whole, -limit, limit).astype(grids.code_dtype(bits))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments, dtypes, elementwise
+from clipjax.typing import Bound, Leaf, Number, PerLeaf
 
 
-def clamp(x: jax.Array, bound: Any) -> jax.Array:
+def clamp(x: jax.Array, bound: Number | tuple[Number, Number]) -> jax.Array:
     """Limit every entry to [-T, T], or to [lo, hi].
 
     D3's weight clipping: w -> T sign(w) if |w| > T, else w. The bound is rounded into the interval where the
@@ -46,6 +48,35 @@ def limit(x: jax.Array, low: Any, high: Any) -> jax.Array:
     low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
     x = elementwise.where(x > high, high, x)
     return elementwise.where(x < low, low, x)
+
+
+class Bounds(NamedTuple):
+    """A `bound=` argument, read.
+
+    Attributes:
+      scheduled: True where it changes with the count.
+      of_leaf: `of_leaf(path, leaf, count) -> bound` of one leaf, a number or a pair.
+      shared: `shared(count) -> (low, high)`, the interval of all leaves; NaN where it differs by leaf.
+    """
+
+    scheduled: bool
+    of_leaf: Callable[[str, Leaf, jax.Array], Any]
+    shared: Callable[[jax.Array], tuple[Any, Any]]
+
+
+def resolve(bound: Bound) -> Bounds:
+    """Read a bound: a number, a pair, a schedule of either, or `per_leaf` of any of these."""
+    if isinstance(bound, PerLeaf):
+        fn = bound.fn
+        return Bounds(
+            scheduled=False,
+            of_leaf=lambda path, leaf, count: arguments.schedule(fn(path, leaf))(count),
+            shared=lambda count: (np.nan, np.nan),
+        )
+    if not callable(bound):
+        interval(bound)
+    at = arguments.schedule(bound)
+    return Bounds(callable(bound), lambda path, leaf, count: at(count), lambda count: interval(at(count)))
 
 
 def interval(bound: Any) -> tuple[Any, Any]:

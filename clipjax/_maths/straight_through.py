@@ -80,7 +80,7 @@ def fake_quant(
     step = jnp.asarray(step, wide.dtype)
     fixed, by = jax.lax.stop_gradient((wide, step))
     s, zero = (blocks.spread(jnp.asarray(v), x.shape).astype(wide.dtype) for v in (by, zero_point))
-    code = grids.codes(fixed, s, bits, rounding=rounding, key=key)
+    code = grids.codes(fixed, s, True if bits == 1 else None, rounding=rounding, key=key)
     most = math.inf if bits is None else float(grids.top(bits))
     limited = intervals.limit(code, -most - zero, most - zero)
     level = jnp.where(jnp.isfinite(fixed), limited * s, fixed)

@@ -1,18 +1,19 @@
-"""Weight clipping after the optimizer: parameters that stay within a bound."""
+"""Clamping after the optimizer: weights that stay within a bound."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from clipjax import selections
-from clipjax._arrays import arguments, elementwise, trees
-from clipjax._maths import intervals
+from clipjax._arrays import arguments, elementwise, picking, trees
+from clipjax._maths import drawing, intervals
 from clipjax._weights import projecting
-from clipjax.typing import Context, PerLeaf, Projection, Selection, Tree, Where
+from clipjax._weights.constraints import Constraint
+from clipjax.typing import Bound, Context, Projection, Selection, Tree, Where
 
 
 class ClampState(NamedTuple):
@@ -26,9 +27,9 @@ class ClampState(NamedTuple):
 
 
 def clamp_weights(
-    bound: Any,
+    bound: Bound,
     *,
-    when: str = "after",
+    when: Literal["after", "before"] = "after",
     select: Selection | None = None,
     where: Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -63,37 +64,31 @@ def clamp_weights(
     """
     arguments.choice(when, "when", ("after", "before"))
     select = selections.everything() if select is None else select
-    selections.check(select)
-    if not callable(bound) and not isinstance(bound, PerLeaf):
-        intervals.interval(bound)
-
-    def ends(path: str, leaf: Any, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        value = arguments.resolve(bound, path, leaf)
-        return intervals.inside(arguments.schedule(value)(count), leaf.dtype)
+    drawing.check(select)
+    where = picking.resolve(where, picking.everything)
+    bounds = intervals.resolve(bound)
 
     def init_fn(params: Tree) -> ClampState:
-        if not callable(bound):
-            trees.map_with_path(lambda path, p: ends(path, p, jnp.zeros((), jnp.int32)), params)
+        if not bounds.scheduled:
+            for path, p in trees.governed(params):
+                intervals.inside(bounds.of_leaf(path, p, jnp.zeros((), jnp.int32)), p.dtype)
         return ClampState(jnp.full((2,), jnp.nan, jnp.float32))
 
     def apply_fn(target: Tree, state: ClampState, context: Context) -> tuple[Tree, ClampState]:
-        def limit(path: str, w: jax.Array, chosen: jax.Array, p: jax.Array) -> jax.Array:
-            low, high = (end.astype(w.dtype) for end in ends(path, p, context.count))
-            old = w if when == "after" else p.astype(w.dtype)
-            cut = intervals.limit(old, low, high)
-            # before: the update is added to the clamped weight
-            new = cut if when == "after" else elementwise.where(cut != old, cut + (w - old), w)
+        def clamped(path: str, w: jax.Array, chosen: jax.Array, p: jax.Array) -> jax.Array:
+            ends = intervals.inside(bounds.of_leaf(path, p, context.count), p.dtype)
+            low, high = (end.astype(w.dtype) for end in ends)
+            if when == "after":
+                new = intervals.limit(w, low, high)
+            else:  # the update is added to the clamped weight
+                old = p.astype(w.dtype)
+                cut = intervals.limit(old, low, high)
+                new = elementwise.where(cut != old, cut + (w - old), w)
             return elementwise.where(chosen, new, w)
 
-        chosen = selections.choose(select, target, None, context.count)
-        new = trees.map_with_path(limit, target, chosen, context.params)
-        return new, ClampState(_recorded(bound, context.count))
+        chosen = drawing.choose(select, target, None, context.count)
+        new = trees.map_with_path(clamped, target, chosen, context.params)
+        return new, ClampState(jnp.stack([jnp.asarray(end, jnp.float32) for end in bounds.shared(context.count)]))
 
-    return projecting.project(Projection(init_fn, apply_fn), where=where)
-
-
-def _recorded(bound: Any, count: jax.Array) -> jax.Array:
-    if isinstance(bound, PerLeaf):
-        return jnp.full((2,), jnp.nan, jnp.float32)
-    low, high = intervals.interval(arguments.schedule(bound)(count))
-    return jnp.stack([jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)])
+    constraint = Constraint(Projection(init_fn, apply_fn))
+    return projecting.constrain(constraint, carry=False, inner=None, start=0, where=where, key=None)

@@ -1,199 +1,218 @@
-"""Plain maths of one leaf's grid: what is static about it, what is measured, and the level of every weight."""
+"""The grid of one leaf: the arguments of `fake_quantize` as they apply to it, its state, and the level of a weight."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from clipjax import steps as stepping
 from clipjax._arrays import arguments, elementwise
-from clipjax._maths import fitting, grids, intervals, step_groups
-from clipjax.typing import Rounding, Step, Width
+from clipjax._maths import fitting, grids, intervals, levels, spectra, step_groups
+from clipjax.typing import Leaf, Levels, Step
+
+
+class QuantizeState(NamedTuple):
+    """State of `fake_quantize` inside its `ProjectState`: each field is a dict by path; `at` gives those of one leaf.
+
+    Attributes:
+      step: f32 per step group, the distance of two levels.
+      max_level: f32[sides] per step group, the largest |params + updates| that the transformations before gave at any
+        refresh; no level exceeds it. One side where the grid is symmetric, else two, below zero and above. Infinite
+        before the first refresh, 0 for unbounded codes.
+      zero_point: i32 per step group, the code of 0; 0 on symmetric grids.
+      bits: i32, the width; 0 for unbounded codes.
+      low: f32 per step group, the smallest multiple of the step that is a level; 0 for unbounded codes.
+      high: the largest one; likewise.
+    """
+
+    step: dict[str, jax.Array]
+    max_level: dict[str, jax.Array]
+    zero_point: dict[str, jax.Array]
+    bits: dict[str, jax.Array]
+    low: dict[str, jax.Array]
+    high: dict[str, jax.Array]
 
 
 class Grid(NamedTuple):
-    """What changes about one leaf's grid.
-
-    Attributes:
-      step: f32 per step group.
-      reach: f32 per step group: no level is larger; for an affine grid two in front, one below zero and one above.
-      zero_point: i32 per step group, the code of 0.
-      bits: i32, the width; 0 for unbounded codes.
-      low: f32 per step group, the smallest multiple of the step that is a level; 0 for unbounded codes.
-      high: the largest; likewise.
-    """
+    """The fields of `QuantizeState` for one leaf."""
 
     step: jax.Array
-    reach: jax.Array
+    max_level: jax.Array
     zero_point: jax.Array
     bits: jax.Array
     low: jax.Array
     high: jax.Array
 
 
+def at(state: QuantizeState, path: str) -> Grid:
+    """The grid of one leaf."""
+    return Grid(*(field[path] for field in state))
+
+
+def gathered(grids: dict[str, Grid]) -> QuantizeState:
+    """The state of the grids of all leaves."""
+    if not grids:  # one array all the same, see `trees.by_path`
+        return QuantizeState(*(jnp.zeros(()) for _ in Grid._fields))  # type: ignore[arg-type]
+    return QuantizeState(*({path: grid[i] for path, grid in grids.items()} for i in range(len(Grid._fields))))
+
+
 class Plan(NamedTuple):
-    """What is static about one leaf's grid: a width or a rule for it, which axes and groups have a step, which step."""
+    """The arguments of `fake_quantize`, read for one leaf; all of it is static.
 
-    bits: Any
-    axis: Any
-    group: int | None
+    Attributes:
+      allowed: the widths that may occur: one where it is fixed, none for unbounded codes.
+      groups: which weights share a step.
+      rule: which step, and which levels.
+      rounding: how a quotient becomes a whole number, by name.
+      soften: the rounding that hardens with time, None for one that is hard.
+    """
+
+    allowed: tuple[int, ...]
+    groups: step_groups.StepGroups
     rule: Step
-    rounding: Any
+    rounding: str
+    soften: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] | None
 
     @property
-    def chosen(self) -> bool:
-        """True where the width follows the distribution."""
-        return isinstance(self.bits, Width)
+    def unbounded(self) -> bool:
+        """True for codes without ends."""
+        return not self.allowed
 
     @property
-    def allowed(self) -> tuple[int, ...]:
-        """Every width that may occur; none for unbounded codes."""
-        return self.bits.allowed if self.chosen else () if self.bits is None else (self.bits,)
+    def fixed(self) -> bool:
+        """True where the width does not follow from the weights."""
+        return len(self.allowed) == 1
+
+    def binary(self, grid: Grid) -> bool | jax.Array | None:
+        """True where the grid has one bit, a traced bool where it may, None where it never has."""
+        return None if 1 not in self.allowed else True if self.fixed else grid.bits == 1
 
 
-def check(plan: Plan, path: str, leaf: Any) -> None:
-    """Refuse what a leaf cannot have."""
-    if plan.group is not None:
-        arguments.whole(plan.group, "group", low=1, remedy="Give the size of a group, e.g. 32.")
-        remedy = f"Leaf {path!r} has shape {leaf.shape}: leave it out with `where`, or give `per_leaf` sizes or None."
-        ok = leaf.ndim >= 2 and leaf.shape[-2] % plan.group == 0
-        arguments.require(ok, "group", "divide axis -2 of every picked leaf", plan.group, remedy)
-    step_groups.shared_axes(leaf.ndim, plan.axis, plan.group)
-    wide = max(plan.allowed, default=0)
+def check(plan: Plan, path: str, leaf: Leaf) -> None:
+    """Refuse widths that a leaf cannot have."""
+    widest = max(plan.allowed, default=0)
     narrow = jnp.dtype(leaf.dtype).itemsize < 4
     remedy = f"Leaf {path!r} is {leaf.dtype}: its codes could not be recovered. Use 8 bits, or f32 params."
-    arguments.require(not (narrow and wide > 8), "bits", "be at most 8 for narrow params", wide, remedy)
+    arguments.require(not (narrow and widest > 8), "bits", "be at most 8 for narrow params", widest, remedy)
+    least, smallest = min(plan.allowed, default=plan.rule.min_bits), plan.rule.min_bits
     remedy = "An affine grid has levels on both sides of 0: use `steps.mse()`, whose one-bit step is mean|w|."
-    uneven = plan.rule.affine or (plan.chosen and plan.rule.limits is not None)
-    arguments.require(not uneven or 1 not in plan.allowed, "bits", "be at least 2 for an affine grid", 1, remedy)
+    arguments.require(least >= smallest, "bits", f"be at least {smallest} for an affine grid", least, remedy)
 
 
-def begin(plan: Plan, leaf: Any) -> Grid:
+def begin(plan: Plan, leaf: Leaf) -> Grid:
     """The grid before the first refresh."""
-    like = jax.eval_shape(lambda x: step_groups.view(x, plan.group), jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
-    axes = step_groups.shared_axes(leaf.ndim, plan.axis, plan.group)
-    step = fitting.given(1.0, like, axes)
-    reach = jnp.full((2, *step.shape) if plan.rule.affine else step.shape, jnp.inf, jnp.float32)
-    width = 0 if plan.bits is None else plan.allowed[-1]
-    return _grid(plan, step, reach, jnp.zeros(step.shape, jnp.int32), jnp.asarray(width, jnp.int32))
+    like = jax.eval_shape(lambda x: step_groups.view(x, plan.groups), jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
+    step = fitting.given(1.0, like, plan.groups.axes)
+    sides = 1 if plan.rule.sides is None else len(jax.eval_shape(plan.rule.sides, like))
+    max_level = jnp.full((sides, *step.shape), jnp.inf, jnp.float32)
+    width = max(plan.allowed, default=0)
+    top = 0.0 if plan.unbounded else float(grids.top(width))
+    low, high = (jnp.full(step.shape, end, jnp.float32) for end in (-top, top))
+    return Grid(step, max_level, jnp.zeros(step.shape, jnp.int32), jnp.asarray(width, jnp.int32), low, high)
 
 
 class Measured(NamedTuple):
-    """The weights of one leaf as its step is to see them.
+    """The weights of one leaf to which its step is fitted.
 
     Attributes:
-      values: f32, in the `view` of groups; zeros where a weight has no say.
-      axes: those that share a step.
-      reach: as in `Grid`, values of the leaf's dtype.
+      values: f32, in the view of step groups; zeros where a weight is not to be counted.
+      max_level: as in the state, values of the leaf's dtype.
     """
 
     values: jax.Array
-    axes: tuple[int, ...]
-    reach: jax.Array
+    max_level: jax.Array
 
 
-def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: Grid, dtype: Any) -> Measured:
-    """The nonzero finite weights, limited to the largest |weight| that members before have landed on."""
-    x, landed = (step_groups.view(v, plan.group).astype(jnp.float32) for v in (x, landed))
-    axes = step_groups.shared_axes(x.ndim - (plan.group is not None), plan.axis, plan.group)
-    if plan.bits is None:
-        return Measured(x, axes, jnp.zeros_like(grid.reach))
+def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: Grid, dtype: jnp.dtype) -> Measured:
+    """The nonzero finite weights, limited to the largest level.
+
+    Args:
+      plan: of the leaf.
+      x: the targets, latent weights moved by the updates.
+      landed: params + updates: what the transformations before give; weights that they set to 0 are not counted.
+      grid: of the last refresh.
+      dtype: of the params.
+    """
+    x, landed = (step_groups.view(v, plan.groups).astype(jnp.float32) for v in (x, landed))
+    if plan.unbounded:
+        return Measured(x, jnp.zeros_like(grid.max_level))
     alive = (landed != 0) & jnp.isfinite(x) & jnp.isfinite(landed)
     shown = elementwise.where(alive, landed, jnp.zeros_like(landed))
-    if plan.rule.affine:
-        sides = [fitting.over(jnp.max, side, axes) for side in (-shown, shown)]
-        largest = jnp.maximum(jnp.stack(sides), 0)
-    else:
-        largest = fitting.over(jnp.max, jnp.abs(shown), axes)
-    reach = elementwise.where(jnp.isinf(grid.reach), largest, jnp.maximum(grid.reach, largest))
-    reach = intervals.toward(reach, dtype, up=False).astype(jnp.float32)
-    below, above = sides_of(plan, reach)
-    return Measured(intervals.limit(elementwise.where(alive, x, jnp.zeros_like(x)), -below, above), axes, reach)
+    largest = jnp.maximum(jnp.stack(levels.extent(plan.rule, shown, plan.groups.axes)), 0)
+    # A running maximum: were it the last one alone, each refresh could only lower it, as weights are on the grid then.
+    largest = elementwise.where(jnp.isinf(grid.max_level), largest, jnp.maximum(grid.max_level, largest))
+    max_level = intervals.toward(largest, dtype, up=False).astype(jnp.float32)
+    alive_x = elementwise.where(alive, x, jnp.zeros_like(x))
+    return Measured(intervals.limit(alive_x, -max_level[0], max_level[-1]), max_level)
 
 
-def sides_of(plan: Plan, reach: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The reach below zero and above."""
-    return (reach[0], reach[1]) if plan.rule.affine else (reach, reach)
+def fit(plan: Plan, measured: Measured) -> Grid:
+    """The grid of a leaf of fixed width, or of unbounded codes."""
+    axes = plan.groups.axes
+    if plan.unbounded:
+        step = plan.rule.fit(measured.values, 0, axes)
+        zero = jnp.zeros_like(step)
+        return Grid(step, measured.max_level, zero.astype(jnp.int32), jnp.zeros((), jnp.int32), zero, zero)
+    (bits,) = plan.allowed
+    found = levels.of(plan.rule, measured.values, bits, axes, (measured.max_level[0], measured.max_level[-1]))
+    return _grid(found, measured, jnp.asarray(bits, jnp.int32))
 
 
-def limit(plan: Plan, seen: Measured) -> jax.Array:
-    """What no step may exceed, so that a level lies within the reach."""
-    below, above = sides_of(plan, seen.reach)
-    return jnp.maximum(below, above)
+def spectrum(plan: Plan, measured: Measured) -> spectra.Spectrum:
+    """What each allowed width would do to the leaf."""
+    limits = (measured.max_level[0], measured.max_level[-1])
+    return spectra.spectrum(measured.values, plan.rule, plan.groups.axes, plan.allowed, limits)
 
 
-def fit(plan: Plan, seen: Measured) -> Grid:
-    """The grid of a leaf of given width for the measured weights."""
-    if plan.bits is None:
-        return fitted(plan, seen, plan.rule.fit(seen.values, 0, seen.axes), 0)
-    return fitted(plan, seen, stepping.fit(plan.rule, seen.values, plan.bits, seen.axes, limit(plan, seen)), plan.bits)
+def chosen(plan: Plan, measured: Measured, spectrum: spectra.Spectrum, index: jax.Array) -> Grid:
+    """The grid of the width at an index of the allowed ones."""
+    return _grid(spectra.entry(spectrum, index), measured, spectra.width(plan.allowed, index))
 
 
-def fitted(plan: Plan, seen: Measured, step: jax.Array, bits: Any) -> Grid:
-    """The grid of a step and a width, which may be traced."""
-    return _grid(plan, step, seen.reach, _zero_point(plan, seen, step, bits), jnp.asarray(bits, jnp.int32))
+def _grid(found: Levels, measured: Measured, bits: jax.Array) -> Grid:
+    return Grid(found.step, measured.max_level, found.zero_point, bits, found.low, found.high)
 
 
-def _zero_point(plan: Plan, seen: Measured, step: jax.Array, bits: Any) -> jax.Array:
-    """The code of 0: 0 where both sides are alike; else from where weights are, which the reach may exceed by far."""
-    if (not plan.rule.affine and plan.rule.limits is None) or 1 in plan.allowed:
-        return jnp.zeros(step.shape, jnp.int32)
-    if plan.rule.limits is not None:
-        below, above = (jnp.asarray(abs(end), jnp.float32) for end in plan.rule.limits)
-    else:
-        below, above = (fitting.over(jnp.max, side, seen.axes) for side in (-seen.values, seen.values))
-    low, _ = grids.ends(step, bits, below, above)
-    return (low - jnp.asarray(grids.top(bits), low.dtype)).astype(jnp.int32)
+def level(plan: Plan, x: jax.Array, grid: Grid, key: jax.Array | None, since: jax.Array) -> jax.Array:
+    """The level of every weight: code * s, the codes limited to those of the grid."""
+    w = step_groups.view(x, plan.groups)
+    binary = plan.binary(grid)
+    code = grids.codes(w, grid.step, binary, rounding=plan.rounding, key=key)
+    if not plan.unbounded:
+        code = intervals.limit(code, grid.low.astype(w.dtype), grid.high.astype(w.dtype))
+    if plan.soften is not None:
+        code = _softened(plan, plan.soften, w, code, grid, since)
+    if binary is not None:  # one bit has no level 0: a pruned weight stays 0 all the same
+        code = jnp.where((w == 0) & binary, jnp.zeros_like(code), code)
+    return step_groups.joined(code * grid.step.astype(w.dtype), plan.groups, x)
 
 
-def _grid(plan: Plan, step: jax.Array, reach: jax.Array, zero_point: jax.Array, bits: jax.Array) -> Grid:
-    """The grid with its levels: as many as the width has codes, none beyond the reach or interval."""
-    if plan.bits is None:
-        return Grid(step, reach, zero_point, bits, jnp.zeros_like(step), jnp.zeros_like(step))
-    zero = zero_point.astype(jnp.float32)
-    top = jnp.asarray(grids.top(bits if plan.chosen else plan.bits), jnp.float32)
-    ends = [jnp.where(jnp.isinf(r), jnp.inf, grids.multiples(r, step)) for r in sides_of(plan, reach)]
-    if plan.rule.limits is not None and plan.bits != 1:
-        sides = [grids.multiples(jnp.asarray(abs(end), jnp.float32), step) for end in plan.rule.limits]
-        ends = [jnp.minimum(end, side) for end, side in zip(ends, sides, strict=True)]
-    return Grid(step, reach, zero_point, bits, -jnp.minimum(ends[0], top + zero), jnp.minimum(ends[1], top - zero))
-
-
-def level(plan: Plan, x: jax.Array, grid: Grid, key: Any, since: jax.Array) -> jax.Array:
-    """The level of every weight: code * s, the codes limited by the width, the interval and the reach."""
-    w = step_groups.view(x, plan.group)
-    soft = isinstance(plan.rounding, Rounding)
-    one = (1 in plan.allowed) and (grid.bits if plan.chosen else 1)
-    code = grids.codes(
-        w, grid.step, None if one is False else one, rounding="nearest" if soft else plan.rounding, key=key
-    )
-    if plan.bits is not None:
-        low, high = (end.astype(w.dtype) for end in (grid.low, grid.high))
-        code = intervals.limit(code, low, high)
-    if soft:
-        code = _softened(plan, w, code, grid, one, since)
-    if one is not False:
-        code = jnp.where((w == 0) & (jnp.asarray(one) == 1), jnp.zeros_like(code), code)
-    return step_groups.joined(code * grid.step.astype(w.dtype), plan.group, x)
-
-
-def _softened(plan: Plan, w: jax.Array, code: jax.Array, grid: Grid, one: Any, since: jax.Array) -> jax.Array:
-    ends = (-jnp.inf, jnp.inf) if plan.bits is None else (grid.low, grid.high)
+def _softened(
+    plan: Plan,
+    soften: Callable[..., jax.Array],
+    w: jax.Array,
+    code: jax.Array,
+    grid: Grid,
+    since: jax.Array,
+) -> jax.Array:
+    """Codes between the levels on both sides of each weight."""
+    ends = (-jnp.inf, jnp.inf) if plan.unbounded else (grid.low, grid.high)
     low, high = (jnp.full_like(w, end) for end in ends)
     inside = intervals.limit(grids.ratio(w, grid.step), low, high)
     below = jnp.minimum(jnp.floor(inside), high)
     above = jnp.minimum(below + 1, high)
-    if one is not False:
-        two = jnp.asarray(one) == 1
-        below, above = jnp.where(two, low, below), jnp.where(two, high, above)
-    return plan.rounding.soften(inside, code, below, above, since)
+    binary = plan.binary(grid)
+    if binary is not None:
+        below, above = jnp.where(binary, low, below), jnp.where(binary, high, above)
+    return soften(inside, code, below, above, since)
 
 
-def vanishes(plan: Plan, x: jax.Array, grid: Grid) -> jax.Array:
+def surely_zero(plan: Plan, x: jax.Array, grid: Grid) -> jax.Array:
     """True only where the level is surely 0."""
-    sure = plan.rounding in ("nearest", "half_away") and 1 not in plan.allowed
-    w = step_groups.view(x, plan.group)
-    # |w| <= .499 s, half a step less what a division may be off; a product with s may become a kernel of its own
-    return step_groups.joined(jnp.abs(w) * 2.004 <= grid.step.astype(w.dtype) if sure else w == 0, plan.group, x)
+    w = step_groups.view(x, plan.groups)
+    if plan.rounding == "stochastic" or plan.soften is not None or 1 in plan.allowed:
+        return step_groups.joined(w == 0, plan.groups, x)
+    # |w| <= .499 s: half a step, less the error of a division. A product with s may become a kernel of its own.
+    return step_groups.joined(jnp.abs(w) * 2.004 <= grid.step.astype(w.dtype), plan.groups, x)

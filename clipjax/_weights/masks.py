@@ -1,28 +1,22 @@
-"""Plain maths of masks: which units of which arrays go, exactly as many as asked for, and how many of each array."""
+"""Plain maths of masks: the units of all leaves as one pool, and which of them go, exactly as many as asked for."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from clipjax import structures
 from clipjax._arrays import arguments, dtypes, picking, trees
-from clipjax._maths import counts, ranking
-from clipjax.typing import PerLeaf, Structure, Tree, Where
-
-SCOPES = ("global", "leaf", "erk")
-
-
-_SPARSITY = "It is the fraction of zeros, e.g. 0.9."
+from clipjax._maths import ranking
+from clipjax._weights import sparsities
+from clipjax.typing import Leaf, Sparsity, Structure, Tree, Where
 
 
 def make_mask(
     scores: Tree,
-    sparsity: Any = None,
+    sparsity: Sparsity = None,
     *,
     structure: Structure | None = None,
     scope: str = "global",
@@ -36,7 +30,7 @@ def make_mask(
       sparsity: fraction in [0, 1), a number (may be traced), `per_leaf`, or a tree of fractions, for scope "leaf". None
         where the structure fixes it.
       structure: what is removed together, `structures.element()` by default. With groups only the weights (rank >= 2,
-        not named bias, b, scale or offset) of the leaves that they name have a say; all others are kept.
+        not named bias, b, scale or offset) of the leaves that they name are scored; all others are kept.
       scope: "global" compares all leaves together; "leaf" each alone; "erk" too, with a sparsity that follows from the
         shape, see `prune_mask`. Both round for each leaf, so that the total may be off by half a unit a leaf.
 
@@ -56,20 +50,21 @@ def make_mask(
       D2, section 2.2, step 2.
     """
     structure = structures.element() if structure is None else structure
-    check(sparsity, structure, scope)
+    amount = sparsities.resolve(sparsity, structure, scope)
+    remedy = "A mask is made once, at no count: give the fraction itself."
+    arguments.require(not amount.scheduled, "sparsity", "be a number or a tree, not a schedule", sparsity, remedy)
     scores = jax.tree.map(jnp.asarray, scores)
     filled = jax.tree.map(lambda x: x if x.size else None, scores)
-    voters = filled
+    scored = filled
     if structure.holds is not None:
         filled = _where(structure.holds, filled)
-        voters = _where(picking.weights, filled)
-    structure.check(filled, voters)
-    scope = effective(sparsity, scope)
-    check_sizes(jax.eval_shape(structure.reduce, voters), structure, scope)
-    units = pool(voters, structure)
-    kept = cut(units, structure, removals(sparsity, scope, units, structure.owners(filled)), scope)
+        scored = _where(picking.weights, filled)
+    structure.check(filled, scored)
+    check_sizes(jax.eval_shape(structure.reduce, scored), structure, amount)
+    units, owners = pool(scored, structure), structure.owners(filled)
+    kept = cut(units, structure, amount, amount.removed(None, units.sizes, owners))
 
-    def full(x: Any, mask: Any) -> Any:
+    def full(x: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:
         if x is None:
             return None
         return jnp.ones(x.shape, bool) if mask is None else jnp.broadcast_to(mask, x.shape)
@@ -83,22 +78,8 @@ def _where(where: Where, tree: Tree) -> Tree:
     return trees.map_with_path(lambda path, x: x if where(path, x) else None, tree)
 
 
-def check(sparsity: Any, structure: Any, scope: str) -> None:
-    """Check the arguments that say how much goes."""
-    remedy = "Call a factory: `structures.unit()`."
-    arguments.instance(structure, Structure, "structure", remedy)
-    arguments.choice(scope, "scope", SCOPES)
-    if structure.keep is not None:
-        remedy = "This structure fixes the sparsity itself: leave it out."
-        arguments.require(sparsity is None, "sparsity", "be None for n_of_m", sparsity, remedy)
-        return
-    arguments.require(sparsity is not None, "sparsity", "be given for this structure", sparsity, _SPARSITY)
-    if arguments.known(sparsity) and not varies(sparsity):
-        arguments.fraction(sparsity, "sparsity", _SPARSITY)
-
-
-def check_sizes(units: Tree, structure: Structure, scope: str) -> None:
-    """Refuse more units than are counted exactly: of one array, or of all together for scope "global"."""
+def check_sizes(units: Tree, structure: Structure, amount: sparsities.Amount) -> None:
+    """Refuse more units than are counted exactly: of one array, or of all that are compared together."""
     if structure.keep is not None:
         return
     sizes = [(path, int(u.size)) for path, u in trees.governed(units)]
@@ -108,13 +89,8 @@ def check_sizes(units: Tree, structure: Structure, scope: str) -> None:
         arguments.require(size <= ranking.MOST, "structure", rule, (path, size), remedy)
     total = sum(size for _, size in sizes)
     remedy = 'Use "leaf" or "erk", which compare each array alone, or larger units (`structures.unit()`).'
-    ok = scope != "global" or total <= ranking.MOST
-    arguments.require(ok, "scope", "compare less than 2**32 units together", (scope, total), remedy)
-
-
-def varies(sparsity: Any) -> bool:
-    """True for a sparsity that is given leaf by leaf: `per_leaf`, or a tree of fractions."""
-    return arguments.is_tree(sparsity)
+    ok = not amount.pooled or total <= ranking.MOST
+    arguments.require(ok, "scope", "compare less than 2**32 units together", ("global", total), remedy)
 
 
 class Pool(NamedTuple):
@@ -127,8 +103,8 @@ class Pool(NamedTuple):
     """
 
     keys: list[jax.Array]
-    sizes: list[Any]
-    treedef: Any
+    sizes: list[int | jax.Array]
+    treedef: jax.tree_util.PyTreeDef
 
 
 def pool(
@@ -136,17 +112,20 @@ def pool(
     structure: Structure,
     *,
     finite: Tree = None,
-    held: Tree = None,
+    before: Tree = None,
     chosen: Tree = None,
     safe: Tree = None,
 ) -> Pool:
     """Order the units: those already gone lowest, those that may not go out of reach.
 
+    Each key is protected in turn, and no protection is ever lifted, so the order of the steps does not matter but for
+    the first: `min_keep` protects the best units by their scores, before any other reason has changed their keys.
+
     Args:
       values: a tree of scores.
       structure: what makes a unit.
       finite: where the weights of `values` are finite; others count as 0 in their unit, and on their own may not go.
-      held: masks of units, those that are False go first.
+      before: masks of units, those that are False go first.
       chosen: masks of units, only these may go, and only they are counted.
       safe: masks of units that stay.
     """
@@ -159,11 +138,11 @@ def pool(
         alive = jax.tree.leaves(finite)
         scores = [jnp.where(f, x, jnp.zeros_like(x)) for x, f in zip(scores, alive, strict=True)]
     units, treedef = trees.arrays(structure.reduce(treedef.unflatten(scores)))
-    gone = [None] * len(units) if held is None else [~m for m in jax.tree.leaves(held)]
+    gone = [None] * len(units) if before is None else [~m for m in jax.tree.leaves(before)]
     keys = [ranking.order(u, gone=g) for u, g in zip(units, gone, strict=True)]
-    sizes: list[Any] = [u.size for u in units]
+    sizes: list[int | jax.Array] = [u.size for u in units]
     if structure.min_keep and safe is None:
-        spare = [max(n - structure.min_keep, 0) for n in sizes]
+        spare = [max(u.size - structure.min_keep, 0) for u in units]
         best = ranking.keep(keys, jnp.asarray(spare, jnp.uint32), pooled=False)
         keys = [ranking.protect(x, b) for x, b in zip(keys, best, strict=True)]
     if finite is not None and structure.whole:
@@ -177,69 +156,24 @@ def pool(
     return Pool(keys, sizes, treedef)
 
 
-def cut(units: Pool, structure: Structure, removed: list[Any], scope: str) -> Tree:
-    """Masks of units without the lowest `removed` of the pool (scope "global"), or of each leaf."""
+def cut(units: Pool, structure: Structure, amount: sparsities.Amount, removed: list[jax.Array]) -> Tree:
+    """Masks of units without the lowest `removed` of each leaf, or of the pool."""
     if not units.keys:
         return units.treedef.unflatten([])
     if structure.keep is not None:
         return units.treedef.unflatten([structure.keep(x) for x in units.keys])
-    pooled = scope == "global"
-    free = ranking.open_count(units.keys)
-    free = jnp.full_like(free, free.sum(dtype=jnp.uint32)) if pooled else free
+    free = ranking.open_count(units.keys)  # protected units stay, also where more than the others are asked for
+    free = jnp.full_like(free, free.sum(dtype=jnp.uint32)) if amount.pooled else free
     counts = jnp.stack([jnp.asarray(n, jnp.uint32) for n in removed])
-    return units.treedef.unflatten(ranking.keep(units.keys, jnp.minimum(counts, free), pooled=pooled))
+    return units.treedef.unflatten(ranking.keep(units.keys, jnp.minimum(counts, free), pooled=amount.pooled))
 
 
-def effective(sparsity: Any, scope: str) -> str:
-    """A sparsity given leaf by leaf leaves nothing to compare across leaves."""
-    return "leaf" if varies(sparsity) else scope
-
-
-def removals(sparsity: Any, scope: str, units: Pool, tree: Tree) -> list[Any]:
-    """How many units of each leaf go; of all together for scope "global"."""
-    if sparsity is None or not units.keys:
-        return []
-    if scope == "global":
-        return [counts.of_fraction(sparsity, sum(units.sizes))] * len(units.sizes)
-    return [
-        counts.of_fraction(s, n) for s, n in zip(shares(sparsity, scope, units.sizes, tree), units.sizes, strict=True)
-    ]
-
-
-def shares(sparsity: Any, scope: str, sizes: list[Any], tree: Tree) -> list[Any]:
-    """The sparsity of every governed leaf."""
-    named = trees.governed(tree)
-    if scope == "erk":
-        return _erdos_renyi(sparsity, [leaf.shape for _, leaf in named], sizes)
-    if varies(sparsity) and not isinstance(sparsity, PerLeaf):
-        given = dict(trees.governed(sparsity))
-        missing = [path for path, _ in named if path not in given]
-        arguments.require(
-            not missing, "sparsity", "name every picked leaf", missing, "Leave the others out with `where`."
-        )
-        fractions = [given[path] for path, _ in named]
-    else:
-        fractions = [arguments.resolve(sparsity, path, leaf) for path, leaf in named]
-    for fraction in fractions:
-        arguments.fraction(fraction, "sparsity", _SPARSITY)
-    return fractions
-
-
-def _erdos_renyi(sparsity: Any, shapes: list[tuple[int, ...]], sizes: list[Any]) -> list[Any]:
-    """Densities in proportion to sum(shape) / prod(shape), at most 1, that keep (1 - sparsity) of all units together.
-
-    Whatever would be denser than 1 is dense, and the others share what it leaves, until none is.
-    """
-    static = arguments.known(sparsity) and all(isinstance(n, int) for n in sizes)
-    xp: Any = np if static else jnp
-    real = np.float64 if static else jnp.float32
-    raw = xp.asarray([sum(shape) / math.prod(shape) for shape in shapes], real)
-    n = xp.stack([xp.asarray(size).astype(real) for size in sizes])
-    kept = (1 - xp.asarray(sparsity, real)) * n.sum()
-    dense, density = xp.zeros(len(shapes), bool), raw
-    for _ in shapes:
-        weight = xp.where(dense, 0, raw * n).sum()
-        scale = (kept - xp.where(dense, n, 0).sum()) / xp.where(weight > 0, weight, 1)
-        density = xp.where(dense, 1, xp.clip(scale * raw, 0, 1))
-        dense = density >= 1
-    return [1 - float(d) for d in density] if static else list(1 - density)
+def as_mask(path: str, p: Leaf, m: object) -> jax.Array:
+    """A given mask of one leaf, in its shape and with its sharding."""
+    mask = jnp.asarray(m)
+    remedy = f"Leaf {path!r} has shape {p.shape}."
+    tail = p.shape[p.ndim - mask.ndim :] if mask.ndim <= p.ndim else None
+    ok = mask.dtype == bool and tail is not None and all(a in (1, b) for a, b in zip(mask.shape, tail, strict=True))
+    rule = "hold bool arrays that broadcast to the params"
+    arguments.require(ok, "mask", rule, (mask.dtype, mask.shape), remedy)
+    return jnp.zeros_like(p, dtype=bool) | mask.reshape((1,) * (p.ndim - mask.ndim) + mask.shape)

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from clipjax import scores as scoring
-from clipjax import selections, structures
+from clipjax import structures
 from clipjax._arrays import arguments, picking, trees
-from clipjax._maths import counts
-from clipjax._weights import masks, projecting, refreshing
-from clipjax.typing import Context, Projection, Score, Selection, Structure, Tree, Where
+from clipjax._maths import counts, drawing
+from clipjax._weights import masks, projecting, refreshing, sparsities
+from clipjax._weights.constraints import Constraint
+from clipjax.typing import (
+    Context,
+    Count,
+    Number,
+    Projection,
+    Schedule,
+    Score,
+    Selection,
+    Sparsity,
+    State,
+    Structure,
+    Tree,
+    Where,
+)
 
 
 class PruneState(NamedTuple):
@@ -27,28 +42,28 @@ class PruneState(NamedTuple):
       grow: the state of the score by which removed weights grow again; () without `regrow`.
     """
 
-    mask: Any
-    score: Any
-    grow: Any
+    mask: Tree
+    score: State
+    grow: State
 
 
 def prune_mask(
-    sparsity: Any = None,
+    sparsity: Sparsity = None,
     *,
     score: Score | None = None,
     structure: Structure | None = None,
     scope: str = "global",
     where: Where | None = None,
-    start: Any = 0,
-    every: Any = None,
-    stop: Any = None,
+    start: Count = 0,
+    every: Count | None = None,
+    stop: Count | None = None,
     carry: bool = False,
     inner: optax.GradientTransformation | None = None,
-    regrow: Any = None,
+    regrow: Number | Schedule | None = None,
     grow: Score | None = None,
     select: Selection | None = None,
     mask: Tree = None,
-    key: Any = None,
+    key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Hold the weights of lowest score at exactly zero: :math:`w \leftarrow m \odot w`.
 
@@ -114,154 +129,187 @@ def prune_mask(
         arguments.instance(value, Score, name, "Call a factory: `scores.magnitude()`.")
     arguments.static(carry, "carry")
     if select is not None:
-        selections.check(select)
+        drawing.check(select)
     _check_regrow(regrow, structure, carry, inner)
-    _check_cycle(sparsity, structure, scope, start, every, stop, mask)
+    cycle = refreshing.cycle(start, every, stop)
     if mask is not None:
-        given = {path for path, m in trees.governed(mask) if m is not True}
+        remedy = "Give a fraction of zeros, or `mask=` to hold a given tree."
+        arguments.require(sparsity is None, "sparsity", "be left out with `mask`", sparsity, remedy)
+        constraint, where = _given(mask), _masked_leaves(mask, where)
+    else:
+        amount = sparsities.resolve(sparsity, structure, scope)
+        if amount.scheduled:
+            arguments.require(stop is not None, "stop", "be given with a schedule", stop, "It is the last refresh.")
+            cycle = cycle._replace(every=100 if every is None else every)
+        where = picking.resolve(where, picking.weights)
+        exchange = None if regrow is None else arguments.schedule(regrow)
+        pruning = Pruning(structure, amount, score, grow, where, cycle, exchange, select, key)
+        constraint, where = _pruned(pruning, carry), structure.holds or where
+    return projecting.constrain(constraint, carry=carry, inner=inner, start=start, where=where, key=key)
 
-        def masked(path: str, leaf: Any) -> bool:
-            return path in given and (where is None or where(path, leaf))
 
-        return projecting.project(_held(mask), carry=carry, inner=inner, start=start, where=masked, key=key)
-    if every is None and arguments.is_schedule(sparsity):
-        every = 100
-    scope = masks.effective(sparsity, scope)
-    where = picking.weights if where is None else where
+class Pruning(NamedTuple):
+    """The arguments of `prune_mask`, read.
 
-    def pack(units: Tree) -> Any:
-        return units if structure.whole else trees.by_path(units)
+    Attributes:
+      structure: what is removed together.
+      amount: how many units go.
+      score: which go first.
+      grow: which come back first.
+      where: the leaves that are scored; with groups more leaves than these are pruned.
+      cycle: when the mask is refreshed.
+      regrow: the share of kept units that a refresh exchanges, by count; None for a mask whose zeros only grow.
+      select: which units are candidates; None for all.
+      key: of the selection.
+    """
 
-    def votes(params: Tree) -> Callable[[Tree], Tree]:
-        """Trees without the leaves that die with a unit but have no say."""
-        return functools.partial(picking.restrict, picks=picking.pick(where, params))
+    structure: Structure
+    amount: sparsities.Amount
+    score: Score
+    grow: Score
+    where: Where
+    cycle: refreshing.Cycle
+    regrow: Schedule | None
+    select: Selection | None
+    key: jax.Array | None
+
+
+def _pruned(pruning: Pruning, carry: bool) -> Constraint:
+    """The constraint to the zeros of a mask that is chosen by score."""
+    structure, score, grow, regrow = pruning.structure, pruning.score, pruning.grow, pruning.regrow
+
+    def scored(params: Tree) -> Callable[[Tree], Tree]:
+        """A function that sets to None the leaves that lose entries with a unit, but do not enter its score."""
+        return functools.partial(picking.restrict, picks=picking.pick(pruning.where, params))
 
     def init_fn(params: Tree) -> PruneState:
-        voters = votes(params)(params)
-        structure.check(params, voters)
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), voters)
+        weights = scored(params)(params)
+        structure.check(params, weights)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights)
         units = jax.tree.map(lambda u: u == 0, structure.reduce(zeros))
-        masks.check_sizes(units, structure, scope)
-        if masks.varies(sparsity):
-            masks.shares(sparsity, scope, [], structure.owners(params))
-        return PruneState(pack(units), score.init(voters), () if regrow is None else grow.init(voters))
+        masks.check_sizes(units, structure, pruning.amount)
+        pruning.amount.check(structure.owners(params))
+        return PruneState(_stored(structure, units), score.init(weights), () if regrow is None else grow.init(weights))
 
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
-        vote = votes(context.params)
-        voters, heard = vote(target), _restricted(context, vote)
-        seen = score.observe(voters, state.score, heard)
-        growing = state.grow if regrow is None else grow.observe(voters, state.grow, heard)
+        only = scored(context.params)
+        seen = _restricted(context, only)
+        new_score = score.observe(only(target), state.score, seen)
+        new_grow = state.grow if regrow is None else grow.observe(only(target), state.grow, seen)
 
-        def refresh(target: Tree, landed: Tree) -> Any:
-            voters = vote(target)
-            values = score.score(voters, seen, heard)
-            old = trees.place(state.mask, structure.owners(target))
-            ready = {"finite": jax.tree.map(jnp.isfinite, voters)}
-            if select is not None:
-                ready["chosen"] = selections.choose(select, structure.reduce(values), key, context.count)
-            now = sparsity(context.count) if arguments.is_schedule(sparsity) else sparsity
-            units = masks.pool(values, structure, held=None if carry else old, **ready)
-            removed = masks.removals(now, scope, units, structure.owners(target))
-            if regrow is None:
-                kept = masks.cut(units, structure, removed, scope)
-                return pack(kept if carry else jax.tree.map(jnp.logical_and, kept, old))
-            share = regrow(context.count) if callable(regrow) else regrow
-            stay = masks.cut(units, structure, _before_growth(removed, units, old, share, scope), scope)
-            units = masks.pool(grow.score(voters, growing, heard), structure, safe=stay, **ready)
-            return pack(masks.cut(units, structure, removed, scope))
+        def refresh(target: Tree, landed: Tree) -> Tree:
+            before = trees.place(state.mask, structure.owners(target))
+            kept = _refreshed(pruning, only(target), structure.owners(target), before, new_score, new_grow, seen, carry)
+            return _stored(structure, kept)
 
-        mask = refreshing.refreshed(context, start, every, stop, refresh, state.mask)
-        new = PruneState(mask, seen, growing)
-        kept = survives(target, state, new)
-        return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, kept), new
+        mask = refreshing.refreshed(pruning.cycle, context, refresh, state.mask)
+        new = PruneState(mask, new_score, new_grow)
+        return _zeroed(target, kept(target, state, new)), new
 
-    def survives(target: Tree, before: PruneState, after: PruneState) -> Tree:
-        """What grows again starts at zero: its weight, and its moments."""
+    def kept(target: Tree, before: PruneState, after: PruneState) -> Tree:
+        """Entries whose unit was kept before and is kept now: what grows again starts at 0, with moments of 0."""
         owners = structure.owners(target)
         units = trees.place(after.mask, owners)
         if regrow is not None:
             units = jax.tree.map(jnp.logical_and, units, trees.place(before.mask, owners))
         return structure.expand(units, target)
 
-    def hold_fn(target: Tree, state: PruneState, context: Context) -> Tree:
-        kept = survives(target, state, state)
-        return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, kept)
+    def frozen_fn(target: Tree, state: PruneState, context: Context) -> Tree:
+        return _zeroed(target, kept(target, state, state))
 
-    return projecting.project(
-        Projection(init_fn, apply_fn, hold_fn, survives=survives),
-        carry=carry,
-        inner=inner,
-        start=start,
-        where=where if structure.holds is None else structure.holds,
-        key=key,
-    )
+    return Constraint(Projection(init_fn, apply_fn, frozen_fn), kept=kept)
 
 
-def _restricted(context: Context, vote: Callable[[Tree], Tree]) -> Context:
-    grad = None if context.grad is None else vote(context.grad)
-    return context._replace(params=vote(context.params), landed=vote(context.landed), grad=grad)
+def _refreshed(
+    pruning: Pruning,
+    target: Tree,
+    owners: Tree,
+    before: Tree,
+    score_state: State,
+    grow_state: State,
+    context: Context,
+    carry: bool,
+) -> Tree:
+    """The units that are kept from now on."""
+    structure, amount = pruning.structure, pruning.amount
+    values = pruning.score.score(target, score_state, context)
+    ready = {"finite": jax.tree.map(jnp.isfinite, target)}
+    if pruning.select is not None:
+        ready["chosen"] = drawing.choose(pruning.select, structure.reduce(values), pruning.key, context.count)
+    # With latent weights a removed unit competes again by its score; without them it is 0, and stays removed.
+    units = masks.pool(values, structure, before=None if carry else before, **ready)
+    removed = amount.removed(context.count, units.sizes, owners)
+    if pruning.regrow is None:
+        kept = masks.cut(units, structure, amount, removed)
+        return kept if carry else jax.tree.map(jnp.logical_and, kept, before)
+    # Two cuts: the first removes more than asked, by score; the second fills up again, by the score of growth.
+    share = pruning.regrow(context.count)
+    stay = masks.cut(units, structure, amount, _before_growth(removed, units, before, share, amount.pooled))
+    units = masks.pool(pruning.grow.score(target, grow_state, context), structure, safe=stay, **ready)
+    return masks.cut(units, structure, amount, removed)
 
 
-def _before_growth(removed: list[Any], units: masks.Pool, old: Tree, share: Any, scope: str) -> list[Any]:
+def _before_growth(
+    removed: list[jax.Array], units: masks.Pool, before: Tree, share: ArrayLike, pooled: bool
+) -> list[jax.Array]:
     """How many units go before others grow in their place: the share of those that stay is exchanged."""
-    alive = jnp.stack([jnp.sum(m, dtype=jnp.uint32) for m in jax.tree.leaves(old)])
+    alive = jnp.stack([jnp.sum(m, dtype=jnp.uint32) for m in jax.tree.leaves(before)])
     sizes = jnp.stack([jnp.asarray(n, jnp.uint32) for n in units.sizes])
-    if scope == "global":
+    if pooled:
         alive, sizes = (jnp.full_like(x, x.sum(dtype=jnp.uint32)) for x in (alive, sizes))
     kept = sizes - jnp.minimum(jnp.stack([jnp.asarray(n, jnp.uint32) for n in removed]), sizes)
     grown = jnp.stack([counts.of_fraction(jnp.asarray(share, jnp.float32), n) for n in kept])
     return list(sizes - jnp.minimum(kept - grown, alive))
 
 
-def _held(mask: Tree) -> Projection:
-    """The projection onto the zeros of a given mask."""
+def _restricted(context: Context, only: Callable[[Tree], Tree]) -> Context:
+    grad = None if context.grad is None else only(context.grad)
+    return context._replace(params=only(context.params), landed=only(context.landed), grad=grad)
+
+
+def _stored(structure: Structure, units: Tree) -> Tree:
+    """Masks as the state keeps them: in the boxes of the params only where they have their shapes."""
+    return units if structure.whole else trees.by_path(units)
+
+
+def _zeroed(target: Tree, kept: Tree) -> Tree:
+    return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, kept)
+
+
+def _given(mask: Tree) -> Constraint:
+    """The constraint to the zeros of a given mask."""
 
     def init_fn(params: Tree) -> PruneState:
-        given = trees.match(mask, params)
-        return PruneState(trees.map_with_path(_as_mask, params, given), (), ())
+        return PruneState(trees.map_with_path(masks.as_mask, params, trees.match(mask, params)), (), ())
 
-    def survives(target: Tree, before: PruneState, after: PruneState) -> Tree:
+    def kept(target: Tree, before: PruneState, after: PruneState) -> Tree:
         return trees.place(after.mask, target)
 
-    def hold_fn(target: Tree, state: PruneState, context: Context) -> Tree:
-        return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, survives(target, state, state))
+    def frozen_fn(target: Tree, state: PruneState, context: Context) -> Tree:
+        return _zeroed(target, kept(target, state, state))
 
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
-        return hold_fn(target, state, context), state
+        return frozen_fn(target, state, context), state
 
-    return Projection(init_fn, apply_fn, hold_fn, survives=survives)
-
-
-def _as_mask(path: str, p: jax.Array, m: Any) -> jax.Array:
-    m = jnp.asarray(m)
-    remedy = f"Leaf {path!r} has shape {p.shape}."
-    tail = p.shape[p.ndim - m.ndim :] if m.ndim <= p.ndim else None
-    ok = m.dtype == bool and tail is not None and all(a in (1, b) for a, b in zip(m.shape, tail, strict=True))
-    arguments.require(ok, "mask", "hold bool arrays that broadcast to the params", (m.dtype, m.shape), remedy)
-    return jnp.zeros_like(p, dtype=bool) | m.reshape((1,) * (p.ndim - m.ndim) + m.shape)
+    return Constraint(Projection(init_fn, apply_fn, frozen_fn), kept=kept)
 
 
-def _check_cycle(sparsity: Any, structure: Any, scope: str, start: Any, every: Any, stop: Any, mask: Tree) -> None:
-    arguments.times(start, every, stop)
-    if mask is not None:
-        remedy = "Give a fraction of zeros, or `mask=` to hold a given tree."
-        arguments.require(sparsity is None, "sparsity", "be left out with `mask`", sparsity, remedy)
-        return
-    masks.check(sparsity, structure, scope)
-    if arguments.is_schedule(sparsity):
-        arguments.require(
-            stop is not None, "stop", "be given with a schedule", stop, "It is the update that refreshes last."
-        )
+def _masked_leaves(mask: Tree, where: Where | None) -> Where:
+    """The leaves for which a mask is given."""
+    given = {path for path, m in trees.governed(mask) if m is not True}
+    picked = picking.resolve(where, picking.everything)
+    return lambda path, leaf: path in given and picked(path, leaf)
 
 
-def _check_regrow(regrow: Any, structure: Any, carry: bool, inner: Any) -> None:
+def _check_regrow(
+    regrow: Number | Schedule | None, structure: Structure, carry: bool, inner: optax.GradientTransformation | None
+) -> None:
     if regrow is None:
         return
     remedy = "It resets the moments of what grows again, so it must own the optimizer: `inner=optax.adam(1e-3)`."
     arguments.require(inner is not None, "inner", "be given with `regrow`", inner, remedy)
-    arguments.require(
-        not carry, "carry", "be False with `regrow`", carry, "With a carry weights come back by themselves."
-    )
+    remedy = "With latent weights, weights come back by themselves."
+    arguments.require(not carry, "carry", "be False with `regrow`", carry, remedy)
     if not callable(regrow):
         remedy = "It is the fraction of kept weights to exchange, e.g. 0.3, or a schedule."
         arguments.fraction(regrow, "regrow", remedy)

@@ -1,60 +1,50 @@
-"""Quantization after the optimizer: weights that stay on a grid (D4)."""
+"""Quantizing after the optimizer: weights that stay on a grid (D4)."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from clipjax import roundings
-from clipjax import steps as stepping
-from clipjax import widths as widening
+from clipjax import steps
 from clipjax._arrays import arguments, dtypes, picking, trees
-from clipjax._maths import blocks, grids, integers
-from clipjax._weights import leaf_grid, projecting, refreshing
-from clipjax.typing import Context, PerLeaf, Projection, Rounding, Step, Tree, Where, Width
-
-
-class QuantizeState(NamedTuple):
-    """State of `fake_quantize` inside its `ProjectState`; dicts are keyed by leaf path.
-
-    Attributes:
-      step: f32 per step group, the distance of two levels.
-      reach: f32 per step group, the largest |weight| that the members before have landed on at a refresh; no level
-        exceeds it. Infinite before the first refresh, 0 for unbounded codes. For an affine grid two in front, one below
-        zero and one above.
-      zero_point: i32 per step group, the code of 0; 0 on symmetric grids.
-      bits: i32 per leaf, the width; 0 for unbounded codes.
-      low: f32 per step group, the smallest multiple of the step that is a level, by the width, the reach and the zero
-        point; 0 for unbounded codes.
-      high: the largest; likewise.
-    """
-
-    step: dict[str, jax.Array]
-    reach: dict[str, jax.Array]
-    zero_point: dict[str, jax.Array]
-    bits: dict[str, jax.Array]
-    low: dict[str, jax.Array]
-    high: dict[str, jax.Array]
+from clipjax._maths import blocks, grids, integers, levels, step_groups
+from clipjax._weights import bit_widths, leaf_grid, projecting, refreshing
+from clipjax._weights.constraints import Constraint
+from clipjax._weights.leaf_grid import Plan, QuantizeState
+from clipjax.typing import (
+    Axis,
+    Bits,
+    Context,
+    Count,
+    Leaf,
+    PerLeaf,
+    Projection,
+    Rounding,
+    RoundingMode,
+    State,
+    StepSize,
+    Tree,
+    Where,
+)
 
 
 def fake_quantize(
-    bits: Any = None,
+    bits: Bits = None,
     *,
-    step: Any = None,
-    axis: Any = None,
-    group: Any = None,
-    rounding: Any = "nearest",
+    step: StepSize | None = None,
+    axis: Axis | PerLeaf = None,
+    group: int | PerLeaf | None = None,
+    rounding: RoundingMode = "nearest",
     where: Where | None = None,
-    start: Any = 0,
-    every: Any = 100,
-    stop: Any = None,
+    start: Count = 0,
+    every: Count | None = 100,
+    stop: Count | None = None,
     carry: bool = True,
     inner: optax.GradientTransformation | None = None,
-    key: Any = None,
+    key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Hold weights on a grid: :math:`w \leftarrow \mathrm{round}(w/s)\,s` (D4), while the float weights learn.
 
@@ -112,114 +102,111 @@ def fake_quantize(
       D4, sections 2.2 and 3.3; D0, section 2.2, step 3. Courbariaux et al., 2015, https://arxiv.org/abs/1511.00363.
       Jin et al., PARQ, 2025, https://arxiv.org/abs/2503.15748.
     """
-    rule = stepping.mse() if step is None else stepping.as_step(step)
-    _check_bits(bits, rule, step)
-    for name, value in (("axis", axis), ("group", group), ("carry", carry)):
-        arguments.static(value, name)
-    roundings.check(rounding)
-    arguments.times(start, every, stop)
-    where = picking.weights if where is None else where
+    rule = levels.resolve(step, steps.mse())
+    widths = bit_widths.resolve(bits, rule)
+    step_groups.check(axis, group)
+    mode, soften = _rounding(rounding)
+    cycle = refreshing.cycle(start, every, stop)
+    where = widths.picks(picking.resolve(where, picking.weights))
 
-    def plans(tree: Tree) -> dict[str, leaf_grid.Plan]:
-        """The static part of every governed leaf's grid."""
-        widths = _widths(bits, tree)
+    def plans(tree: Tree) -> dict[str, Plan]:
+        """The static part of the grid of every governed leaf."""
+        allowed = widths.allowed(tree)
 
-        def plan(path: str, leaf: Any) -> leaf_grid.Plan:
-            own, size = (arguments.resolve(value, path, leaf) for value in (axis, group))
-            return leaf_grid.Plan(widths[path], own, size, rule, rounding)
+        def plan(path: str, leaf: Leaf) -> Plan:
+            return Plan(allowed[path], step_groups.resolve(axis, group, path, leaf), rule, mode, soften)
 
         return {path: plan(path, leaf) for path, leaf in trees.governed(tree)}
 
     def init_fn(params: Tree) -> QuantizeState:
-        every_plan = plans(params)
-        trees.map_with_path(lambda path, leaf: leaf_grid.check(every_plan[path], path, leaf), params)
-        fresh = {path: leaf_grid.begin(every_plan[path], leaf) for path, leaf in trees.governed(params)}
-        return _state(fresh)
+        leaves, by_path = dict(trees.governed(params)), plans(params)
+        for path, plan in by_path.items():
+            leaf_grid.check(plan, path, leaves[path])
+        return leaf_grid.gathered({path: leaf_grid.begin(plan, leaves[path]) for path, plan in by_path.items()})
 
     def apply_fn(target: Tree, state: QuantizeState, context: Context) -> tuple[Tree, QuantizeState]:
-        every_plan = plans(target)
-        if not every_plan:
+        by_path = plans(target)
+        if not by_path:
             return target, state
 
         def refresh(target: Tree, landed: Tree) -> QuantizeState:
-            at, shown = trees.by_path(landed), trees.by_path(context.params)
-            seen = {
-                path: leaf_grid.measure(every_plan[path], x, at[path], _grid(state, path), shown[path].dtype)
-                for path, x in trees.governed(target)
+            values, given, shown = (dict(trees.governed(tree)) for tree in (target, landed, context.params))
+            measured = {
+                path: leaf_grid.measure(plan, values[path], given[path], leaf_grid.at(state, path), shown[path].dtype)
+                for path, plan in by_path.items()
             }
-            if isinstance(bits, Width):
-                return _state(_chosen(bits, every_plan, seen, dict(trees.governed(target))))
-            return _state({path: leaf_grid.fit(plan, seen[path]) for path, plan in every_plan.items()})
+            if widths.choose is not None:
+                sizes = [values[path].size for path in by_path]
+                return leaf_grid.gathered(_chosen(widths.choose, by_path, measured, sizes))
+            return leaf_grid.gathered({path: leaf_grid.fit(plan, measured[path]) for path, plan in by_path.items()})
 
-        new = refreshing.refreshed(context, start, every, stop, refresh, state)
-        return hold_fn(target, new, context), new
+        new = refreshing.refreshed(cycle, context, refresh, state)
+        return frozen_fn(target, new, context), new
 
-    def hold_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
-        every_plan = plans(target)
-        index = {path: i for i, path in enumerate(every_plan)}
+    def frozen_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
+        by_path = plans(target)
+        index = {path: i for i, path in enumerate(by_path)}
         since = (context.count - start).astype(jnp.float32)
 
         def level(path: str, x: jax.Array) -> jax.Array:
-            draw = jax.random.fold_in(context.key, index[path]) if rounding == "stochastic" else None
-            return leaf_grid.level(every_plan[path], x, _grid(state, path), draw, since)
+            key = jax.random.fold_in(context.key, index[path]) if mode == "stochastic" else None
+            return leaf_grid.level(by_path[path], x, leaf_grid.at(state, path), key, since)
 
         return trees.map_with_path(level, target)
 
-    def vanishes_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
-        every_plan = plans(target)
-        return trees.map_with_path(lambda path, x: leaf_grid.vanishes(every_plan[path], x, _grid(state, path)), target)
+    def surely_zero(target: Tree, state: QuantizeState) -> Tree:
+        by_path = plans(target)
+        zero = lambda path, x: leaf_grid.surely_zero(by_path[path], x, leaf_grid.at(state, path))  # noqa: E731
+        return trees.map_with_path(zero, target)
 
-    soft = isinstance(rounding, Rounding)
-    held = Projection(init_fn, apply_fn, hold_fn, vanishes=vanishes_fn, near=2.0**-16 if soft else 0.0)
-    chosen = _picks(bits, where)
-    tx = projecting.project(held, carry=carry, inner=inner, start=start, where=chosen, key=key)
+    # Values between levels come from sums and quotients, which two compiled programs may round differently.
+    tolerance = 0.0 if soften is None else 2.0**-16
+    constraint = Constraint(Projection(init_fn, apply_fn, frozen_fn), surely_zero=surely_zero, tolerance=tolerance)
+    tx = projecting.constrain(constraint, carry=carry, inner=inner, start=start, where=where, key=key)
 
     def checked_init(params: Tree) -> projecting.ProjectState:
-        _check_tree(bits, params)
+        widths.check(params)
         return tx.init(params)
 
     return optax.GradientTransformationExtraArgs(checked_init, tx.update)
 
 
+def _rounding(rounding: RoundingMode) -> tuple[str, Callable[..., jax.Array] | None]:
+    """Read `rounding`: the name of a hard rounding, and the function of one that hardens with time."""
+    if isinstance(rounding, Rounding):
+        return "nearest", rounding.soften
+    if not isinstance(rounding, str):
+        remedy = "Give 'nearest', or call a factory: `roundings.parq(100)`."
+        arguments.instance(rounding, Rounding, "rounding", remedy)
+    arguments.choice(rounding, "rounding", grids.ROUNDINGS)
+    return rounding, None
+
+
 def _chosen(
-    width: Width, plans: dict[str, leaf_grid.Plan], seen: dict[str, leaf_grid.Measured], sizes: dict[str, Any]
+    choose: bit_widths.Chooser, plans: dict[str, Plan], measured: dict[str, leaf_grid.Measured], sizes: list[int]
 ) -> dict[str, leaf_grid.Grid]:
     """The grid of every leaf at the width that the rule chooses from all distributions."""
-    spectra = [
-        widening.spectrum(m.values, plan.rule, m.axes, width.allowed, leaf_grid.limit(plan, m))
-        for plan, m in zip(plans.values(), seen.values(), strict=True)
-    ]
-    energy, noise = (jnp.stack([getattr(s, name) for s in spectra]) for name in ("energy", "noise"))
-    index = width.choose([sizes[path].size for path in plans], energy, noise)
+    found = {path: leaf_grid.spectrum(plan, measured[path]) for path, plan in plans.items()}
+    energy, noise = (jnp.stack([getattr(s, name) for s in found.values()]) for name in ("energy", "noise"))
+    index = choose(sizes, energy, noise)
     return {
-        path: leaf_grid.fitted(plan, seen[path], widening.entry(spectrum.steps, at), widening.width(width.allowed, at))
-        for (path, plan), spectrum, at in zip(plans.items(), spectra, index, strict=True)
+        path: leaf_grid.chosen(plan, measured[path], found[path], i)
+        for (path, plan), i in zip(plans.items(), index, strict=True)
     }
 
 
-def _state(found: dict[str, leaf_grid.Grid]) -> QuantizeState:
-    fields: list[Any] = [{path: grid[i] for path, grid in found.items()} for i in range(len(leaf_grid.Grid._fields))]
-    if not found:  # one array all the same, see `trees.by_path`
-        fields = [jnp.zeros(()) for _ in fields]
-    return QuantizeState(*fields)
-
-
-def _grid(state: QuantizeState, path: str) -> leaf_grid.Grid:
-    return leaf_grid.Grid(*(field[path] for field in state))
-
-
-def quantized(params: Tree, opt_state: Any) -> Tree:
+def quantized(params: Tree, opt_state: State) -> Tree:
     """The integers behind quantized params: a `Quantized` at every leaf on a grid, other leaves untouched.
 
     A weight that jumps to less than half of itself onto a grid of a given step may be one ulp late by one update.
 
     Args:
       params: the parameters that the optimizer state belongs to, outside of jit.
-      opt_state: any optimizer state with a `fake_quantize` member in it.
+      opt_state: any optimizer state with a `fake_quantize` in it.
 
     Returns:
-      A tree like `params`; `dequantize(q.codes, q.step, dtype, zero_point=q.zero_point)` gives the leaf back bit for
-      bit; on symmetric grids the zero point is 0.
+      A tree like `params`; `dequantize(q, dtype=leaf.dtype)` gives the leaf back bit for bit; on symmetric grids the
+      zero point is 0.
 
     Raises:
       ValueError: where the state holds no `fake_quantize`.
@@ -241,10 +228,10 @@ def quantized(params: Tree, opt_state: Any) -> Tree:
     arguments.require(found, "opt_state", "hold a quantizer", type(opt_state).__name__, remedy)
     states = [state for state in found if isinstance(state.step, dict)]  # those that govern a leaf
 
-    def codes(path: str, leaf: Any) -> Any:
-        for state in states:
-            if path in state.step and not jnp.any(jnp.isinf(state.reach[path])):  # infinite before the first refresh
-                return _integers(leaf, _grid(state, path))
+    def codes(path: str, leaf: jax.Array) -> jax.Array | integers.Quantized:
+        for state in states:  # the largest level is infinite before the first refresh
+            if path in state.step and not jnp.any(jnp.isinf(state.max_level[path])):
+                return _integers(leaf, leaf_grid.at(state, path))
         return leaf
 
     return trees.map_with_path(codes, params)
@@ -261,54 +248,3 @@ def _integers(leaf: jax.Array, grid: leaf_grid.Grid) -> integers.Quantized:
     ratio = jnp.round(dtypes.widened(leaf) / blocks.spread(step, leaf.shape).astype(dtypes.wide(leaf.dtype)))
     code = jnp.where(jnp.isnan(ratio), 0, ratio) + blocks.spread(zero, leaf.shape).astype(ratio.dtype)
     return integers.Quantized(code.astype(grids.code_dtype(bits)), step, zero, bits, axis, group)
-
-
-def _widths(bits: Any, tree: Tree) -> dict[str, Any]:
-    """The width of every governed leaf."""
-    named = trees.governed(tree)
-    if isinstance(bits, Width):
-        return dict.fromkeys((path for path, _ in named), bits)
-    if bits is None or isinstance(bits, int | np.integer | PerLeaf):
-        widths = {path: arguments.resolve(bits, path, leaf) for path, leaf in named}
-    else:
-        given = dict(trees.governed(bits))
-        widths = {path: given.get(path) for path, _ in named}
-    for width in widths.values():
-        if width is not None:
-            arguments.bits(width)
-    return widths
-
-
-def _picks(bits: Any, where: Where) -> Where:
-    """Leaves that a tree of bits or `per_leaf` leaves out are not quantized."""
-    if bits is None or isinstance(bits, int | np.integer | Width):
-        return where
-    if isinstance(bits, PerLeaf):
-        return lambda path, leaf: where(path, leaf) and bits.fn(path, leaf) is not None
-    given = dict(trees.governed(bits))
-    return lambda path, leaf: given.get(path) is not None
-
-
-def _check_tree(bits: Any, params: Tree) -> None:
-    """Every width of a tree of bits must belong to a leaf, unless a wrapper has masked that leaf away."""
-    if bits is None or isinstance(bits, int | np.integer | PerLeaf | Width):
-        return
-    found = {path for path, _ in trees.governed(params)}
-    left = [path for path, _ in trees.governed(bits) if path not in found]
-    remedy = "Take the tree from `choose_bits(params)`."
-    masked = trees.find(params, optax.MaskedNode)
-    arguments.require(not left or masked or not found, "bits", "match the params by path", left, remedy)
-
-
-def _check_bits(bits: Any, rule: Step, step: Any) -> None:
-    arguments.static(bits, "bits")
-    if isinstance(bits, Width):
-        return
-    if bits is None:
-        ok = not rule.follows and rule.limits is None
-        remedy = "Unbounded codes need a number: `step=0.05`."
-        arguments.require(ok, "step", "be a number when `bits` is None", step, remedy)
-    elif isinstance(bits, bool | float | str) or isinstance(bits, int | np.integer):
-        arguments.bits(bits)
-    elif arguments.is_schedule(bits):
-        raise TypeError(f"`bits` must be static, got a schedule {bits!r}. Mark a function of the leaf by `per_leaf`.")

@@ -1,0 +1,126 @@
+"""The levels of a grid from its fitted step: how the codes of a width are laid around zero.
+
+Each function here is the `levels` of a `Step`: `(s, bits, extents, max_level) -> Levels`. `extents` and `max_level` are
+pairs, below zero and above: how far the weights extend, and how far levels may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from clipjax._arrays import arguments
+from clipjax._maths import fitting, grids
+from clipjax.typing import Levels, Number, Step
+
+Sides: TypeAlias = tuple[jax.Array, jax.Array]
+Bits: TypeAlias = int | jax.Array
+
+_UNLIMITED = (jnp.inf, jnp.inf)
+
+
+def resolve(step: Number | Step | None, default: Step) -> Step:
+    """Read a `step=` argument: a rule, a number for a given step, or None for the default."""
+    if isinstance(step, Step):
+        return step
+    if step is None:
+        return default
+    if callable(step) or isinstance(step, str):
+        raise TypeError(
+            f"`step` must be a number or a rule from `clipjax.steps`, got {step!r}. Call the factory: `steps.mse()`."
+        )
+    return given(step)
+
+
+def given(step: Number) -> Step:
+    """The rule of a step that the caller gives: it is taken as it is, whatever the weights."""
+    arguments.check_step(step)
+    return Step(lambda x, bits, axes: fitting.given(step, x, axes), as_given)
+
+
+def of(
+    rule: Step, x: jax.Array, bits: Bits, axes: tuple[int, ...], max_level: tuple[Number, Number] = _UNLIMITED
+) -> Levels:
+    """The levels of a rule for an array, fitted to its nonzero entries.
+
+    Args:
+      rule: which step, and which levels.
+      x: f32; zeros are no weights.
+      bits: the width, which may be traced where it is at least 2.
+      axes: those that share a step.
+      max_level: the largest magnitude of a level below zero and above.
+    """
+    extents = extent(rule, x, axes)
+    limits = (jnp.asarray(max_level[0], jnp.float32), jnp.asarray(max_level[1], jnp.float32))
+    return (rule.levels or symmetric)(rule.fit(x, bits, axes), bits, (extents[0], extents[-1]), limits)
+
+
+def extent(rule: Step, x: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:
+    """How far the entries extend: to both sides alike, one array, or below zero and above, two."""
+    sides = (jnp.abs(x),) if rule.sides is None else rule.sides(x)
+    return [fitting.over(jnp.max, side, axes) for side in sides]
+
+
+def symmetric(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> Levels:
+    """As many levels below zero as above; the step is at most the largest level, so that a level is left."""
+    step = _usable(grids.short(jnp.minimum(s, _largest(max_level)), bits))
+    return _laid(step, bits, jnp.zeros(step.shape, jnp.int32), max_level)
+
+
+def as_given(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> Levels:
+    """Symmetric levels of a step that nothing changes."""
+    step = _usable(s)
+    return _laid(step, bits, jnp.zeros(step.shape, jnp.int32), max_level)
+
+
+def power_of_two(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> Levels:
+    """Symmetric levels of the power of two nearest to the step, or the next smaller one if a level needs it."""
+    largest = _largest(max_level)
+    near = fitting.power_of_two(jnp.minimum(s, largest))
+    return symmetric(jnp.where(near > largest, near / 2, near), bits, extents, max_level)
+
+
+def affine(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> Levels:
+    """Levels from the lowest weight to the highest, 0 among them; for two bits or more."""
+    step = _usable(grids.short(jnp.minimum(s, _largest(max_level)), bits))
+    return _laid(step, bits, _zero_point(step, bits, extents), max_level)
+
+
+def between(lo: float, hi: float) -> Callable[[jax.Array, Bits, Sides, Sides], Levels]:
+    """Levels inside of [lo, hi], an interval that encloses 0; one bit has the levels -s and s."""
+
+    def levels(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> Levels:
+        step = _usable(grids.short(s, bits))
+        ends = (jnp.float32(-lo), jnp.float32(hi))
+        one = jnp.asarray(bits) == 1
+        zero_point = jnp.where(one, 0, _zero_point(step, bits, ends))
+        inside = tuple(jnp.where(one, jnp.inf, end) for end in ends)
+        limits = (jnp.minimum(inside[0], max_level[0]), jnp.minimum(inside[1], max_level[1]))
+        return _laid(step, bits, zero_point, limits)
+
+    return levels
+
+
+def _usable(step: jax.Array) -> jax.Array:
+    """The step, 1 where nothing could be fitted: all entries are zero."""
+    return jnp.where(step > 0, step, jnp.ones_like(step))
+
+
+def _largest(max_level: Sides) -> jax.Array:
+    return jnp.maximum(*max_level)
+
+
+def _zero_point(step: jax.Array, bits: Bits, extents: Sides) -> jax.Array:
+    """The code of 0 for which the codes of the width reach from one extent to the other."""
+    low, _ = grids.ends(step, bits, *extents)
+    return (low - jnp.asarray(grids.top(bits), low.dtype)).astype(jnp.int32)
+
+
+def _laid(step: jax.Array, bits: Bits, zero_point: jax.Array, max_level: Sides) -> Levels:
+    """The multiples of the step that have a code, -top <= k + zero_point <= top, within the largest level."""
+    top, zero = jnp.asarray(grids.top(bits), jnp.float32), zero_point.astype(jnp.float32)
+    below, above = (grids.multiples(end, step) for end in max_level)
+    return Levels(step, -jnp.minimum(below, top + zero), jnp.minimum(above, top - zero), zero_point)

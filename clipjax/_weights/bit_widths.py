@@ -1,0 +1,84 @@
+"""The one reading of `bits`: which leaves it picks, the width of each, and how widths follow from the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from clipjax._arrays import arguments, trees
+from clipjax._maths import levels
+from clipjax.typing import Bits, PerLeaf, Step, Tree, Where, Width
+
+Chooser = Callable[[list[int], jax.Array, jax.Array], jax.Array]
+
+
+class Widths(NamedTuple):
+    """A `bits=` argument, read.
+
+    Attributes:
+      allowed: `allowed(tree)`, by path the widths that a governed leaf may have: one where it is fixed, none for
+        unbounded codes.
+      choose: the rule that chooses among them, see `Width`; None where all are fixed.
+      picks: `picks(where) -> where` without the leaves that the argument leaves out.
+      check: `check(params)` raises where the argument names a leaf that the params do not have.
+    """
+
+    allowed: Callable[[Tree], Mapping[str, tuple[int, ...]]]
+    choose: Chooser | None = None
+    picks: Callable[[Where], Where] = lambda where: where
+    check: Callable[[Tree], object] = lambda params: None
+
+
+def resolve(bits: Bits, step: Step) -> Widths:
+    """Read `bits` for a rule of steps.
+
+    Raises:
+      ValueError: for a width outside 1 to 16, and for None, unbounded codes, without a given step.
+      TypeError: for traced widths, and for a schedule.
+    """
+    arguments.static(bits, "bits")
+    if isinstance(bits, Width):
+        return Widths(lambda tree: _same(bits.allowed, tree), bits.choose)
+    if bits is None:
+        remedy = "Unbounded codes need a number: `step=0.05`."
+        arguments.require(step.levels is levels.as_given, "step", "be a number when `bits` is None", None, remedy)
+        return Widths(lambda tree: _same((), tree))
+    if isinstance(bits, bool | int | float | str | np.number):
+        arguments.bits(bits)
+        return Widths(lambda tree: _same((int(bits),), tree))
+    if arguments.is_schedule(bits):
+        raise TypeError(f"`bits` must be static, got a schedule {bits!r}. Mark a function of the leaf by `per_leaf`.")
+    return _leaf_by_leaf(bits)
+
+
+def _same(allowed: tuple[int, ...], tree: Tree) -> dict[str, tuple[int, ...]]:
+    return {path: allowed for path, _ in trees.governed(tree)}
+
+
+def _leaf_by_leaf(bits: PerLeaf | Tree) -> Widths:
+    """Widths that differ by leaf; leaves without one are left out."""
+
+    def allowed(tree: Tree) -> dict[str, tuple[int, ...]]:
+        found = {path: width for path, width in trees.values(bits, tree).items() if width is not None}
+        for width in found.values():
+            arguments.bits(width)
+        return {path: (int(width),) for path, width in found.items()}
+
+    if isinstance(bits, PerLeaf):
+        fn = bits.fn
+        return Widths(allowed, picks=lambda where: lambda path, leaf: where(path, leaf) and fn(path, leaf) is not None)
+    named = dict(trees.governed(bits))
+
+    def check(params: Tree) -> None:
+        """Every width must belong to a leaf, unless a wrapper has masked that leaf away."""
+        found = {path for path, _ in trees.governed(params)}
+        left = [path for path in named if path not in found]
+        masked = trees.find(params, optax.MaskedNode)
+        remedy = "Take the tree from `choose_bits(params)`."
+        arguments.require(not left or masked or not found, "bits", "match the params by path", left, remedy)
+
+    return Widths(allowed, picks=lambda where: lambda path, leaf: path in named, check=check)

@@ -1,0 +1,57 @@
+"""The records behind `project`: a projection and what is known of it, and one update of the params that it governs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from clipjax.typing import Context, Projection, State, Tree
+
+
+class Constraint(NamedTuple):
+    """A projection, and what this library knows of its own ones.
+
+    Attributes:
+      projection: what users may give.
+      kept: `kept(target, before, after) -> masks` that broadcast to the target, from the projection's states before and
+        after the update; for a projection that keeps these entries and sets all others to 0.
+      surely_zero: `surely_zero(target, state) -> bool tree`, True only where the target is projected to 0: a cheaper
+        answer than projecting it.
+      tolerance: the relative difference up to which params count as the projection of the latent weights; 0 where
+        projected values are exact in floating point, so that two compiled programs agree on them.
+    """
+
+    projection: Projection
+    kept: Callable[[Tree, State, State], Tree] | None = None
+    surely_zero: Callable[[Tree, State], Tree] | None = None
+    tolerance: float = 0.0
+
+    def frozen(self, target: Tree, state: State, context: Context) -> Tree:
+        """The target projected, without a refresh."""
+        if self.projection.apply_frozen is not None:
+            return self.projection.apply_frozen(target, state, context)
+        return self.projection.apply(target, state, context)[0]
+
+
+class Update(NamedTuple):
+    """One update of the governed leaves; trees have None at all others, and computing dtype where not said otherwise.
+
+    Attributes:
+      params: in their own dtype.
+      weights: the params.
+      steps: the updates, as the transformations before (or `inner`) give them.
+      floats: the latent weights where there are some, else the params.
+      target: floats + steps, the value that is projected.
+      context: what the projection may use besides.
+      active: bool, True from `start` on; None where that is always so.
+    """
+
+    params: Tree
+    weights: Tree
+    steps: Tree
+    floats: Tree
+    target: Tree
+    context: Context
+    active: jax.Array | None

@@ -1,0 +1,81 @@
+"""Latent weights: the float weights behind a constraint, when the state's are used, and when one is dropped."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from clipjax._arrays import dtypes, elementwise, trees
+from clipjax._weights.constraints import Constraint, Update
+from clipjax.typing import Context, State, Tree
+
+
+def begin(p: jax.Array) -> jax.Array:
+    """A copy of a param in computing dtype, with its sharding; a buffer of its own, as both may be donated."""
+    dtype = dtypes.wide(p.dtype)
+    return jnp.zeros_like(p, dtype=dtype) + p.astype(dtype)
+
+
+def current(
+    constraint: Constraint,
+    stored: Tree,
+    state: State,
+    weights: Tree,
+    params: Tree,
+    then: Context,
+    begun: jax.Array | None,
+) -> Tree:
+    """The latent weights of an update: the stored ones where the params are still their projection, else the params.
+
+    Args:
+      constraint: what the params are held to.
+      stored: the latent weights in the state.
+      state: the projection's state of the last update.
+      weights: the params in computing dtype.
+      params: the params in their own dtype.
+      then: the context of the last update.
+      begun: bool, False before the first projection; None where that was before the last update anyway.
+    """
+    z = trees.place(stored, weights)
+    projected = constraint.frozen(z, state, then._replace(landed=z, refresh=False))
+    projected = jax.tree.map(functools.partial(elementwise.keep, begun), projected, z)
+    choose = functools.partial(_choose, constraint.tolerance or None)
+    return jax.tree.map(choose, z, rounded(projected, params), weights)
+
+
+@elementwise.leafwise
+def _choose(tolerance: float | None, z: jax.Array, projected: jax.Array, w: jax.Array) -> jax.Array:
+    # z finite | w = P(z) | w = 0 | used
+    # no       | any      | any   | w
+    # yes      | yes      | any   | z
+    # yes      | no       | yes   | z: a transformation before holds the weight at 0, and may let it go
+    # yes      | no       | no    | w: it was edited, or loaded from elsewhere
+    off = projected != w if tolerance is None else jnp.abs(projected - w) > tolerance * jnp.abs(w)
+    edited = off & (w != 0)
+    return jax.lax.select(edited | ~jnp.isfinite(z), w, z)
+
+
+def drop(constraint: Constraint, update: Update, new: Tree, projected: State) -> Tree:
+    """The targets, 0 where the transformations before set a weight to 0 that the projection would move away from it."""
+    if constraint.surely_zero is None:
+        zero = jax.tree.map(lambda n: n == 0, new)
+    else:  # asked of floats - weights, which is the target where u = -p, and known before u is
+        zero = constraint.surely_zero(jax.tree.map(jnp.subtract, update.floats, update.weights), projected)
+    dropped = functools.partial(_drop_leaf, update.active)
+    return jax.tree.map(dropped, update.target, update.weights, update.steps, zero)
+
+
+@elementwise.leafwise
+def _drop_leaf(active: jax.Array | None, z: jax.Array, p: jax.Array, u: jax.Array, zero: jax.Array) -> jax.Array:
+    # u = -p | P(z) = 0 | latent weight
+    # no     | any      | z
+    # yes    | yes      | z: the weight is 0 either way, and z may bring it back later
+    # yes    | no       | 0: with z the weight would not be 0
+    return elementwise.keep(active, jax.lax.select((u == -p) & ~zero, jnp.zeros_like(z), z), z)
+
+
+def rounded(new: Tree, params: Tree) -> Tree:
+    """Projected values rounded to what the dtype of the param represents, in computing dtype."""
+    return jax.tree.map(lambda n, p: dtypes.narrowed(n, p.dtype), new, params)

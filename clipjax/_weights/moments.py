@@ -1,0 +1,44 @@
+"""The moments of an inner optimizer, cleared where weights are removed: what grows again starts without any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipjax.typing import State, Tree
+
+
+def check(inner: optax.GradientTransformation, state: State) -> None:
+    """Refuse an optimizer in whose state the moments of each param cannot be found."""
+    _mapped(inner, lambda moment: moment, state)
+
+
+def cleared(
+    inner: optax.GradientTransformation, state: State, params: Tree, kept: Tree, active: jax.Array | None
+) -> State:
+    """The state with moments of 0 where `kept` is False: a mask, or True, at every leaf of the params.
+
+    Factored moments, of another shape than their param, stay.
+    """
+
+    def clear(moment: jax.Array, keep: jax.Array | bool, p: jax.Array) -> jax.Array:
+        if isinstance(moment, optax.MaskedNode) or keep is True or jnp.shape(moment) != p.shape:
+            return moment
+        gone = ~keep if active is None else ~keep & active
+        return jnp.where(gone, jnp.zeros_like(moment), moment)
+
+    return _mapped(inner, clear, state, kept, params)
+
+
+def _mapped(inner: optax.GradientTransformation, fn: Callable[..., object], state: State, *rest: Tree) -> State:
+    """Map over the arrays of an optimizer's state that belong to params."""
+    try:
+        return optax.tree.map_params(inner, fn, state, *rest, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    except Exception as error:
+        raise ValueError(
+            "`inner` must be an optimizer in whose state `optax.tree.map_params` finds the moments of each param,"
+            f" got one where it fails: {error}. Chain `prune_mask` behind it instead."
+        ) from error
