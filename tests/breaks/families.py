@@ -26,7 +26,6 @@ MUTANTS = (
         "pruning",
         "unit",
     ),
-    Mutant("steps.py", "near > limit, near / 2, near", "near > limit, near, near", "steps", "power_of_two"),
     Mutant("steps.py", "0.7 * fitting.mean_size", "0.0 * fitting.mean_size", "steps", "twn"),
     Mutant(
         "steps.py",
@@ -37,7 +36,6 @@ MUTANTS = (
     ),
     Mutant("widths.py", "energy[:, None] >= ratio * noise", "energy[:, None] <= ratio * noise", "leaf_grid", "sqnr"),
     Mutant("widths.py", "(cost <= left)", "(cost <= left + 99)", "leaf_grid", "budget"),
-    Mutant("widths.py", "jnp.where(x == 0, x, code * step)", "code * step", "leaf_grid", "pruned_weights"),
     Mutant("roundings.py", "(sigmoid(t) - sigmoid(1.0))", "sigmoid(t)", "roundings", "parq_matches"),
     Mutant("roundings.py", "(1 - t) * ratio + t * code", "ratio", "roundings", "relax"),
     Mutant("thresholds.py", "clipped - new_mean, 1 - decay", "clipped - mean, 1 - decay", "thresholds", "zscore"),
@@ -58,4 +56,5 @@ MUTANTS = (
         "jax.random.uniform(k, x.shape)",
         "explicit_axes",
     ),
+    Mutant("steps.py", "sides=lambda x: (-x, x)", "sides=lambda x: (x, x)", "leaf_grid", "affine"),
 )

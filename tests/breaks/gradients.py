@@ -25,7 +25,7 @@ MUTANTS = (
         "clipping",
         "schedule",
     ),
-    Mutant("_gradients/threshold_state.py", "finite & (measure > 0)", "finite", "threshold_state", "zero"),
+    Mutant("_gradients/threshold_state.py", "finite & (measured > 0)", "finite", "threshold_state", "zero"),
     Mutant(
         "_gradients/threshold_state.py",
         "jnp.where(at, new.astype(old.dtype), old)",
@@ -43,20 +43,22 @@ MUTANTS = (
     Mutant("_gradients/skipping.py", "jnp.where(good, new, old)", "new", "skipping", "inner or nan"),
     Mutant("_gradients/skipping.py", "jnp.isfinite(norm) & (norm <= limit)", "(norm <= limit)", "skipping", "inf"),
     Mutant(
-        "_gradients/clipping.py",
+        "_gradients/error_feedback.py",
         "finite & jnp.isfinite(total), total",
         "total == total, total",
         "threshold_state",
         "carry",
     ),
-    Mutant("_gradients/clipping.py", "total - emitted, old", "old, old", "threshold_state", "carry"),
-    Mutant("_gradients/clipping.py", "limit / (norm + eps)", "limit / (norm - eps)", "clipping", "clip_norm_matches"),
+    Mutant("_gradients/error_feedback.py", "total - emitted, old", "old, old", "threshold_state", "carry"),
     Mutant(
-        "_gradients/clipping.py",
+        "_gradients/norm_clipping.py", "limit / (norm + eps)", "limit / (norm - eps)", "clipping", "clip_norm_matches"
+    ),
+    Mutant(
+        "_gradients/norm_clipping.py",
         "jnp.isfinite(norm), factor, jnp.full_like",
         "norm == norm, factor, jnp.full_like",
         "clipping",
         "non_finite",
     ),
-    Mutant("_gradients/clipping.py", " if np.size(p) else jnp.zeros((), dtype)", "", "clipping", "empty_leaf"),
+    Mutant("_gradients/error_feedback.py", " if np.size(p) else jnp.zeros((), dtype)", "", "clipping", "empty_leaf"),
 )

@@ -3,6 +3,14 @@
 from breaks.mutant import Mutant
 
 MUTANTS = (
+    Mutant("_maths/levels.py", "near > largest, near / 2, near", "near > largest, near, near", "steps", "power_of_two"),
+    Mutant(
+        "_maths/spectra.py",
+        "jnp.where(x == 0, x, code * found.step)",
+        "code * found.step",
+        "leaf_grid",
+        "pruned_weights",
+    ),
     Mutant(
         "_maths/landing.py",
         "jnp.isfinite(landed), -p, u)",
@@ -98,5 +106,19 @@ MUTANTS = (
         "wide, s, slope, jnp.zeros_like(s))",
         "wide, by, slope, jnp.zeros_like(by))",
         "explicit_axes",
+    ),
+    Mutant(
+        "_maths/levels.py",
+        "_zero_point(step, bits, extents), max_level)",
+        "_zero_point(step, bits, max_level), max_level)",
+        "leaf_grid",
+        "shrink",
+    ),
+    Mutant(
+        "_maths/levels.py",
+        "jnp.minimum(below, top + zero)",
+        "jnp.minimum(below, top)",
+        "leaf_grid",
+        "spends_its_levels",
     ),
 )

@@ -10,7 +10,7 @@ import pytest
 import clipjax
 from clipjax import projections
 from clipjax._maths.landing import land
-from clipjax._weights.refreshing import refreshed
+from clipjax._weights.refreshing import Cycle, refreshed
 from clipjax.typing import Context, Projection
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -287,7 +287,7 @@ def test_master_weights_do_not_lose_a_thousand_small_steps():
 def test_refreshes_are_due_at(start, every, stop, expected):
     def due(count):
         context = Context(count, None, None, None, jax.random.key(0), again=lambda: (None, None))
-        return refreshed(context, start, every, stop, lambda target, landed: True, False)
+        return refreshed(Cycle(start, every, stop), context, lambda target, landed: True, False)
 
     got = jax.vmap(due)(jnp.arange(10))
     assert list(np.flatnonzero(got)) == expected
