@@ -1,27 +1,45 @@
-"""Scores: how much each weight matters. Low scores are pruned first.
+"""Scores: how much each weight matters; the lowest are pruned first, as in `prune_mask(0.5, score=scores.taylor())`.
 
-A score sees the target (the weights as they are about to be) and, where it needs it, the gradient. Averages are
-exponential and live in the state; a score that needs no history stores none.
+A score is computed from the target, the weights before the mask is applied, and some need the gradient too. Exponential
+averages over updates are kept in the state, 4 bytes a weight; a score without an average stores nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments, sharding, trees
-from clipjax.typing import Context, Score, Tree
+from clipjax.typing import Context, Leaf, Number, Score, State, Tree
+
+__all__ = [
+    "Score",
+    "external",
+    "fisher",
+    "gradient",
+    "magnitude",
+    "movement",
+    "random",
+    "relative_magnitude",
+    "snip",
+    "synflow",
+    "taylor",
+]
 
 
-def magnitude(normalize: str | None = None) -> Score:
+def __dir__() -> list[str]:
+    return __all__
+
+
+def magnitude(normalize: Literal["rms", "l2"] | None = None) -> Score:
     r""":math:`|w|`, the usual score.
 
     Args:
-      normalize: None for raw values, "rms" or "l2" to divide each array by its root mean square or its norm, so that
-        a global comparison does not empty the arrays of small weights.
+      normalize: None for :math:`|w|` itself; "rms" or "l2" to divide it by the root mean square or by the norm of its
+        array, so that `scope="global"` does not remove whole arrays whose weights are all small.
 
     Returns:
       A `Score`.
@@ -43,15 +61,16 @@ def magnitude(normalize: str | None = None) -> Score:
         size = jnp.abs(x)
         if normalize is None:
             return size
-        unit = _unit(_finite(size).max())
-        total = jnp.sum(jnp.square(_finite(size) / unit))
-        return size / (unit * _unit(jnp.sqrt(total / x.size if normalize == "rms" else total)))
+        # Squares of ratios to the largest weight neither overflow nor vanish, whatever the scale of the array.
+        largest = _or_one(_finite(size).max())
+        total = jnp.sum(jnp.square(_finite(size) / largest))
+        return size / (largest * _or_one(jnp.sqrt(total / x.size if normalize == "rms" else total)))
 
     return _of_weights(score)
 
 
 def relative_magnitude() -> Score:
-    r""":math:`|w| / \max|w|` of the array: D1's "largest relative value".
+    r""":math:`|w| / \max|w|`, relative to the largest weight of the array: D1's "largest relative value".
 
     Returns:
       A `Score`.
@@ -64,17 +83,17 @@ def relative_magnitude() -> Score:
     References:
       D1, section 6, question 1.
     """
-    return _of_weights(lambda x: jnp.abs(x) / _unit(_finite(jnp.abs(x)).max()))
+    return _of_weights(lambda x: jnp.abs(x) / _or_one(_finite(jnp.abs(x)).max()))
 
 
 def random() -> Score:
-    """Uniform in [0, 1), drawn anew at every refresh from the member's key: the baseline to beat.
+    """Uniform in [0, 1), drawn anew at every refresh from the key of the transformation: the baseline to beat.
 
     Returns:
       A `Score`.
     """
 
-    def score(target: Tree, state: Any, context: Context) -> Tree:
+    def score(target: Tree, state: State, context: Context) -> Tree:
         arrays, treedef = trees.arrays(target)
         keys = jax.random.split(context.key, max(len(arrays), 1))
         draws = [sharding.laid_as(jax.random.uniform(k, x.shape), x) for k, x in zip(keys, arrays, strict=False)]
@@ -83,21 +102,21 @@ def random() -> Score:
     return Score(lambda params: (), lambda target, state, context: state, score)
 
 
-def gradient(decay: float = 0.9) -> Score:
+def gradient(decay: Number = 0.9) -> Score:
     r""":math:`|g|`, averaged over updates: D2's order by gradient.
 
     .. math:: m \leftarrow \beta m + (1 - \beta) |g|
 
-    One batch alone is a weak score; smoothing costs 4 bytes a weight.
+    The gradient of one batch alone is a weak score; the average costs 4 bytes a weight.
 
     Args:
-      decay: β in [0, 1); 0 takes the last gradient alone and stores nothing.
+      decay: β in [0, 1); with 0 the score is that of the last gradient alone, and nothing is stored.
 
     Returns:
       A `Score`.
 
     Raises:
-      ValueError: for a decay outside [0, 1), and at update where no gradient is at hand.
+      ValueError: for a decay outside [0, 1), and at update without a gradient, see `with_gradient`.
 
     References:
       D2, section 2.2.
@@ -105,17 +124,17 @@ def gradient(decay: float = 0.9) -> Score:
     return _averaged(lambda weight, grad: jnp.abs(grad), decay)
 
 
-def taylor(decay: float = 0.9) -> Score:
-    r""":math:`|w g|`, averaged over updates: the change of the loss when a weight is removed, to first order.
+def taylor(decay: Number = 0.9) -> Score:
+    r""":math:`|w g|`, averaged over updates: how much the loss changes if the weight is removed, to first order.
 
     Args:
-      decay: β in [0, 1) of the average; 0 takes the last value alone and stores nothing.
+      decay: β in [0, 1) of the average; with 0 the score is that of the last update alone, and nothing is stored.
 
     Returns:
       A `Score`.
 
     Raises:
-      ValueError: for a decay outside [0, 1), and at update where no gradient is at hand.
+      ValueError: for a decay outside [0, 1), and at update without a gradient, see `with_gradient`.
 
     References:
       Molchanov et al., 2017, https://arxiv.org/abs/1611.06440. D2.
@@ -123,17 +142,17 @@ def taylor(decay: float = 0.9) -> Score:
     return _averaged(lambda weight, grad: jnp.abs(weight * grad), decay)
 
 
-def movement(decay: float = 0.9) -> Score:
-    r""":math:`-w g`, averaged over updates: weights that move toward zero go first, whatever their size.
+def movement(decay: Number = 0.9) -> Score:
+    r""":math:`-w g`, averaged over updates: weights that move toward zero are removed first, whatever their size.
 
     Args:
-      decay: β in [0, 1) of the average; 0 takes the last value alone and stores nothing.
+      decay: β in [0, 1) of the average; with 0 the score is that of the last update alone, and nothing is stored.
 
     Returns:
       A `Score`.
 
     Raises:
-      ValueError: for a decay outside [0, 1), and at update where no gradient is at hand.
+      ValueError: for a decay outside [0, 1), and at update without a gradient, see `with_gradient`.
 
     References:
       Sanh et al., "Movement Pruning", 2020, https://arxiv.org/abs/2005.07683. D2.
@@ -141,19 +160,19 @@ def movement(decay: float = 0.9) -> Score:
     return _averaged(lambda weight, grad: -weight * grad, decay)
 
 
-def fisher(decay: float = 0.9) -> Score:
+def fisher(decay: Number = 0.9) -> Score:
     r""":math:`w^2 \, \overline{g^2} / 2`, with the gradient's square averaged over updates: the Fisher diagonal.
 
-    It estimates what the loss gains when a weight is removed, to second order.
+    It estimates how much the loss increases if the weight is removed, to second order.
 
     Args:
-      decay: β in [0, 1) of the average of g²; 0 takes the last square alone and stores nothing.
+      decay: β in [0, 1) of the average of g²; with 0 the score is that of the last g² alone, and nothing is stored.
 
     Returns:
       A `Score`.
 
     Raises:
-      ValueError: for a decay outside [0, 1), and at update where no gradient is at hand.
+      ValueError: for a decay outside [0, 1), and at update without a gradient, see `with_gradient`.
 
     References:
       Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018,
@@ -169,16 +188,16 @@ def fisher(decay: float = 0.9) -> Score:
 
 
 def external(scores: Tree) -> Score:
-    """Scores that are given: from `snip`, `synflow`, or anything else that ranks weights.
+    """Scores that you have computed: with `snip`, `synflow`, or anything else that ranks weights. They do not change.
 
     Args:
-      scores: a tree of arrays at the paths of the weights, and of their shapes; may be larger, and traced.
+      scores: a tree of arrays with the paths and shapes of the weights; may have other paths too, and may be traced.
 
     Returns:
       A `Score`.
 
     Raises:
-      ValueError: at init, where a weight has no score of its shape.
+      ValueError: at init, for a picked leaf without scores of its shape.
 
     Example:
       >>> import clipjax, jax.numpy as jnp
@@ -192,7 +211,7 @@ def external(scores: Tree) -> Score:
     def given(target: Tree) -> Tree:
         found = trees.match(scores, target)
 
-        def check(path: str, leaf: Any, score: Any) -> Any:
+        def check(path: str, leaf: Leaf, score: jax.Array | None) -> jax.Array | None:
             shape = None if score is None else jnp.shape(score)
             remedy = f"Leaf {path!r} has shape {leaf.shape}; leave it out with `where`, or give it scores."
             arguments.require(shape == leaf.shape, "scores", "have the shape of every picked leaf", shape, remedy)
@@ -206,17 +225,17 @@ def external(scores: Tree) -> Score:
         given(params)
         return ()
 
-    def score(target: Tree, state: Any, context: Context) -> Tree:
+    def score(target: Tree, state: State, context: Context) -> Tree:
         return jax.tree.map(lambda w, x: jnp.asarray(x).astype(w.dtype), target, given(target))
 
     return Score(init, lambda target, state, context: state, score)
 
 
 def snip(loss_fn: Callable[[Tree], jax.Array], params: Tree) -> Tree:
-    r"""SNIP's connection sensitivity, before any training: :math:`|w \, \partial L / \partial w|` at these params.
+    r"""SNIP's connection sensitivity, to prune before training: :math:`|w \, \partial L / \partial w|` at these params.
 
     Args:
-      loss_fn: params -> scalar loss, on a batch of its own.
+      loss_fn: `loss_fn(params) -> loss`, a scalar, on a batch that the function holds.
       params: a tree of arrays.
 
     Returns:
@@ -233,14 +252,14 @@ def snip(loss_fn: Callable[[Tree], jax.Array], params: Tree) -> Tree:
     return jax.tree.map(lambda w, g: jnp.abs(w * g), params, jax.grad(loss_fn)(params))
 
 
-def synflow(apply_fn: Callable[[Tree, Any], Any], params: Tree, inputs: Any) -> Tree:
-    r"""SynFlow: :math:`|w| \, \partial R / \partial |w|`, R the summed outputs of the net with all weights positive.
+def synflow(apply_fn: Callable[[Tree, Tree], Tree], params: Tree, inputs: Tree) -> Tree:
+    r"""SynFlow: :math:`|w| \, \partial R / \partial |w|`, R the sum of outputs with weights :math:`|w|`, inputs 1.
 
-    No data enters: the inputs are all ones. Prune in many small rounds, or whole layers die (`make_mask` in a loop with
-    the sparsity rising exponentially).
+    It needs no data. Prune in many small rounds, in each of which the scores are computed anew and the kept fraction
+    shrinks by the same factor; in one round whole layers would be removed.
 
     Args:
-      apply_fn: (params, inputs) -> outputs.
+      apply_fn: `apply_fn(params, inputs) -> outputs`.
       params: a tree of arrays.
       inputs: arrays whose shapes and dtypes the network takes; their values do not matter.
 
@@ -266,7 +285,8 @@ def synflow(apply_fn: Callable[[Tree, Any], Any], params: Tree, inputs: Any) -> 
     return jax.tree.map(jnp.multiply, sizes, jax.grad(flow)(sizes))
 
 
-def _averaged(value: Callable[[jax.Array, jax.Array], jax.Array], decay: float) -> Score:
+def _averaged(value: Callable[[jax.Array, jax.Array], jax.Array], decay: Number) -> Score:
+    """The exponential average of `value(weight, gradient)` over updates."""
     arguments.fraction(decay, "decay", "It is the weight of the past; 0 keeps no average.")
     smooth = not (arguments.known(decay) and float(decay) == 0)
 
@@ -283,6 +303,7 @@ def _averaged(value: Callable[[jax.Array, jax.Array], jax.Array], decay: float) 
 
         def mix(average: jax.Array, x: jax.Array) -> jax.Array:
             new = decay * average + (1 - decay) * x.astype(average.dtype)
+            # One gradient that is not finite must not spoil the average of all later updates.
             return jnp.where(jnp.isfinite(new), new, average)
 
         return jax.tree.map(mix, state, now(target, context))
@@ -294,6 +315,7 @@ def _averaged(value: Callable[[jax.Array, jax.Array], jax.Array], decay: float) 
 
 
 def _of_weights(fn: Callable[[jax.Array], jax.Array]) -> Score:
+    """The score that follows from each array of weights alone."""
     return Score(
         lambda params: (),
         lambda target, state, context: state,
@@ -302,6 +324,7 @@ def _of_weights(fn: Callable[[jax.Array], jax.Array]) -> Score:
 
 
 def _gradients(target: Tree, context: Context) -> Tree:
+    """The gradient that a caller or `with_gradient` passes, which must have a leaf for each weight."""
     missing = context.grad is None or len(jax.tree.leaves(context.grad)) != len(jax.tree.leaves(target))
     if missing:
         raise ValueError(
@@ -312,8 +335,10 @@ def _gradients(target: Tree, context: Context) -> Tree:
 
 
 def _finite(x: jax.Array) -> jax.Array:
+    """0 instead of NaN and infinity."""
     return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def _or_one(x: jax.Array) -> jax.Array:
+    """A divisor: 1 instead of 0."""
     return jnp.where(x > 0, x, jnp.ones_like(x))

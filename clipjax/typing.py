@@ -109,35 +109,37 @@ class Projection(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A saliency.
+    """How much each weight matters; the lowest scores are pruned first.
 
     Attributes:
       init: `init(params) -> state`.
-      observe: `observe(target, state, context) -> state`, at every update.
-      score: `score(target, state, context) -> tree` of arrays like the target, at a refresh.
+      observe: `observe(target, state, context) -> state`, called at every update.
+      score: `score(target, state, context) -> scores`, called at a refresh: a tree of arrays like the target.
     """
 
-    init: Callable[[Tree], Any]
-    observe: Callable[[Tree, Any, Context], Any]
-    score: Callable[[Tree, Any, Context], Tree]
+    init: Callable[[Tree], State]
+    observe: Callable[[Tree, State, Context], State]
+    score: Callable[[Tree, State, Context], Tree]
 
 
 class Structure(NamedTuple):
-    """A way to cut the arrays of a tree into units that live and die together.
+    """A way to divide the arrays of a tree into units, each of which is kept or removed as a whole.
 
-    Trees hold None at leaves that take no part. An array of units stands where the leaf stands that owns them.
+    Trees have None at leaves that take no part. A leaf is scored if its entries have scores; a leaf owns units if the
+    array with one value for each of these units lies at its place in a tree.
 
     Attributes:
-      reduce: `reduce(scores) -> tree` of unit scores, from the scores of the leaves that vote.
-      check: `check(params, voters)` raises where the leaves cannot be cut so.
+      reduce: `reduce(scores) -> units`: from the scores of entries, None at leaves that are not scored, those of units.
+      check: `check(params, scored)` raises where the leaves cannot be divided; `scored` is the tree without leaves that
+        are not scored.
       expand: `expand(units, tree) -> tree` of arrays that broadcast to the leaves: each entry has its unit's value.
       owners: `owners(tree) -> tree` without the leaves that own no units.
-      holds: `holds(path, leaf) -> bool`, the leaves that have entries of the units; the score is then of those among
-        them that `where` picks. None where both are the same.
-      min_keep: how many units every array of units keeps whatever the scores say.
+      holds: `holds(path, leaf) -> bool`, which leaves have entries of the units; of these the ones that `where` picks are
+        scored. None where both are the leaves that `where` picks.
+      min_keep: how many units of every array of units are kept, whatever their scores.
       whole: True where every weight is a unit of its own.
-      keep: for a structure that fixes the sparsity, `keep(keys) -> mask` of unsigned keys, the lowest of which go;
-        None where the sparsity is free.
+      keep: for a structure that fixes the sparsity, `keep(keys) -> mask`: from unsigned keys, of which the lowest are
+        removed, True where an entry is kept. None where the sparsity is free.
     """
 
     reduce: Callable[[Tree], Tree]

@@ -16,7 +16,7 @@ MUTANTS = (
     Mutant("_reports/summarizing.py", "np.where(mask, w, np.zeros_like(w))", "w", "summarizing", "pruned_weights"),
     Mutant(
         "_reports/summarizing.py",
-        "leaf if float_weights is None else float_weights",
+        "leaf if z is None else z",
         "leaf",
         "summarizing",
         "quantized",
