@@ -89,7 +89,7 @@ def _check_grid(params: Any, opt_state: Any, promise: Promise) -> str:
     pairs = [pair for pair in zip(leaves, jax.tree.leaves(params), strict=True) if is_quantized(pair[0])]
     assert len(pairs) == len(kernels(params)), f"{len(pairs)} leaves quantized, {len(kernels(params))} kernels"
     for grid, leaf in pairs:
-        codes, values = np.asarray(grid.codes), clipjax.dequantize(grid.codes, grid.step, zero_point=grid.zero_point)
+        codes, values = np.asarray(grid.codes), clipjax.dequantize(grid)
         assert (np.asarray(values) == np.asarray(leaf)).all(), "a weight is off its grid"
         assert np.abs(codes).max() < 2 ** (promise.bits - 1), f"code {np.abs(codes).max()} needs more bits"
         if promise.interval is not None:

@@ -55,7 +55,7 @@ def work(folder: str, coordinator: str | None, process: int | None) -> None:
         params = {f"layer{i}": {"kernel": 0.1 * jax.random.normal(key, (64, 64))} for i, key in enumerate(keys)}
         return {"params": params, "state": tx.init(params)}
 
-    # params, moments, masks and carries have the shape of the params and are split like them; the rest is everywhere
+    # moments, masks and latent weights have the shape of the params and are split like them; the rest is everywhere
     shapes = jax.eval_shape(init)
     at = jax.tree.map(lambda x: split if x.shape == (64, 64) else whole, shapes)
 

@@ -66,7 +66,7 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass
 class _Training:
-    """A training that is under way: its compiled step and its state, and what it has told so far."""
+    """A training that is under way: its compiled step, its state and its metrics so far."""
 
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     state: TrainState

@@ -77,18 +77,18 @@ def master():
     return clipjax.project(clipjax.projections.identity(), carry=True, inner=optax.adam(1e-3))
 
 
-def after(*members):
-    """Adam, and members behind it."""
-    return optax.chain(optax.adam(1e-3), *members)
+def after(*constraints):
+    """Adam, and transformations behind it."""
+    return optax.chain(optax.adam(1e-3), *constraints)
 
 
-def norm(threshold, *members, **options):
-    """Adam behind a clip of norms, and members behind it."""
-    return optax.chain(clipjax.clip_norm(threshold, **options), optax.adam(1e-3), *members)
+def norm(threshold, *constraints, **options):
+    """A clip of norms, adam, and transformations behind it."""
+    return optax.chain(clipjax.clip_norm(threshold, **options), optax.adam(1e-3), *constraints)
 
 
 def chain(*more):
-    """The clip of gradients, adam, the clamp, and more members."""
+    """The clip of gradients, adam, the clamp, and more transformations."""
     return optax.chain(clip(), optax.adam(1e-3), clamp(), *more)
 
 

@@ -27,7 +27,7 @@ import clipjax
 
 
 def weights():
-    """The members behind adam, as they are once the schedule has ended."""
+    """The transformations behind adam, as they are once the schedule has ended."""
     prune = clipjax.prune_mask(optax.polynomial_schedule(0.0, 0.9, 3, 2), every=1, stop=2)
     return clipjax.clamp_weights(0.1), prune, clipjax.fake_quantize(4, every=1, stop=2)
 

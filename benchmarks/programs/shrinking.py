@@ -2,7 +2,7 @@
 
 Two networks on scikit-learn's digits, enlarged to 32 x 32: a CNN with BatchNorm and a flattened Dense, and residual
 blocks. Each trains with `prune_mask(structure=unit(groups=...))` and is cut by the same groups. FLOPs are XLA's own
-count; times are medians of whole and small in turns. The last line is what `shrink` says to a unit whose bias lives on.
+count; times are medians of whole and small in turns. The last line is `shrink`'s error for a unit with a bias.
 """
 
 from __future__ import annotations

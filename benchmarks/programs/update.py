@@ -25,8 +25,8 @@ import optax
 import clipjax
 
 
-def chain(*members: str) -> optax.GradientTransformationExtraArgs:
-    """The chain that has these members besides adam."""
+def chain(*names: str) -> optax.GradientTransformationExtraArgs:
+    """The chain that has these transformations besides adam."""
     build = {
         "clip": lambda: clipjax.clip(0.01),
         "norm": lambda: clipjax.clip_norm(clipjax.thresholds.zscore()),
@@ -34,8 +34,8 @@ def chain(*members: str) -> optax.GradientTransformationExtraArgs:
         "prune": lambda: clipjax.prune_mask(optax.polynomial_schedule(0.0, 0.9, 3, 2), every=1, stop=2),
         "quantize": lambda: clipjax.fake_quantize(4, every=1, stop=2),
     }
-    before = [build[m]() for m in members if m in ("clip", "norm")]
-    after = [build[m]() for m in members if m not in ("clip", "norm")]
+    before = [build[name]() for name in names if name in ("clip", "norm")]
+    after = [build[name]() for name in names if name not in ("clip", "norm")]
     return optax.chain(*before, optax.adam(1e-3), *after)
 
 

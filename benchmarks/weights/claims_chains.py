@@ -1,4 +1,4 @@
-"""The chains of claims.py: members alone and merged, thresholds, and a mask that sorts as others do."""
+"""The chains of claims.py: transformations alone and merged, thresholds, and a mask that sorts as others do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipjax import structures
 
 Chain = Callable[[Course], Any]
 
-# What each member does alone, and the mergers (D1, D3, D4).
+# What each transformation does alone, and the mergers (D1, D3, D4).
 
 MEMBERS = ("clip", "clamp", "prune", "quantize")
 ROWS = (
@@ -33,14 +33,14 @@ SPARSITY, BITS = 0.9, 4
 @functools.cache
 def merger(row: str) -> Chain:
     def chain(course: Course) -> Any:
-        members = {
+        transformations = {
             "clip": clipjax.clip(chains.LIMIT),
             "optimizer": chains.adam(course),
             "clamp": clipjax.clamp_weights(chains.BOUND),
             "prune": chains.gradual(course),
             "quantize": clipjax.fake_quantize(BITS, start=int(0.6 * course.steps) + 1, stop=int(0.9 * course.steps)),
         }
-        return optax.chain(*(member for name, member in members.items() if name == "optimizer" or name in row))
+        return optax.chain(*(tx for name, tx in transformations.items() if name == "optimizer" or name in row))
 
     return chain
 
@@ -49,7 +49,7 @@ def merger(row: str) -> Chain:
 
 
 class Sweep(NamedTuple):
-    """The thresholds of one member, and the chain around an optimizer; the threshold is the course's `level`."""
+    """One transformation's thresholds, and the chain around an optimizer; the threshold is the course's `level`."""
 
     limits: tuple[float, ...]
     chain: Chain

@@ -88,15 +88,15 @@ def outcome(params: Any, data: training.Data) -> Facts:
     return {"error": 100 * float(wrong.mean()), "bytes": file_bytes(params), "zeros": 100 * measuring.sparsity(params)}
 
 
-# What each member does alone, and the mergers (D1, D3, D4).
+# What each transformation does alone, and the mergers (D1, D3, D4).
 
 
 def merged(lab: Lab, row: str, seed: int) -> Facts:
-    """One row; asserts what its members promise."""
+    """One row; asserts that the params satisfy its constraints."""
     params, state, _ = lab.program(merger(row))(SPARSITY, seed)
     bound, sparsity, bits = (
-        value if member in row else None
-        for member, value in (("clamp", chains.BOUND), ("prune", SPARSITY), ("quantize", BITS))
+        value if name in row else None
+        for name, value in (("clamp", chains.BOUND), ("prune", SPARSITY), ("quantize", BITS))
     )
     measuring.check(params, state, Promise(bound=bound, sparsity=sparsity, bits=bits))
     return outcome(params, lab.data())

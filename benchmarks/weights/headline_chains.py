@@ -14,7 +14,7 @@ from clipjax import scores
 
 
 class Recipe(NamedTuple):
-    """What one training is told.
+    """The settings of one training.
 
     Attributes:
       level: the fraction of zeros of all kernels together, spread over them by `scope`; or one of each kernel.

@@ -3,12 +3,13 @@
     python benchmarks/weights/lenet_grids.py --data-dir DIR [--seeds 5] [--table] [--together]
     python benchmarks/weights/lenet_grids.py --data-dir DIR --tune  # the settings that were tried, on held-out images
 
-Weights are quantized from a quarter of the updates on, by a member behind the optimizer ("chain") and by one around it
-("inner"). Beside them: the same without carry, where what rounding removed is lost (D4's trap), widths that follow the
-distributions inside the run (`widths.sqnr`, `widths.budget`) against the same mean width everywhere. Every seed trains
-all rows on the same batches from the same first params; a training is one compiled program (lenet_training.py). Rows
-that a claim is about have twice as many seeds; "points lost" are means of differences seed by seed, ± their standard
-error. Runs are kept in out/lenet_grids.jsonl and are not repeated; --table prints those, or what is committed here.
+Weights are quantized from a quarter of the updates on, by a transformation behind the optimizer ("chain") and by one
+around it ("inner"). Beside them: the same without latent weights, so that small updates are lost (D4's trap), and
+widths that follow the distributions inside the run (`widths.sqnr`, `widths.budget`) against the same mean width
+everywhere. Every seed trains all rows on the same batches from the same first params; a training is one compiled
+program (lenet_training.py). Rows that a claim is about have twice as many seeds; "points lost" are means of differences
+seed by seed, ± their standard error. Runs are kept in out/lenet_grids.jsonl and are not repeated; --table prints those,
+or the ones that are committed here.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from clipjax import widths
 class Setting(NamedTuple):
     """How every row is trained: by AdamW, its rate on a cosine to 0, with so many updates between two refreshes.
 
-    What the members before have landed on, which no level exceeds, is seen at refreshes alone: the levels of a young
-    network grow slowly, and weights that were floats for the first part (`start`) help. `anneal` is the part of the
+    No level exceeds the weights that the transformations before had produced at a refresh: early in a training the
+    levels grow slowly, and it helps if weights are floats for the first part (`start`). `anneal` is the part of the
     updates, from `start` on, over which PARQ's levels become sharp; 0 rounds at once. From the part `last` on the steps
     are frozen.
     """
