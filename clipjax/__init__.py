@@ -1,8 +1,10 @@
 """clipjax makes a JAX model small while it trains, with nothing but Optax transformations."""
 
+from clipjax import projections, roundings, scores, selections, steps, structures, thresholds, typing, widths
 from clipjax._arrays.arguments import per_leaf
 from clipjax._files.saving import load, pack, save, unpack
-from clipjax._gradients.clipping import clip, clip_norm
+from clipjax._gradients.clipping import clip
+from clipjax._gradients.norm_clipping import clip_norm
 from clipjax._gradients.skipping import skip_spikes
 from clipjax._gradients.with_gradient import with_gradient
 from clipjax._maths.integers import Quantized, dequantize, quantize, round_to_step
@@ -18,7 +20,7 @@ from clipjax._weights.pruning import prune_mask
 from clipjax._weights.quantizing import fake_quantize, quantized
 from clipjax.scores import snip, synflow
 from clipjax.steps import choose_step
-from clipjax.typing import Context, Projection, Rule
+from clipjax.typing import Context, Projection, Rounding, Rule, Score, Selection, Step, Structure, Width
 from clipjax.widths import choose_bits
 
 __version__ = "0.1.0"
@@ -27,9 +29,15 @@ __all__ = [
     "Context",
     "Projection",
     "Quantized",
+    "Rounding",
     "Rule",
+    "Score",
+    "Selection",
     "Shrunk",
+    "Step",
+    "Structure",
     "Summary",
+    "Width",
     "choose_bits",
     "choose_step",
     "clamp",
@@ -62,7 +70,12 @@ __all__ = [
     "summarize",
     "synflow",
     "thresholds",
+    "typing",
     "unpack",
     "widths",
     "with_gradient",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

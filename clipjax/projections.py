@@ -1,43 +1,45 @@
-"""Projections: sets that parameters are held in, as pairs of pure functions, for `clipjax.project`.
-
-A `Projection` is to parameters what a `GradientTransformation` is to updates.
-"""
+"""Projections: sets that parameters are held in, for `clipjax.project`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments
 from clipjax._maths import intervals, norms
-from clipjax.typing import Projection, Tree
+from clipjax.typing import Number, Projection, Tree
+
+__all__ = ["Projection", "clamp", "identity", "max_norm", "stateless", "unit_norm"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def stateless(fn: Callable[[Tree], Tree]) -> Projection:
-    """A projection from a plain function of the parameters."""
+    """The projection that a plain function of the parameters is.
+
+    Args:
+      fn: params -> params.
+
+    Returns:
+      A `Projection` without a state.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> stateless(jnp.abs).apply(jnp.array([-1.0, 2.0]), (), None)[0].tolist()
+      [1.0, 2.0]
+    """
     return Projection(lambda params: (), lambda target, state, context: (fn(target), state))
-
-
-def as_projection(projection: Any) -> Projection:
-    """A projection; a plain `params -> params` function means `stateless`."""
-    if isinstance(projection, Projection):
-        return projection
-    if callable(projection):
-        return stateless(projection)
-    raise TypeError(
-        f"`projection` must be a Projection or a function params -> params, got {projection!r}."
-        " Call the factory: `projections.identity()`."
-    )
 
 
 def identity() -> Projection:
     """All parameters: nothing moves.
 
-    With `carry=True` the parameters still have to be values of their dtype, so what rounding removes comes back:
-    f32 master weights for bf16 params.
+    With `carry=True` this gives f32 master weights for bf16 params: the latent weights take every update in f32, and
+    the params are the latent weights rounded to bf16.
 
     Returns:
       A `Projection`.
@@ -56,7 +58,7 @@ def identity() -> Projection:
     return stateless(lambda target: target)
 
 
-def clamp(bound: Any) -> Projection:
+def clamp(bound: Number | tuple[Number, Number]) -> Projection:
     """Entries in [-T, T], or in [lo, hi].
 
     Args:
@@ -102,8 +104,8 @@ def max_norm(bound: float, *, axis: int | tuple[int, ...] | None = None) -> Proj
     arguments.non_negative(bound, "bound", "A norm is at least 0.")
 
     def scale(x: jax.Array) -> jax.Array:
-        part, largest, norm = _norm(x, axis)
-        return jnp.where((norm * largest > bound) & jnp.isfinite(x), part * (bound / norm), x)
+        scaled, largest, norm = _norm(x, axis)
+        return jnp.where((norm * largest > bound) & jnp.isfinite(x), scaled * (bound / norm), x)
 
     return stateless(lambda tree: jax.tree.map(scale, tree))
 
@@ -124,17 +126,17 @@ def unit_norm(*, axis: int | tuple[int, ...] | None = None) -> Projection:
     """
 
     def scale(x: jax.Array) -> jax.Array:
-        part, _, norm = _norm(x, axis)
-        return jnp.where(jnp.isfinite(x), part / norm, x)
+        scaled, _, norm = _norm(x, axis)
+        return jnp.where(jnp.isfinite(x), scaled / norm, x)
 
     return stateless(lambda tree: jax.tree.map(scale, tree))
 
 
-def _norm(x: jax.Array, axis: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _norm(x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The finite entries over the largest of them, that one, and the norm of the former: no square overflows."""
     finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
     largest = jnp.max(jnp.abs(finite), axis=axis, keepdims=True, initial=0)
-    unit, share = norms.divisor(largest)
-    part = finite * share / unit
-    norm = jnp.sqrt(jnp.sum(jnp.square(part), axis=axis, keepdims=True))
-    return part, largest, jnp.where(norm > 0, norm, jnp.ones_like(norm))
+    unit, part = norms.divisor(largest)
+    scaled = finite * part / unit
+    norm = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axis, keepdims=True))
+    return scaled, largest, jnp.where(norm > 0, norm, jnp.ones_like(norm))

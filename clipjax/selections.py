@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,13 @@ import numpy as np
 
 from clipjax._arrays import arguments, trees
 from clipjax._maths import counts, ranking
-from clipjax.typing import Selection, Tree
+from clipjax.typing import Number, Selection, Tree
+
+__all__ = ["Selection", "bernoulli", "everything", "largest", "leaves"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def everything() -> Selection:
@@ -23,12 +28,12 @@ def everything() -> Selection:
     return Selection(lambda tree, key: jax.tree.map(lambda x: jnp.ones((), bool), tree))
 
 
-def bernoulli(p: Any, *, key: Any = None) -> Selection:
+def bernoulli(p: Number, *, key: jax.Array | None = None) -> Selection:
     """Each entry on its own with probability `p`, drawn anew at every use: D3's "random".
 
     Args:
       p: probability in [0, 1]; may be traced.
-      key: PRNG key; the member's by default, and `jax.random.key(0)` where that has none.
+      key: PRNG key; that of the transformation by default, and `jax.random.key(0)` where it has none.
 
     Returns:
       A `Selection`.
@@ -49,12 +54,12 @@ def bernoulli(p: Any, *, key: Any = None) -> Selection:
     return Selection(_random(lambda key, x: jax.random.bernoulli(key, p, x.shape)), key)
 
 
-def leaves(p: Any, *, key: Any = None) -> Selection:
+def leaves(p: Number, *, key: jax.Array | None = None) -> Selection:
     """Each array as a whole with probability `p`, drawn anew at every use: D3's "random selection".
 
     Args:
       p: probability in [0, 1]; may be traced.
-      key: PRNG key; the member's by default, and `jax.random.key(0)` where that has none.
+      key: PRNG key; that of the transformation by default, and `jax.random.key(0)` where it has none.
 
     Returns:
       A `Selection`.
@@ -69,7 +74,7 @@ def leaves(p: Any, *, key: Any = None) -> Selection:
     return Selection(_random(lambda key, x: jax.random.bernoulli(key, p)), key)
 
 
-def largest(fraction: Any) -> Selection:
+def largest(fraction: Number) -> Selection:
     """The given fraction of entries with the largest magnitudes, all arrays compared together.
 
     Args:
@@ -108,13 +113,13 @@ def largest(fraction: Any) -> Selection:
     return Selection(choose)
 
 
-def _probability(p: Any) -> None:
+def _probability(p: Number) -> None:
     if not arguments.traced(p):
         number = arguments.numeric(p, "p", "Give a probability, e.g. 0.5.")
         arguments.require(np.all((number >= 0) & (number <= 1)), "p", "lie in [0, 1]", p, "It is a probability.")
 
 
-def _random(draw: Callable[[jax.Array, Any], jax.Array]) -> Callable[[Tree, jax.Array], Tree]:
+def _random(draw: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[Tree, jax.Array], Tree]:
     """One draw per array, each with its own key."""
 
     def choose(tree: Tree, key: jax.Array) -> Tree:
@@ -122,18 +127,3 @@ def _random(draw: Callable[[jax.Array, Any], jax.Array]) -> Callable[[Tree, jax.
         return treedef.unflatten([draw(jax.random.fold_in(key, i), x) for i, x in enumerate(arrays)])
 
     return choose
-
-
-def key_at(key: Any, count: jax.Array) -> jax.Array:
-    """The key of one update: the given one, `jax.random.key(0)` for None, folded with the count, never global."""
-    return jax.random.fold_in(jax.random.key(0) if key is None else key, count)
-
-
-def choose(select: Selection, tree: Tree, key: Any, count: jax.Array) -> Tree:
-    """The masks of one update."""
-    return select.choose(tree, key_at(key if select.key is None else select.key, count))
-
-
-def check(select: Any) -> None:
-    """Check a `select=` argument."""
-    arguments.instance(select, Selection, "select", "Call a factory: `selections.bernoulli(0.5)`.")

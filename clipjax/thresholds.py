@@ -1,49 +1,61 @@
-"""Thresholds that follow the history of what they limit, for `clip_norm`, `skip_spikes` and `clip`.
+"""Rules: thresholds for `clip_norm`, `skip_spikes` and `clip` that follow the history of norms.
 
-A `Rule` is a pair of pure functions on a norm. Written for one norm, it serves the norm of the whole tree, of every
-leaf, or the magnitude of every entry: the member keeps a state for each and maps the rule over them. The member also
-keeps norms that are not finite, and norms of exactly 0, out of every history, and reads a threshold that is not
-positive as none.
+A `Rule` is a pair of pure functions, written for one norm. The transformation that gets it keeps a state for each norm
+that it measures, of the whole tree or of every leaf, and `clip` one for the magnitude of every entry. Norms that are 0
+or not finite are never added to a history. A threshold that is not positive clips nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from clipjax._arrays import arguments
 from clipjax._maths import ring_buffers
-from clipjax.typing import Rule
+from clipjax.typing import Count, Number, Rule
+
+__all__ = ["Rule", "ema_ratio", "mean_sigma", "percentile", "quantile_track", "spam", "zscore"]
+
+_Mode: TypeAlias = Literal["adaptive", "mean", "percentile"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class _Moments(NamedTuple):
-    """Mean and standard deviation of the norms so far, and how many there were."""
+    """How many norms there were (i32), and their mean and standard deviation (f32)."""
 
     seen: jax.Array
     mean: jax.Array
     deviation: jax.Array
 
 
-def zscore(z: Any = 2.5, decay: Any = 0.97, warmup: Any = 25, eps: Any = 1e-6, mode: str = "adaptive") -> Rule:
+def zscore(
+    z: Number = 2.5, decay: Number = 0.97, warmup: Count = 25, eps: Number = 1e-6, mode: _Mode = "adaptive"
+) -> Rule:
     r"""Clip norms that lie z standard deviations above their moving average (ZClip).
 
     .. math:: \zeta = (n - \mu) / (\sigma + \epsilon), \quad
         C = \mu + (z^2 / \zeta)\, \sigma \ \text{where}\ \zeta > z
 
-    The first `warmup` norms pass unclipped; μ and σ² start as their mean and population variance. Then, with
+    n is the norm, C the threshold, μ and σ are moving average and deviation of the norms. The first `warmup` norms pass
+    unclipped and give the first μ and σ², their mean and population variance. Then, with
     :math:`\tilde n = \min(n, C)`, :math:`\mu \leftarrow \beta \mu + (1 - \beta) \tilde n` and
     :math:`\sigma^2 \leftarrow \beta \sigma^2 + (1 - \beta) (\tilde n - \mu)^2` against the new μ.
 
     Args:
       z: z > 0, standard deviations; may be traced, as may `decay`, `warmup` and `eps`.
-      decay: β in [0, 1).
-      warmup: norms before the first clip, at least 1.
-      eps: added to σ in the quotient.
-      mode: "adaptive" as above: the further out, the harder; "mean" clips outliers to μ; "percentile" always holds
-        norms below μ + z σ.
+      decay: β in [0, 1), the weight of the past in both averages.
+      warmup: number of norms before the first clip, at least 1.
+      eps: ε >= 0, added to σ in the quotient.
+      mode: "adaptive" as above: the larger :math:`\zeta`, the lower C. "mean": C = μ where :math:`\zeta > z`.
+        "percentile": C = μ + z σ always. Static.
 
     Returns:
       A `Rule`.
@@ -81,43 +93,44 @@ def zscore(z: Any = 2.5, decay: Any = 0.97, warmup: Any = 25, eps: Any = 1e-6, m
         warm = seen < warmup
         threshold = jnp.where(warm, jnp.inf, limit(norm, mean, deviation))
         clipped = jnp.minimum(norm, threshold)
-        share = 1 / (seen.astype(norm.dtype) + 1)
-        first = mean + share * (norm - mean), _mixed(deviation, norm - mean, share, 1 - share)
+        # warm-up (Welford), r = 1 / (number of norms): μ' = μ + r (n - μ), σ'² = (1 - r) σ² + r (1 - r) (n - μ)²
+        rate = 1 / (seen.astype(norm.dtype) + 1)
+        first = mean + rate * (norm - mean), _mixed(deviation, norm - mean, rate, 1 - rate)
         new_mean = mean + (1 - decay) * (clipped - mean)
         later = _mixed(deviation, clipped - new_mean, 1 - decay)
         moments = jnp.where(warm, first[0], new_mean), jnp.where(warm, first[1], later)
-        return threshold, _Moments(_more(seen), *moments)
+        return threshold, _Moments(optax.safe_increment(seen), *moments)
 
     return Rule(lambda: _Moments(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(())), update)
 
 
-def _mixed(deviation: jax.Array, off: jax.Array, share: Any, weight: Any = 1) -> jax.Array:
-    """The root of (1 - share) deviation² + share weight off², without a square that could overflow."""
+def _mixed(deviation: jax.Array, off: jax.Array, rate: Number, weight: Number = 1) -> jax.Array:
+    """The root of (1 - rate) deviation² + rate weight off², without a square that could overflow."""
     unit = jnp.maximum(deviation, jnp.abs(off))
     unit = jnp.where(unit > 0, unit, 1.0)
     old, new = jnp.square(deviation / unit), jnp.square(off / unit) * weight
-    return unit * jnp.sqrt(old + share * (new - old))
+    return unit * jnp.sqrt(old + rate * (new - old))
 
 
 class _Average(NamedTuple):
-    """A moving average, and how many norms went into it."""
+    """How many norms there were (i32), and their moving average (f32)."""
 
     seen: jax.Array
     average: jax.Array
 
 
-def ema_ratio(ratio: Any = 1.05, decay: Any = 0.98, warmup: Any = 100, warmup_max: Any = 1.0) -> Rule:
-    r"""Hold norms below a multiple of their moving average (AdaGC, with ``per="leaf"``).
+def ema_ratio(ratio: Number = 1.05, decay: Number = 0.98, warmup: Count = 100, warmup_max: Number = 1.0) -> Rule:
+    r"""Clip norms to a multiple of their moving average (AdaGC, with ``per="leaf"``).
 
     .. math:: C = \lambda \gamma, \quad \gamma \leftarrow \beta \gamma + (1 - \beta) \min(n, C)
 
-    During the warm-up C is `warmup_max`, and γ the smallest clipped norm so far.
+    n is the norm, C the threshold. During the warm-up C is `warmup_max`, and γ is the smallest clipped norm so far.
 
     Args:
       ratio: λ > 0; may be traced, as may the others.
-      decay: β in [0, 1).
-      warmup: norms in the warm-up, at least 1.
-      warmup_max: C > 0 during the warm-up; infinity clips nothing there.
+      decay: β in [0, 1), the weight of the past.
+      warmup: number of norms in the warm-up, at least 1.
+      warmup_max: C > 0 during the warm-up, in the unit of the norm; infinity clips nothing there.
 
     Returns:
       A `Rule`.
@@ -139,13 +152,7 @@ def ema_ratio(ratio: Any = 1.05, decay: Any = 0.98, warmup: Any = 100, warmup_ma
     """
     _positive(ratio, "ratio", "It multiplies the average norm; 1.05 is usual.")
     _decay(decay, "It is the weight of the past, e.g. 0.98.")
-    _number(
-        warmup,
-        "warmup",
-        lambda n: (n >= 1) & (n == n // 1),
-        "be a whole number >= 1",
-        "The average starts from the norms of the warm-up.",
-    )
+    _warmup(warmup, "The average starts from the norms of the warm-up.")
     _positive(warmup_max, "warmup_max", "It is the threshold of the warm-up; use math.inf for none.")
 
     def update(norm: jax.Array, state: _Average) -> tuple[jax.Array, _Average]:
@@ -154,20 +161,22 @@ def ema_ratio(ratio: Any = 1.05, decay: Any = 0.98, warmup: Any = 100, warmup_ma
         threshold = jnp.where(warm, warmup_max, ratio * average)
         clipped = jnp.minimum(norm, threshold)
         least = jnp.where(seen == 0, clipped, jnp.minimum(average, clipped))
-        return threshold, _Average(_more(seen), jnp.where(warm, least, average + (1 - decay) * (clipped - average)))
+        return threshold, _Average(
+            optax.safe_increment(seen), jnp.where(warm, least, average + (1 - decay) * (clipped - average))
+        )
 
     return Rule(lambda: _Average(jnp.zeros((), jnp.int32), jnp.zeros(())), update)
 
 
-def percentile(q: Any = 10.0, window: int = 1000) -> Rule:
-    """Hold norms below a percentile of their history (AutoClip).
+def percentile(q: Number = 10.0, window: int = 1000) -> Rule:
+    """Clip norms to a percentile of their history (AutoClip).
 
-    C is the q-th percentile, linearly interpolated, of the last `window` norms before the clip, the current one
-    included.
+    The threshold is the q-th percentile, linearly interpolated, of the last `window` norms before the clip, the current
+    one included.
 
     Args:
-      q: 0 to 100; may be traced.
-      window: length of the history, at least 1; 8 bytes each. Static.
+      q: the percentile, 0 to 100; may be traced.
+      window: length of the history in updates, at least 1; costs 8 bytes each. Static.
 
     Returns:
       A `Rule`.
@@ -202,15 +211,15 @@ def percentile(q: Any = 10.0, window: int = 1000) -> Rule:
     return Rule(lambda: ring_buffers.Sorted(ring_buffers.empty(window), ring_buffers.empty(window).norms), update)
 
 
-def mean_sigma(k: Any = 3.0, window: int = 128) -> Rule:
-    r"""Hold norms below :math:`\mu + k \sigma` of the last norms (Levanter's window).
+def mean_sigma(k: Number = 3.0, window: int = 128) -> Rule:
+    r"""Clip norms to :math:`\mu + k \sigma` of the norms before them (Levanter's window).
 
-    μ and σ are mean and population standard deviation of the last `window` norms before the clip, the current one not
-    among them. Nothing is clipped until the window is full.
+    μ and σ are mean and population standard deviation of the last `window` norms before the clip, the current one
+    excluded. Nothing is clipped until the window is full.
 
     Args:
-      k: standard deviations, at least 0; may be traced.
-      window: length of the history, at least 1; 4 bytes each. Static.
+      k: number of standard deviations, at least 0; may be traced.
+      window: length of the history in updates, at least 1; costs 4 bytes each. Static.
 
     Returns:
       A `Rule`.
@@ -234,23 +243,23 @@ def mean_sigma(k: Any = 3.0, window: int = 128) -> Rule:
 
     def update(norm: jax.Array, state: ring_buffers.Window) -> tuple[jax.Array, ring_buffers.Window]:
         full = state.seen >= window
-        past = jnp.where(full, state.norms, 0.0)
+        past = jnp.where(full, state.norms, 0.0)  # places not filled yet are infinite, and inf - inf is NaN
         return jnp.where(full, past.mean() + k * past.std(), jnp.inf), ring_buffers.push(state, norm)
 
     return Rule(lambda: ring_buffers.empty(window), update)
 
 
-def quantile_track(q: Any, init: Any = 1.0, lr: Any = 0.2) -> Rule:
+def quantile_track(q: Number, init: Number = 1.0, lr: Number = 0.2) -> Rule:
     r"""Move the threshold until a fraction q of the norms lies within it (Andrew et al.).
 
     .. math:: C \leftarrow C \exp(-\eta (b - q)), \quad b = [n \le C]
 
-    No history but C itself, kept as its logarithm.
+    n is the norm and C the threshold. The state is the logarithm of C; no norms are kept.
 
     Args:
       q: fraction of norms to leave unclipped, 0 to 1; may be traced, as may the others.
-      init: the first C > 0.
-      lr: η > 0.
+      init: the first C > 0, in the unit of the norm.
+      lr: η > 0, the step in log C.
 
     Returns:
       A `Rule`.
@@ -272,7 +281,7 @@ def quantile_track(q: Any, init: Any = 1.0, lr: Any = 0.2) -> Rule:
     _positive(lr, "lr", "It is the step in the logarithm of the threshold; 0.2 is usual.")
 
     def update(norm: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        log, rest = state  # rest: what rounding has left out
+        log, rest = state  # log C + rest is exact: rest is the rounding error of the last sum (Kahan)
         threshold = jnp.exp(log)
         step = rest - lr * ((norm <= threshold).astype(norm.dtype) - q)
         return threshold, (log + step, step - ((log + step) - log))
@@ -280,17 +289,17 @@ def quantile_track(q: Any, init: Any = 1.0, lr: Any = 0.2) -> Rule:
     return Rule(lambda: (jnp.log(jnp.asarray(init, jnp.float32)), jnp.zeros(())), update)
 
 
-def spam(theta: Any = 5000.0, decay: Any = 0.999) -> Rule:
+def spam(theta: Number = 5000.0, decay: Number = 0.999) -> Rule:
     r"""Clip entries far above their own second moment (SPAM's spike-aware clipping), for `clip`.
 
     .. math:: |g| \le \sqrt{\theta v}, \quad v \leftarrow \beta v + (1 - \beta) \tilde g^2
 
-    v is the average of the squared *clipped* gradient, as Adam would have it, without bias correction; it starts at 0
-    and clips nothing until it has seen a gradient. Costs 4 bytes a parameter.
+    g is an entry of the gradient, g̃ the same after the clip, v the moving average of g̃²: Adam's second moment without
+    bias correction. v starts at 0, and the first nonzero gradient passes unclipped. Costs 4 bytes a parameter.
 
     Args:
-      theta: θ > 0; may be traced, as may `decay`.
-      decay: β in [0, 1).
+      theta: θ > 0, the largest ratio of g² to v; may be traced, as may `decay`.
+      decay: β in [0, 1), the weight of the past.
 
     Returns:
       A `Rule`.
@@ -319,31 +328,26 @@ def spam(theta: Any = 5000.0, decay: Any = 0.999) -> Rule:
     return Rule(lambda: jnp.zeros(()), update)
 
 
-def _more(seen: jax.Array) -> jax.Array:
-    """Count up, and stay at the largest number."""
-    return jnp.where(seen < jnp.iinfo(jnp.int32).max, seen + 1, seen)
-
-
-def _length(window: Any) -> int:
+def _length(window: int) -> int:
     arguments.static(window, "window")
     arguments.whole(window, "window", low=1, remedy="It is the number of norms to remember.")
     return int(window)
 
 
-def _warmup(value: Any, remedy: str) -> None:
+def _warmup(value: Count, remedy: str) -> None:
     _number(value, "warmup", lambda n: (n >= 1) & (n == n // 1), "be a whole number >= 1", remedy)
 
 
-def _decay(value: Any, remedy: str) -> None:
+def _decay(value: Number, remedy: str) -> None:
     _number(value, "decay", lambda number: (number >= 0) & (number < 1), "lie in [0, 1)", remedy)
 
 
-def _positive(value: Any, name: str, remedy: str) -> None:
+def _positive(value: Number, name: str, remedy: str) -> None:
     _number(value, name, lambda number: number > 0, "be a number > 0", remedy)
 
 
-def _number(value: Any, name: str, ok: Callable[[Any], Any], rule: str, remedy: str) -> None:
-    """Check a number of a rule unless it is traced; None and schedules are none."""
+def _number(value: Number, name: str, ok: Callable[[np.ndarray], Any], rule: str, remedy: str) -> None:
+    """Check a number of a rule unless it is traced; None and schedules raise too."""
     if not arguments.traced(value):
         number = arguments.numeric(value, name, remedy)
         arguments.require(ok(number), name, rule, value, remedy)

@@ -23,14 +23,14 @@ LEVELS = (
     {"": "typing"},
     {"_arrays": "arguments trees sharding elementwise dtypes picking"},
     {
-        "_maths": "blocks counts ring_buffers intervals norms ranking grids step_groups integers fitting landing"
-        " straight_through",
-        "_programs": "groups shrinking",
+        "_maths": "blocks counts drawing ring_buffers intervals norms ranking grids step_groups integers fitting levels"
+        " spectra landing straight_through",
+        "_programs": "groups group_units shrinking",
     },
     {"": FAMILIES},
     {
-        "_gradients": "threshold_state clipping skipping with_gradient",
-        "_weights": "refreshing projecting clamping masks pruning leaf_grid quantizing",
+        "_gradients": "threshold_state error_feedback norm_clipping clipping skipping with_gradient",
+        "_weights": "refreshing constraints latents moments projecting clamping sparsities masks pruning bit_widths leaf_grid quantizing",
     },
     {"_files": "ans densities symbol_codes step_search alphabets leaf_codec container leaf_entries layouts saving"},
     {"_reports": "distributions reporting summarizing"},

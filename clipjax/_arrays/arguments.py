@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from clipjax.typing import PerLeaf
+from clipjax.typing import Count, Leaf, PerLeaf, Schedule
+
+Value = TypeVar("Value")
 
 NO_PARAMS = (
     "You are using a transformation that requires the current value of parameters, but you are not"
@@ -17,22 +19,22 @@ NO_PARAMS = (
 )
 
 
-def traced(value: Any) -> bool:
+def traced(value: object) -> bool:
     """True for a value that is known only when the compiled program runs."""
     return isinstance(value, jax.core.Tracer)
 
 
-def known(value: Any) -> bool:
+def known(value: object) -> bool:
     """True for a number whose value can be checked now: not a schedule, not traced."""
     return value is not None and checkable(value)
 
 
-def checkable(value: Any) -> bool:
+def checkable(value: object) -> bool:
     """True for what has to be a number now, None included, which is none."""
     return not callable(value) and not traced(value)
 
 
-def is_tree(value: Any) -> bool:
+def is_tree(value: object) -> bool:
     """True for a container with a value for each leaf, such as a dict or an Equinox model.
 
     A callable is a schedule; only where it holds other containers, as a model does its layers, it is a tree.
@@ -43,20 +45,20 @@ def is_tree(value: Any) -> bool:
     return any(not jax.tree_util.treedef_is_leaf(jax.tree.structure(child)) for child in inside if child is not None)
 
 
-def is_schedule(value: Any) -> bool:
+def is_schedule(value: object) -> bool:
     """True for a callable that is no tree."""
     return callable(value) and not is_tree(value)
 
 
-def require(ok: Any, name: str, rule: str, value: Any, remedy: str) -> None:
+def require(ok: object, name: str, rule: str, value: object, remedy: str) -> None:
     """Raise the one kind of message this library has: argument, rule, value, remedy."""
     if not ok:
         shown = value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
         raise ValueError(f"`{name}` must {rule}, got {shown!r}. {remedy}")
 
 
-def static(value: Any, name: str) -> Any:
-    """Return `value`, or say how to keep an argument that decides shapes out of tracing."""
+def static(value: Value, name: str) -> Value:
+    """Return `value`; refuse an array, and say how to keep an argument that decides shapes out of tracing."""
     if isinstance(value, jax.Array):
         raise TypeError(
             f"`{name}` must be a static Python value, got an array. Keep it out of tracing:"
@@ -65,12 +67,12 @@ def static(value: Any, name: str) -> Any:
     return value
 
 
-def finite(value: Any) -> bool:
+def finite(value: object) -> bool:
     """True where every entry of a known number is finite."""
     return bool(np.all(np.isfinite(np.asarray(value, np.float64))))
 
 
-def numeric(value: Any, name: str, remedy: str) -> np.ndarray:
+def numeric(value: object, name: str, remedy: str) -> np.ndarray:
     """A known value as f64; strings and other things that are no numbers are refused by name."""
     try:
         number = None if value is None or isinstance(value, str) else np.asarray(value, np.float64)
@@ -81,21 +83,21 @@ def numeric(value: Any, name: str, remedy: str) -> np.ndarray:
     return number
 
 
-def non_negative(value: Any, name: str, remedy: str) -> None:
+def non_negative(value: object, name: str, remedy: str) -> None:
     """Check a known bound or threshold: a number >= 0, infinity allowed, NaN not."""
     if checkable(value):
         number = numeric(value, name, remedy)
         require(np.all(number >= 0), name, "be a number >= 0", value, remedy)
 
 
-def fraction(value: Any, name: str, remedy: str) -> None:
+def fraction(value: object, name: str, remedy: str) -> None:
     """Check a known fraction in [0, 1)."""
     if checkable(value):
         number = numeric(value, name, remedy)
         require(np.all((number >= 0) & (number < 1)), name, "lie in [0, 1)", value, remedy)
 
 
-def whole(value: Any, name: str, *, low: int, remedy: str) -> None:
+def whole(value: object, name: str, *, low: int, remedy: str) -> None:
     """Check a known whole number that is at least `low`."""
     if checkable(value):
         number = numeric(value, name, remedy)
@@ -103,7 +105,7 @@ def whole(value: Any, name: str, *, low: int, remedy: str) -> None:
         require(ok, name, f"be a whole number >= {low}", value, remedy)
 
 
-def times(start: Any, every: Any, stop: Any) -> None:
+def times(start: Count, every: Count | None, stop: Count | None) -> None:
     """Check the life cycle arguments that every refreshing member shares."""
     whole(start, "start", low=0, remedy="Updates are counted from 0.")
     if every is not None:
@@ -111,25 +113,25 @@ def times(start: Any, every: Any, stop: Any) -> None:
     if stop is not None:
         whole(stop, "stop", low=0, remedy="Updates are counted from 0.")
     if known(start) and known(stop):
-        remedy = f"Refreshes happen from `start` ({int(start)}) to `stop`."
-        require(float(stop) >= float(start), "stop", "not be smaller than `start`", stop, remedy)
+        remedy = f"Refreshes happen from `start` ({start}) to `stop`."
+        require(np.asarray(stop) >= np.asarray(start), "stop", "not be smaller than `start`", stop, remedy)
 
 
-def axis(value: Any) -> None:
+def axis(value: object) -> None:
     """Check one static axis."""
     static(value, "axis")
     ok = isinstance(value, int | np.integer)
     require(ok, "axis", "be a whole number", value, "Output units of Flax kernels are on axis -1.")
 
 
-def bits(value: Any, name: str = "bits") -> None:
+def bits(value: object, name: str = "bits") -> None:
     """Check a bit width: a static whole number between 1 and 16."""
     static(value, name)
     ok = isinstance(value, int | np.integer) and not isinstance(value, bool) and 1 <= value <= 16
     require(ok, name, "be between 1 and 16", value, "2 is ternary, 4 and 8 are usual.")
 
 
-def widths(values: Any, name: str) -> tuple[int, ...]:
+def widths(values: Sequence[int], name: str) -> tuple[int, ...]:
     """Bit widths to choose from, checked, rising and without repetition."""
     ok = isinstance(values, tuple | list | range) and len(values) > 0
     require(ok, name, "hold widths", values, "Try (2, 4, 8).")
@@ -138,26 +140,26 @@ def widths(values: Any, name: str) -> tuple[int, ...]:
     return tuple(sorted({int(width) for width in values}))
 
 
-def choice(value: Any, name: str, options: tuple[str, ...]) -> None:
+def choice(value: object, name: str, options: tuple[str, ...]) -> None:
     """Check an option given by name."""
     static(value, name)
     listed = ", ".join(repr(option) for option in options)
     require(value in options, name, f"be one of {listed}", value, "Other values have no meaning.")
 
 
-def instance(value: Any, kind: type | tuple[type, ...], name: str, remedy: str) -> None:
+def instance(value: object, kind: type | tuple[type, ...], name: str, remedy: str) -> None:
     """Check that a family member (a score, a structure, a step) was built by its factory."""
     if not isinstance(value, kind):
         names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise TypeError(f"`{name}` must be a {names}, got {value!r}. {remedy}")
 
 
-def schedule(value: Any) -> Callable[[jax.Array], Any]:
+def schedule(value: Any) -> Schedule:
     """Turn a number into the constant schedule; a bare callable is always a schedule."""
     return value if callable(value) else lambda count: value
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """True for a Python or NumPy number that is not NaN."""
     return isinstance(value, int | float | np.number) and not math.isnan(float(value))
 
@@ -187,17 +189,17 @@ def per_leaf(fn: Callable[[str, Any], Any]) -> PerLeaf:
     return PerLeaf(fn)
 
 
-def resolve(value: Any, path: str, leaf: Any) -> Any:
+def resolve(value: Any, path: str, leaf: Leaf) -> Any:
     """The value of an argument for one leaf."""
     return value.fn(path, leaf) if isinstance(value, PerLeaf) else value
 
 
-def check_step(step: Any) -> None:
+def check_step(step: object) -> None:
     """Check a known step: positive and finite."""
     check_positive(step, "step", "It is the distance of two levels.")
 
 
-def check_positive(value: Any, name: str, remedy: str) -> None:
+def check_positive(value: object, name: str, remedy: str) -> None:
     """Check a known number: positive and finite."""
     if checkable(value):
         number = numeric(value, name, remedy)

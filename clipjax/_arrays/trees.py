@@ -1,20 +1,23 @@
-"""Walks over parameter trees: which leaves, under which paths, with None and boxes left in place.
+"""Walks over trees of parameters: leaves and their paths, with None and boxes left in place.
 
-A tree that a member works on has the structure of the parameters, with None at every leaf that the
-member does not govern. `jax.tree.map` then visits the governed leaves alone.
+A transformation works on trees with the structure of the params and None at every leaf that it does not govern, so
+that `jax.tree.map` visits the governed leaves alone.
 """
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments
 from clipjax.typing import PerLeaf, Tree
+
+Kind = TypeVar("Kind")
+KeyPath = tuple[Any, ...]  # the keys of `jax.tree_util`, which have no common type
 
 BOX_FIELDS = ("value", "raw_value")  # where Linen's and NNX's boxes keep their array
 
@@ -37,18 +40,15 @@ def paths(tree: Tree) -> list[str]:
     return [_join(keys, alone=under[keys[:-1]] == 1) for keys, _ in keyed]
 
 
-def _join(keys: tuple[Any, ...], *, alone: bool) -> str:
-    """The path without the field of a box: the only leaf under its parent."""
+def _join(keys: KeyPath, *, alone: bool) -> str:
+    """The path without the field of a box.
+
+    `nnx.Optimizer` inits with `kernel.value` and updates with `kernel`, so that the field would make two paths of one.
+    An attribute of that name is a box only where it is the one leaf under its parent.
+    """
     last = keys[-1] if keys else None
     boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name in BOX_FIELDS
-    return "/".join(_name(key) for key in (keys[:-1] if boxed and alone and len(keys) > 1 else keys))
-
-
-def _name(key: Any) -> str:
-    for field in ("key", "name", "idx"):
-        if hasattr(key, field):
-            return str(getattr(key, field))
-    return str(key)
+    return jax.tree_util.keystr(keys[:-1] if boxed and alone and len(keys) > 1 else keys, simple=True, separator="/")
 
 
 def match(tree: Tree, like: Tree) -> Tree:
@@ -106,22 +106,29 @@ def place(values: Tree, like: Tree) -> Tree:
     names = [None if leaf is None else path for path, leaf in zip(paths(like), leaves, strict=True)]
     if isinstance(values, dict) and all(name is None or _is_array(values.get(name)) for name in names):
         return treedef.unflatten([None if name is None else values[name] for name in names])
-    ordered = iter(jax.tree.leaves(values))
-    return treedef.unflatten([None if leaf is None else next(ordered) for leaf in leaves])
+    ordered, wanted = jax.tree.leaves(values), sum(name is not None for name in names)
+    if len(ordered) != wanted:
+        raise ValueError(
+            f"`state` must belong to these params, got {len(ordered)} arrays for {wanted} leaves. Start anew with"
+            " `tx.init(params)`; states of other params, options or versions do not fit."
+        )
+    rest = iter(ordered)
+    return treedef.unflatten([None if name is None else next(rest) for name in names])
 
 
-def _is_array(x: Any) -> bool:
+def _is_array(x: object) -> bool:
     return hasattr(x, "dtype")
 
 
-def find(state: Tree, kind: type) -> list[Any]:
+def find(state: Tree, kind: type[Kind]) -> list[Kind]:
     """Every state of one kind inside any optimizer state, in tree order, boxes removed."""
     found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
     return [jax.tree.map(_unboxed, x, is_leaf=_is_box) for x in found if isinstance(x, kind)]
 
 
-def _is_box(x: Any) -> bool:
-    """True for one value under the name that boxes give it."""
+def _is_box(x: object) -> bool:
+    """True for a node with one value, under the name that boxes give it."""
+    # Only the top level of x is flattened, so that a box around a whole state counts as one value.
     inside, _ = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda child: child is not x)
     keys, child = inside[0] if len(inside) == 1 else ((), None)
     named = bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in BOX_FIELDS

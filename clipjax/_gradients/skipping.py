@@ -1,4 +1,4 @@
-"""Skipping whole updates: what a clip would only scale down is left out, the optimizer's state with it."""
+"""`skip_spikes`: leaves out a whole update, where a clip would only scale the gradient down."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import optax
 from clipjax._arrays import trees
 from clipjax._gradients import threshold_state
 from clipjax._maths import norms
-from clipjax.typing import Tree
+from clipjax.typing import State, Threshold, Tree
 
 
 class SkipState(NamedTuple):
@@ -20,10 +20,10 @@ class SkipState(NamedTuple):
     Attributes:
       count: i32, updates so far.
       skipped: i32, updates that were left out.
-      nonfinite: i32, those of them whose norm was not finite.
+      nonfinite: i32, the skipped updates whose norm was not finite.
       norm_pre: f32, the norm of the last gradient.
       threshold: f32, the threshold of the last update.
-      rule: the state of a rule; () without one.
+      rule: the state of a rule; () without a rule.
       inner: the state of the inner transformation.
     """
 
@@ -32,34 +32,36 @@ class SkipState(NamedTuple):
     nonfinite: jax.Array
     norm_pre: jax.Array
     threshold: jax.Array
-    rule: Any
-    inner: Any
+    rule: State
+    inner: State
 
 
 def skip_spikes(
-    inner: optax.GradientTransformation, threshold: Any, *, axis_name: Any = None
+    inner: optax.GradientTransformation, threshold: Threshold, *, axis_name: norms.AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Leave out updates whose gradient norm exceeds a threshold or is not finite.
 
     .. math:: u = \mathrm{inner}(g) \ \text{if}\ \lVert g \rVert_2 \le C,\ \text{else}\ 0
 
-    A skipped update is zero and leaves the inner state as it was, moments and counts included; it is counted. Members
-    that hold weights in a set belong outside, behind it: their constraints then hold after skipped updates too.
+    A skipped update is zero, is counted, and leaves the inner state as it was, moments and counts included. Put
+    transformations that constrain weights (`clamp_weights`, `prune_mask`, `fake_quantize`) outside and behind it: their
+    constraints then hold after skipped updates too.
 
     Args:
-      inner: what to skip, usually the optimizer.
-      threshold: C >= 0, a number (may be traced), a schedule count -> C, or a rule of `clipjax.thresholds`, which sees
-        the norms of skipped updates too; infinity skips only what is not finite. A rule that is fed clipped norms
-        (`zscore`, `ema_ratio`) does not recover from a lasting rise of the norm, and skips all that follows;
-        `mean_sigma`, `percentile` and `quantile_track` do.
-      axis_name: inside `shard_map`, the mesh axes to add up across, as in `clip_norm`.
+      inner: the transformation to skip, usually the optimizer.
+      threshold: C >= 0, in the unit of the global 2-norm: a number (may be traced), a schedule count -> C, or a rule of
+        `clipjax.thresholds`; infinity skips only norms that are not finite. A rule is updated with the norms of skipped
+        updates too. `mean_sigma`, `percentile` and `quantile_track` therefore follow a lasting rise of the norm.
+        `zscore` and `ema_ratio` average min(n, C), so they adapt slowly and may skip everything after such a rise.
+      axis_name: inside `jax.shard_map`, the mesh axes that gradients are split over, across which the norm is added up,
+        as in `clip_norm`. Without it every device would decide by the norm of its own shard.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       ValueError: for a negative or NaN threshold.
-      TypeError: for complex or integer gradients, at update.
+      TypeError: for a threshold of another kind; at update, for complex or integer gradients.
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,25 +78,23 @@ def skip_spikes(
     References:
       Levanter, `levanter.optim.skipstep`; Chowdhery et al., "PaLM", 2022, section 5.1. D3, section 5.
     """
-    threshold_state.check(threshold)
+    thresholds = threshold_state.for_norms(threshold)
     inside = optax.with_extra_args_support(inner)
 
     def init_fn(params: Tree) -> SkipState:
         count, skipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
         norm, limit = jnp.zeros((), jnp.float32), jnp.asarray(jnp.inf, jnp.float32)
-        return SkipState(
-            count, skipped, nonfinite, norm, limit, threshold_state.begin(threshold, norm), inside.init(params)
-        )
+        return SkipState(count, skipped, nonfinite, norm, limit, thresholds.init(norm), inside.init(params))
 
-    def update_fn(updates: Tree, state: SkipState, params: Tree = None, **extra: Any) -> tuple[Tree, SkipState]:
+    def update_fn(updates: Tree, state: SkipState, params: Tree | None = None, **extra: Any) -> tuple[Tree, SkipState]:
         norms.check_real(updates)
         named = trees.governed(updates)
         paths, leaves = [path for path, _ in named], [g for _, g in named]
         axes = None if axis_name is None else norms.sharded_over(axis_name, paths, leaves)
         norm = norms.norm(leaves, axes=axes).astype(jnp.float32)
-        limit, history = threshold_state.follow(threshold, state.count, norm, state.rule, zeros=False)
+        limit, history = thresholds.update(state.count, norm, state.rule)
         good = jnp.isfinite(norm) & (norm <= limit)
-        # selects, not a branch: they fuse with the optimizer, and a donated state stays where it is
+        # selects and not `lax.cond`: they fuse with the optimizer, and a donated state is updated in place
         emitted, new_inner = inside.update(updates, state.inner, params, **extra)
         emitted = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), emitted)
         new_inner = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_inner, state.inner)

@@ -1,4 +1,4 @@
-"""The incoming gradient as an extra argument for every transformation of a chain."""
+"""`with_gradient`: the incoming gradient as an extra argument for every transformation of a chain."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 import optax
 
-from clipjax.typing import Tree
+from clipjax.typing import State, Tree
 
 
 def with_gradient(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Hand the incoming gradient to every member of a chain as the extra argument `grad`.
+    """Pass the incoming gradient to every transformation of a chain as the extra argument `grad`.
 
-    Behind an optimizer a member sees updates; gradient scores need the gradient itself. A caller's own `grad=` wins.
+    Behind an optimizer a transformation receives updates, but gradient scores need the gradient itself. Where the
+    caller of `update` passes `grad=`, that is used instead.
 
     Args:
       inner: the whole chain.
@@ -34,7 +35,7 @@ def with_gradient(inner: optax.GradientTransformation) -> optax.GradientTransfor
     """
     inside = optax.with_extra_args_support(inner)
 
-    def update_fn(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+    def update_fn(updates: Tree, state: State, params: Tree | None = None, **extra: Any) -> tuple[Tree, State]:
         return inside.update(updates, state, params, **{"grad": updates, **extra})
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)

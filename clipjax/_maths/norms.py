@@ -1,38 +1,38 @@
-"""Norms of gradient trees: accumulated in at least f32 across leaves, right wherever the norm is representable."""
+"""Norms of gradient trees, accumulated in f32 or f64 over all leaves, right wherever a float can hold the norm."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import dtypes, elementwise, trees
-from clipjax.typing import PerLeaf
+from clipjax.typing import PerLeaf, Tree
 
-# Powers of two that keep the squares of the largest and of the smallest floats in range, and what is small.
+AxisName: TypeAlias = str | Sequence[str] | PerLeaf | None
+"""Mesh axes of a surrounding `shard_map`: a name, names, or `per_leaf` for names by leaf; None outside of one."""
+
+# Powers of two: x * shrink has a square in range for the largest floats, x * grow for the smallest. A sum of squares
+# below the floor may have lost squares to underflow.
 _SHRINK: dict[str, Any] = {"float32": np.float32(2.0**-90), "float64": np.float64(2.0**-600)}
-
-
 _GROW: dict[str, Any] = {"float32": np.float32(2.0**90), "float64": np.float64(2.0**600)}
-
-
 _FLOOR: dict[str, Any] = {"float32": np.float32(2.0**-100), "float64": np.float64(2.0**-900)}
 
 
 def norm(
     arrays: list[jax.Array], ord: float = 2, *, axes: Sequence[tuple[str, ...]] | None = None, each: bool = False
 ) -> jax.Array:
-    """The p-norm of all arrays together, or f[arrays] with the one of each; f32, f64 where an array is.
+    """The p-norm of all arrays together, or f[arrays], the norm of each; f32, or f64 where an array is f64.
 
     Args:
-      arrays: of any shapes; none have the norm 0.
+      arrays: of any shapes; the norm of no arrays is 0.
       ord: p > 0, infinity included.
       axes: for each array, the axes of a surrounding `shard_map` that it is sharded over, to add up across.
-      each: one norm per array instead of one for all.
+      each: one norm for each array instead of one for all.
     """
     if not arrays:
         return jnp.zeros((0,) if each else ())
@@ -41,7 +41,7 @@ def norm(
     over = [()] * len(arrays) if axes is None else list(axes)
 
     def total(part: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """The sum of a part of every array, over all its shards."""
+        """The sum of `part(x)` over all arrays (or for each) and all shards."""
         parts = [jax.lax.psum(part(x), at) if at else part(x) for x, at in zip(wide, over, strict=True)]
         return jnp.stack(parts) if each else jnp.stack(parts).sum()
 
@@ -54,6 +54,7 @@ def norm(
     largest = jnp.stack(tops) if each else jnp.stack(tops).max()
     if np.isinf(ord):
         return largest
+    # (sum |x|^p)^(1/p) = m (sum |x / m|^p)^(1/p): with m = max |x| no power overflows, and the largest is 1
     unit, part = divisor(largest)
     parts = iter(zip(unit, part, strict=True)) if each else itertools.repeat((unit, part))
 
@@ -65,20 +66,23 @@ def norm(
 
 
 def divisor(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(unit, part) such that x * part / unit is at most 1 for |x| <= largest; 1 where that is 0 or not finite.
+    """(unit, part) such that x * part / unit = x / largest; x itself where `largest` is 0 or not finite.
 
-    They are a quarter of what they would be for large values: the reciprocal of the unit, with which XLA may multiply
-    instead, is then a normal number.
+    XLA may turn a division by the unit into a product with 1 / unit, which the largest floats would make a denormal and
+    flush to 0. Above 1 both are therefore a quarter of their plain values, `largest` and 1.
     """
     part = jnp.where(largest > 1, 0.25, 1.0).astype(largest.dtype)
     return jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest)) * part, part
 
 
 def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dtype: str) -> jax.Array:
-    """The 2-norm from the sums of x², (x/c)² and (x c)² for a large c: one is right wherever the norm is a float.
+    """The 2-norm from the sums of x², (x / c)² and (x c)² for a large c.
 
-    Accelerators take the three in one pass. A CPU would pass three times, so it takes a second only where the first has
-    left the range in which it is right, with the scale that it needs.
+    One of the three is right wherever a float can hold the norm: x² overflows to infinity for entries from 1e19 (f32)
+    and underflows to 0 for entries below 1e-23, so that a plain norm would be infinite, or 0, long before the norm is.
+    An accelerator reads x once for all three sums (XLA fuses them), and that costs no more than one of them. The CPU
+    backend reads x for every sum. There the plain sum is taken alone, and a second one, with the scale that is needed,
+    only where the first has left the range in which it is right.
     """
     shrink, grow, floor = (table[dtype] for table in (_SHRINK, _GROW, _FLOOR))
 
@@ -91,7 +95,7 @@ def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dt
         safe = jnp.where(jnp.isinf(plain), jnp.sqrt(shrunk) * grow, jnp.sqrt(plain))
         return jnp.where((plain < floor) & ~jnp.isinf(grown), jnp.sqrt(grown) * shrink, safe)
 
-    def rescue(plain: jax.Array) -> jax.Array:
+    def plain_or_again(plain: jax.Array) -> jax.Array:
         right = (plain >= floor) & ~jnp.isinf(plain)
         return jax.lax.cond(jnp.all(right), jnp.sqrt, again, plain)
 
@@ -100,7 +104,7 @@ def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dt
         scaled = jnp.sqrt(squares(jnp.where(large, shrink, jnp.where(small, grow, plain.dtype.type(1)))))
         return jnp.where(large, scaled * grow, jnp.where(small, scaled * shrink, scaled))
 
-    return jax.lax.platform_dependent(squares(None), cpu=rescue, default=pick)
+    return jax.lax.platform_dependent(squares(None), cpu=plain_or_again, default=pick)
 
 
 @elementwise.leafwise
@@ -111,8 +115,8 @@ def _squares(x: jax.Array, scale: Any) -> jax.Array:
     return jnp.sum(jnp.square(x))
 
 
-def check_real(updates: Any) -> None:
-    """Refuse gradients that have no norm here."""
+def check_real(updates: Tree) -> None:
+    """Raise for gradients that are not real floats."""
     for path, g in zip(trees.paths(updates), trees.flatten(updates)[0], strict=True):
         if g is not None and not jnp.issubdtype(g.dtype, jnp.floating):
             raise TypeError(
@@ -121,18 +125,19 @@ def check_real(updates: Any) -> None:
             )
 
 
-def sharded_over(axis_name: Any, paths: list[str], leaves: list[jax.Array]) -> list[tuple[str, ...]]:
-    """The axes of a surrounding `shard_map` that each leaf is sharded over, of those that `axis_name` names."""
+def sharded_over(axis_name: AxisName, paths: list[str], leaves: list[jax.Array]) -> list[tuple[str, ...]]:
+    """For each leaf, those axes among `axis_name` that it is sharded over in a surrounding `shard_map`."""
 
-    def names(value: Any) -> tuple[str, ...]:
+    def names(value: str | Sequence[str] | None) -> tuple[str, ...]:
         return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
     if isinstance(axis_name, PerLeaf):
         return [names(axis_name.fn(path, x)) for path, x in zip(paths, leaves, strict=True)]
-    told = {name for name in names(axis_name) if name in _varies(jax.lax.axis_index(name))}
-    return [tuple(n for n in names(axis_name) if n not in told or n in _varies(x)) for x in leaves]
+    # `axis_index` differs along its axis by definition: where its type does not show it, check_vma=False tracks nothing
+    tracked = {name for name in names(axis_name) if name in _varies(jax.lax.axis_index(name))}
+    return [tuple(n for n in names(axis_name) if n not in tracked or n in _varies(x)) for x in leaves]
 
 
 def _varies(x: jax.Array) -> frozenset[str]:
-    """The manual axes over which an array is known to differ."""
+    """The axes of a `shard_map` along which an array is known to differ."""
     return jax.typeof(x).mat.varying

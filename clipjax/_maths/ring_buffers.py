@@ -1,4 +1,4 @@
-"""The last norms in a ring buffer of fixed shape, and the same in ascending order, without a sort or a gather."""
+"""The last norms in a ring buffer of fixed shape, by age and by size, kept without a sort or a gather."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Window(NamedTuple):
     """The last norms.
 
     Attributes:
-      seen: i32, how many there were; past a full window it goes round.
-      norms: f32[window], a ring; infinite where not filled yet.
+      seen: i32, how many norms were added, modulo the window once that is full: from `window` to 2 `window` - 1.
+      norms: f32[window], the k-th norm at k mod window; infinite where not filled yet.
     """
 
     seen: jax.Array
@@ -21,11 +21,11 @@ class Window(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """A window, and the same norms in ascending order: one that goes and one that comes cost no sort.
+    """A window and its norms in ascending order.
 
     Attributes:
       window: the norms by age.
-      ordered: f32[window], the norms by size.
+      ordered: f32[window], the same norms by size, places not filled yet (infinite) last.
     """
 
     window: Window
@@ -46,16 +46,20 @@ def push(state: Window, norm: jax.Array) -> Window:
 
 
 def insert(state: Sorted, norm: jax.Array) -> Sorted:
-    """The same with the order kept: the oldest norm leaves its place, the others close up around the new one."""
+    """The window with its oldest norm replaced, in both orders."""
+    # Invariant: `ordered` holds the entries of `window.norms`, ascending. Two shifts keep it, each one pass:
+    # 1. remove the oldest norm: the entries behind its place move down by one, and the last place is free;
+    # 2. insert the new norm at its rank among the rest: the entries from there on move up by one.
+    # Which of several equal norms is removed makes no difference.
     window, ordered = state
     index, last = jnp.arange(ordered.size), ordered.size - 1
     oldest = at(window.norms, window.seen % ordered.size)
-    rest = jnp.where(index < jnp.sum(ordered < oldest), ordered, jnp.roll(ordered, -1))  # its last entry is void
+    rest = jnp.where(index < jnp.sum(ordered < oldest), ordered, jnp.roll(ordered, -1))  # its last place is free
     rank = jnp.sum((rest < norm) & (index < last))
     ordered = jnp.where(index < rank, rest, jnp.where(index == rank, norm, jnp.roll(rest, 1)))
     return Sorted(push(window, norm), ordered)
 
 
 def at(values: jax.Array, index: jax.Array) -> jax.Array:
-    """One of the values, selected by position: a sum, which no vmap turns into a gather."""
+    """values[index] as a sum over a mask: indexing would become a gather under vmap."""
     return jnp.sum(jnp.where(jnp.arange(values.size) == index, values, 0.0))

@@ -48,7 +48,14 @@ class Grid(NamedTuple):
 
 def at(state: QuantizeState, path: str) -> Grid:
     """The grid of one leaf."""
-    return Grid(*(field[path] for field in state))
+    fits = isinstance(state.step, dict) and path in state.step
+    grid = Grid(*(field[path] for field in state)) if fits else None
+    if grid is None or grid.max_level.ndim != grid.step.ndim + 1:
+        raise ValueError(
+            f"`state` must belong to these params, got one without a grid for {path!r}. Start anew with"
+            " `tx.init(params)`; states of other params, options or versions do not fit."
+        )
+    return grid
 
 
 def gathered(grids: dict[str, Grid]) -> QuantizeState:

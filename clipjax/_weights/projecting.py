@@ -14,7 +14,7 @@ from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
 from clipjax._maths import drawing, landing
 from clipjax._weights import latents, moments
 from clipjax._weights.constraints import Constraint, Update
-from clipjax.projections import as_projection
+from clipjax.projections import stateless
 from clipjax.typing import Context, Count, Projection, State, Tree, Where
 
 
@@ -84,7 +84,19 @@ def project(
     """
     arguments.times(start, None, None)
     where = picking.resolve(where, picking.everything)
-    return constrain(Constraint(as_projection(projection)), carry=carry, inner=inner, start=start, where=where, key=key)
+    return constrain(Constraint(_resolve(projection)), carry=carry, inner=inner, start=start, where=where, key=key)
+
+
+def _resolve(projection: Projection | Callable[[Tree], Tree]) -> Projection:
+    """Read `projection`; a plain function params -> params means `stateless`."""
+    if isinstance(projection, Projection):
+        return projection
+    if callable(projection):
+        return stateless(projection)
+    raise TypeError(
+        f"`projection` must be a Projection or a function params -> params, got {projection!r}."
+        " Call the factory: `projections.identity()`."
+    )
 
 
 def constrain(
@@ -116,6 +128,11 @@ def constrain(
     ) -> tuple[Tree, ProjectState]:
         if params is None:
             raise ValueError(arguments.NO_PARAMS)
+        if not isinstance(state, ProjectState):
+            raise TypeError(
+                f"`state` must be the state that `init` returned, got {type(state).__name__}. Restore a checkpoint into"
+                " `tx.init(params)`; states of other versions do not fit."
+            )
         picks = picking.pick(where, params)
         narrow = picking.restrict(params, picks)
         weights = jax.tree.map(dtypes.widened, narrow)
