@@ -235,7 +235,7 @@ def snip(loss_fn: Callable[[Tree], jax.Array], params: Tree) -> Tree:
     r"""SNIP's connection sensitivity, to prune before training: :math:`|w \, \partial L / \partial w|` at these params.
 
     Args:
-      loss_fn: `loss_fn(params) -> loss`, a scalar, on a batch that the function holds.
+      loss_fn: `loss_fn(params) -> loss`, a scalar, on a batch of your choice.
       params: a tree of arrays.
 
     Returns:

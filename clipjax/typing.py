@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
-import numpy as np
+import optax
 
-Tree: TypeAlias = Any
+Tree: TypeAlias = optax.Params
 """A pytree of arrays; leaves that a transformation does not govern are None."""
 
-State: TypeAlias = Any
+State: TypeAlias = optax.OptState
 """A pytree of arrays that belongs to whoever made it."""
 
 Leaf: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 """An array, or at init under `jax.eval_shape` its shape and dtype."""
 
-Number: TypeAlias = float | int | np.number | jax.Array
-"""A number; arrays may be traced, which makes one `vmap` a sweep."""
+Number: TypeAlias = float | int | jax.Array
+"""A number, NumPy scalars included; arrays may be traced, which makes one `vmap` a sweep."""
 
-Count: TypeAlias = int | np.integer | jax.Array
+Count: TypeAlias = int | jax.Array
 """A number of updates; arrays may be traced."""
 
 Schedule: TypeAlias = Callable[[jax.Array], jax.typing.ArrayLike]
@@ -37,7 +37,7 @@ class PerLeaf(NamedTuple):
       fn: `fn(path, leaf) -> value`.
     """
 
-    fn: Callable[[str, Leaf], Any]
+    fn: Callable[[str, Leaf], object]
 
 
 class Rule(NamedTuple):
@@ -49,8 +49,8 @@ class Rule(NamedTuple):
         that it is held against. After the clip it is `min(norm, threshold)`.
     """
 
-    init: Callable[[], Any]
-    update: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+    init: Callable[[], State]
+    update: Callable[[jax.Array, State], tuple[jax.Array, State]]
 
 
 class Selection(NamedTuple):
@@ -62,7 +62,7 @@ class Selection(NamedTuple):
     """
 
     choose: Callable[[Tree, jax.Array], Tree]
-    key: Any = None
+    key: jax.Array | None = None
 
 
 class Context(NamedTuple):
@@ -134,8 +134,8 @@ class Structure(NamedTuple):
         are not scored.
       expand: `expand(units, tree) -> tree` of arrays that broadcast to the leaves: each entry has its unit's value.
       owners: `owners(tree) -> tree` without the leaves that own no units.
-      holds: `holds(path, leaf) -> bool`, which leaves have entries of the units; of these the ones that `where` picks are
-        scored. None where both are the leaves that `where` picks.
+      holds: `holds(path, leaf) -> bool`, which leaves have entries of the units; of these the ones that `where` picks
+        are scored. None where both are the leaves that `where` picks.
       min_keep: how many units of every array of units are kept, whatever their scores.
       whole: True where every weight is a unit of its own.
       keep: for a structure that fixes the sparsity, `keep(keys) -> mask`: from unsigned keys, of which the lowest are
@@ -168,6 +168,10 @@ class Levels(NamedTuple):
     zero_point: jax.Array
 
 
+Sides: TypeAlias = tuple[jax.Array, jax.Array]
+"""Two magnitudes for each group of weights that shares a step: below zero, and above."""
+
+
 class Step(NamedTuple):
     """A rule for the step of a grid, and for the levels that it has.
 
@@ -184,8 +188,8 @@ class Step(NamedTuple):
       min_bits: the smallest width that the rule allows.
     """
 
-    fit: Callable[[jax.Array, Any, tuple[int, ...]], jax.Array]
-    levels: Callable[[jax.Array, Any, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]], Levels] | None = None
+    fit: Callable[[jax.Array, int | jax.Array, tuple[int, ...]], jax.Array]
+    levels: Callable[[jax.Array, int | jax.Array, Sides, Sides], Levels] | None = None
     sides: Callable[[jax.Array], tuple[jax.Array, ...]] | None = None
     min_bits: int = 1
 
@@ -223,7 +227,7 @@ Bound: TypeAlias = Number | tuple[Number, Number] | Schedule | PerLeaf
 Sparsity: TypeAlias = Number | Schedule | PerLeaf | Tree | None
 """A fraction of zeros in [0, 1): a number, a schedule, `per_leaf`, or a tree of fractions by path."""
 
-Bits: TypeAlias = int | np.integer | PerLeaf | Width | Tree | None
+Bits: TypeAlias = int | PerLeaf | Width | Tree | None
 """A bit width, 1 to 16: a number, `per_leaf`, a tree from `choose_bits`, or a rule; None for unbounded codes."""
 
 StepSize: TypeAlias = Number | Step

@@ -3,6 +3,9 @@
 from breaks.mutant import Mutant
 
 MUTANTS = (
+    Mutant("_reports/reporting.py", "if number else name", "if not number else name", "reporting", "numbered"),
+    Mutant("_reports/reporting.py", "yield from _states(state.inner)", "pass", "reporting", "inside"),
+    Mutant("_reports/reporting.py", "/ float(max(size, 1))", "/ float(size)", "reporting", "nothing_governed"),
     Mutant("_reports/distributions.py", "np.isfinite(w) & (w != 0)", "np.isfinite(w)", "summarizing", "survivors"),
     Mutant(
         "_reports/distributions.py",

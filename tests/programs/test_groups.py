@@ -1,4 +1,4 @@
-"""unit(groups=): leaves that live and die together, in every cycle and sharding, against a naive reference."""
+"""unit(groups=): units that several leaves share, in every cycle and sharding, against a naive reference."""
 
 import chex
 import jax
@@ -16,15 +16,15 @@ RNG = np.random.default_rng(0)
 FIRST = {"a/kernel": -1, "a/bias": 0, "bn/scale": 0, "bn/mean": 0, "batch_stats/bn/var": 0, "b/kernel": 2}
 SECOND = {"b/kernel": -1, "params/out/kernel": 0}
 GROUPS = [FIRST, SECOND]
-# leaf -> (axis, group) of each of its memberships; `out` reads a flattened map of 2 x 2 x 4: entry i is of unit i % 4
-MEMBERS = {
+# leaf -> (axis, group) for each group that it is in; `out` reads a flattened map of 2 x 2 x 4: entry i is of unit i % 4
+SITES = {
     ("a", "kernel"): [(3, 0)],
     ("a", "bias"): [(0, 0)],
     ("bn", "scale"): [(0, 0)],
     ("b", "kernel"): [(2, 0), (3, 1)],
     ("out", "kernel"): [(0, 1)],
 }
-VOTES, SIZES = [("a", "kernel"), ("b", "kernel"), ("out", "kernel")], (6, 4)
+SCORED, SIZES = [("a", "kernel"), ("b", "kernel"), ("out", "kernel")], (6, 4)
 
 
 def params(dtype=jnp.float32):
@@ -43,8 +43,8 @@ def reference_scores(tree, reduce="mean"):
     found = []
     for group, size in enumerate(SIZES):
         entries = [[] for _ in range(size)]
-        for module, name in VOTES:
-            for axis, of in MEMBERS[module, name]:
+        for module, name in SCORED:
+            for axis, of in SITES[module, name]:
                 rows = np.moveaxis(np.asarray(tree[module][name], np.float64), axis, 0)
                 for i, row in enumerate(rows if of == group else ()):
                     entries[i % size].extend(row.ravel())
@@ -55,7 +55,7 @@ def reference_scores(tree, reduce="mean"):
 def reference_masks(tree, alive):
     """True where every unit that the entry belongs to is alive; leaves that no group names are kept."""
     masks = jax.tree.map(lambda x: np.ones(x.shape, bool), tree)
-    for (module, name), sites in MEMBERS.items():
+    for (module, name), sites in SITES.items():
         for axis, group in sites:
             rows = np.moveaxis(masks[module][name], axis, 0)
             for i in range(len(rows)):
@@ -102,8 +102,8 @@ def test_a_group_of_one_leaf_is_the_plain_unit():
     chex.assert_trees_all_equal(alone, clipjax.make_mask(x, 0.4, structure=unit()))
 
 
-def test_where_says_who_votes_and_all_die():
-    """Only the kernel that makes the units has a say: the consumer's large entries save nobody."""
+def test_where_picks_the_scored_leaves_and_units_leave_all():
+    """Where only the kernel that makes the units is scored, the large entries of the next one count for nothing."""
     tree = {"in": jnp.array([[1.0, 2.0]]), "bias": jnp.array([9.0, 9.0]), "out": jnp.array([[100.0], [0.5]])}
     group = [{"in": -1, "bias": 0, "out": 0}]
     for where, alive in ((None, [True, False]), (lambda path, leaf: path == "in", [False, True])):
@@ -168,7 +168,7 @@ def test_every_cycle_keeps_dead_units_at_zero_in_all_their_leaves(cycle, dtype):
     units = [np.asarray(held.mask[f"{name}/kernel"]).reshape(6, -1) for name in "ab"]
     for step in range(6):
         masks = reference_masks(params(), [u[step] for u in units])
-        for (module, name), _ in MEMBERS.items():
+        for (module, name), _ in SITES.items():
             assert (np.asarray(path[module][name][step], np.float32)[~masks[module][name]] == 0).all()
     removed = sum(int((~u[-1]).sum()) for u in units)
     assert removed == 5 or (cycle == "select" and 1 <= removed < 5)
@@ -180,7 +180,7 @@ def test_inner_moments_of_dead_units_are_zero():
     path, state = run(build("inner", optax.adam(0.1)), params())
     for name in ("mu", "nu"):
         moments = optax.tree.get(state, name)
-        for (module, leaf), _ in MEMBERS.items():
+        for (module, leaf), _ in SITES.items():
             gone = np.asarray(path[module][leaf][-1]) == 0
             moment = np.asarray(moments[module][leaf][-1])
             assert gone.any() and (moment[gone] == 0).all() and (moment[~gone] != 0).all()

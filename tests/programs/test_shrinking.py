@@ -1,4 +1,4 @@
-"""shrink: smaller arrays, the same outputs, an optimizer state that follows, and a refusal wherever it would lie."""
+"""shrink: smaller arrays, the same outputs, an optimizer state that fits, and errors where outputs would change."""
 
 import chex
 import flax.linen as nn
@@ -155,7 +155,7 @@ def test_adam_goes_on_exactly_as_unshrunken_on_the_kept_entries():
 
 
 def test_clipjax_chain_state_follows_its_params():
-    """Bounded weights, 3 of 8 units gone, averages of a score, a grid with a step per unit and a carry."""
+    """Bounded weights, 3 of 8 units gone, averages of a score, a grid with a step per unit and latent weights."""
     units = clipjax.prune_mask(0.375, structure=structures.unit(), where=lambda path, leaf: path == "a/kernel")
     later = clipjax.prune_mask(0.25, score=clipjax.scores.fisher(), start=50)
     grid = clipjax.fake_quantize(4, axis=-1)

@@ -1,4 +1,4 @@
-"""summarize: what became of each leaf, and how its weights are distributed, against NumPy in f64."""
+"""summarize: how each leaf is pruned and quantized, and how its weights are distributed, against NumPy in f64."""
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def test_sqnr_of_a_gaussian_is_the_known_one():
         assert abs(found[f"sqnr_db_{bits}"] + 10 * np.log10(distortion)) < 0.15
 
 
-def test_sqnr_tells_what_choose_bits_chooses():
+def test_sqnr_is_what_choose_bits_compares_with_its_target():
     w = jnp.asarray(SAMPLES["laplace"][0], jnp.float32)
     found = row(w, widths=range(2, 9))
     for target in (8.0, 15.0, 20.0, 30.0):
@@ -165,8 +165,8 @@ def test_bad_widths_are_refused(widths):
         row(jnp.ones(3), widths=widths)
 
 
-def test_quantized_leaves_show_the_float_weights():
-    """On the grid of 3 bits the visible weights themselves lose nothing at 3 bits."""
+def test_quantized_leaves_show_the_latent_weights():
+    """The params themselves lie on the grid of 3 bits, and would have no error at 3 bits."""
     params = {"kernel": jnp.asarray(RNG.normal(size=(40, 40)), jnp.float32)}
     new, state = update(clipjax.fake_quantize(3), params)
     found = clipjax.summarize(new, state).to_dict()["kernel"]
@@ -177,7 +177,7 @@ def test_quantized_leaves_show_the_float_weights():
 
 @pytest.mark.parametrize("order", ["prune", "quantize", "inner"])
 def test_pruned_weights_do_not_count(order):
-    """Whichever comes first: the float weights of pruned ones may live on in the carry."""
+    """In any order: the latent weights behind a pruned one may be other than 0."""
     params = {"kernel": jnp.asarray(RNG.normal(size=(40, 40)), jnp.float32)}
     prune, quantize = clipjax.prune_mask(0.8), clipjax.fake_quantize(2)
     chain = {
