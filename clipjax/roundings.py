@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments
 from clipjax._maths import intervals
-from clipjax.typing import Rounding
+from clipjax.typing import Number, Rounding
 
 __all__ = ["Rounding", "binary_relax", "parq"]
 
@@ -52,10 +50,10 @@ def parq(updates: int, steepness: float = 10.0) -> Rounding:
     _check_updates(updates)
     arguments.check_positive(steepness, "steepness", "10 is the usual value.")
 
-    def sigmoid(t: Any) -> jax.Array:
+    def sigmoid(t: Number) -> jax.Array:
         return jax.nn.sigmoid(jnp.asarray(steepness * (0.5 - t), jnp.float32))
 
-    def soften(ratio: Any, code: Any, below: Any, above: Any, since: jax.Array) -> jax.Array:
+    def soften(ratio: jax.Array, code: jax.Array, below: jax.Array, above: jax.Array, since: jax.Array) -> jax.Array:
         t = jnp.clip(since / updates, 0, 1)
         inverse_slope = (sigmoid(t) - sigmoid(1.0)) / (sigmoid(0.0) - sigmoid(1.0))
         middle = (below + above) / 2
@@ -92,13 +90,13 @@ def binary_relax(updates: int) -> Rounding:
     """
     _check_updates(updates)
 
-    def soften(ratio: Any, code: Any, below: Any, above: Any, since: jax.Array) -> jax.Array:
+    def soften(ratio: jax.Array, code: jax.Array, below: jax.Array, above: jax.Array, since: jax.Array) -> jax.Array:
         t = jnp.clip(since / updates, 0, 1).astype(ratio.dtype)
         return jnp.where(t < 1, (1 - t) * ratio + t * code, code)
 
     return Rounding(soften)
 
 
-def _check_updates(updates: Any) -> None:
+def _check_updates(updates: int) -> None:
     arguments.static(updates, "updates")
     arguments.whole(updates, "updates", low=1, remedy="Give the number of updates from `start` until the grid is hard.")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from clipjax.typing import Count, Leaf, PerLeaf, Schedule
+from clipjax.typing import Count, Leaf, PerLeaf
 
 Value = TypeVar("Value")
 
@@ -154,7 +154,7 @@ def instance(value: object, kind: type | tuple[type, ...], name: str, remedy: st
         raise TypeError(f"`{name}` must be a {names}, got {value!r}. {remedy}")
 
 
-def schedule(value: Any) -> Schedule:
+def schedule(value: Any) -> Callable[[jax.Array], Any]:
     """Turn a number into the constant schedule; a bare callable is always a schedule."""
     return value if callable(value) else lambda count: value
 

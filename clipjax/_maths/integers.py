@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes
 from clipjax._maths import blocks, grids
+from clipjax.typing import Number
 
 
 @functools.partial(
@@ -44,7 +45,7 @@ class Quantized:
     format: str | None = None
 
 
-def round_to_step(x: jax.Array, step: Any, *, rounding: str = "nearest", key: Any = None) -> jax.Array:
+def round_to_step(x: jax.Array, step: Number, *, rounding: str = "nearest", key: jax.Array | None = None) -> jax.Array:
     r"""Round every entry to a multiple of the step: :math:`Q(x) = \mathrm{round}(x/s)\,s` (D4).
 
     Args:
@@ -80,12 +81,12 @@ def round_to_step(x: jax.Array, step: Any, *, rounding: str = "nearest", key: An
 
 def quantize(
     x: jax.Array,
-    step: Any,
+    step: Number,
     bits: int | None = None,
     *,
-    zero_point: Any = 0,
+    zero_point: Number = 0,
     rounding: str = "nearest",
-    key: Any = None,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     r"""The integer codes of an array on a symmetric grid, or on an affine one, where 0 has the code z.
 
@@ -130,7 +131,7 @@ def quantize(
 
 
 def dequantize(
-    codes: jax.Array | Quantized, step: Any = None, dtype: Any = jnp.float32, *, zero_point: Any = 0
+    codes: jax.Array | Quantized, step: Number | None = None, dtype: DTypeLike = jnp.float32, *, zero_point: Number = 0
 ) -> jax.Array:
     """The values that codes stand for: (code - z) * s, computed in f32 and rounded once to `dtype`.
 

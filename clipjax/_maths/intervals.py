@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes, elementwise
 from clipjax.typing import Bound, Leaf, Number, PerLeaf
 
 
-def clamp(x: jax.Array, bound: Number | tuple[Number, Number]) -> jax.Array:
+def clamp(x: jax.Array, bound: Interval) -> jax.Array:
     """Limit every entry to [-T, T], or to [lo, hi].
 
     D3's weight clipping: w -> T sign(w) if |w| > T, else w. The bound is rounded into the interval where the
@@ -43,11 +45,15 @@ def clamp(x: jax.Array, bound: Number | tuple[Number, Number]) -> jax.Array:
 
 
 @elementwise.leafwise
-def limit(x: jax.Array, low: Any, high: Any) -> jax.Array:
+def limit(x: jax.Array, low: Number, high: Number) -> jax.Array:
     """The entries limited to [low, high], NaN as it is; two selects, where min and max would each test for NaN."""
     low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
     x = elementwise.where(x > high, high, x)
     return elementwise.where(x < low, low, x)
+
+
+Interval: TypeAlias = Number | tuple[Number, Number]
+"""T for [-T, T], or a pair (lo, hi)."""
 
 
 class Bounds(NamedTuple):
@@ -60,8 +66,8 @@ class Bounds(NamedTuple):
     """
 
     scheduled: bool
-    of_leaf: Callable[[str, Leaf, jax.Array], Any]
-    shared: Callable[[jax.Array], tuple[Any, Any]]
+    of_leaf: Callable[[str, Leaf, jax.Array], Interval]
+    shared: Callable[[jax.Array], tuple[Number, Number]]
 
 
 def resolve(bound: Bound) -> Bounds:
@@ -79,7 +85,7 @@ def resolve(bound: Bound) -> Bounds:
     return Bounds(callable(bound), lambda path, leaf, count: at(count), lambda count: interval(at(count)))
 
 
-def interval(bound: Any) -> tuple[Any, Any]:
+def interval(bound: Interval) -> tuple[Number, Number]:
     """The interval that a bound means: (-T, T) for a number T, a pair as it is, checked where known."""
     if isinstance(bound, tuple | list):
         arguments.require(len(bound) == 2, "bound", "be a number or a pair (lo, hi)", bound, "Give T or (lo, hi).")
@@ -96,7 +102,7 @@ def interval(bound: Any) -> tuple[Any, Any]:
     return -bound if not isinstance(bound, jax.Array | np.ndarray) else -jnp.asarray(bound), bound
 
 
-def inside(bound: Any, dtype: Any) -> tuple[Any, Any]:
+def inside(bound: Interval, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """The ends of the interval, rounded inwards where they fall between two values of `dtype`."""
     low, high = interval(bound)
     ends = toward(low, dtype, up=True), toward(high, dtype, up=False)
@@ -106,9 +112,9 @@ def inside(bound: Any, dtype: Any) -> tuple[Any, Any]:
     return ends
 
 
-def toward(end: Any, dtype: Any, *, up: bool) -> Any:
+def toward(end: Number, dtype: DTypeLike, *, up: bool) -> jax.Array:
     """`end`, read as f32 (f64 for f64 leaves), rounded up or down to a value that `dtype` holds."""
-    xp: Any = np if arguments.known(end) else jnp
+    xp: ModuleType = np if arguments.known(end) else jnp
     wide = dtypes.wide(dtype)
     exact = xp.asarray(end).astype(wide)
     if wide == dtype:

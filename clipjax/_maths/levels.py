@@ -14,9 +14,8 @@ import jax.numpy as jnp
 
 from clipjax._arrays import arguments
 from clipjax._maths import fitting, grids
-from clipjax.typing import Levels, Number, Step
+from clipjax.typing import Levels, Number, Sides, Step
 
-Sides: TypeAlias = tuple[jax.Array, jax.Array]
 Bits: TypeAlias = int | jax.Array
 
 _UNLIMITED = (jnp.inf, jnp.inf)

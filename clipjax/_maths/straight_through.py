@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments, dtypes
 from clipjax._maths import blocks, grids, intervals
+from clipjax.typing import Number
 
 GRADIENTS = ("straight_through", "clipped", "lsq")
 
 
 def fake_quant(
     x: jax.Array,
-    step: Any,
+    step: Number,
     bits: int | None = None,
     *,
-    zero_point: Any = 0,
+    zero_point: Number = 0,
     rounding: str = "nearest",
-    key: Any = None,
-    gradient: str = "straight_through",
+    key: jax.Array | None = None,
+    gradient: Literal["straight_through", "clipped", "lsq"] = "straight_through",
 ) -> jax.Array:
     r"""Values on a grid, with a gradient as if rounding were the identity.
 
@@ -102,7 +103,7 @@ def _surrogate(level: jax.Array, x: jax.Array, step: jax.Array, slope: jax.Array
 
 
 @_surrogate.defjvp
-def _surrogate_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _surrogate_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     level, _, _, slope, pull = primals
     _, dx, ds, _, _ = tangents
     return level, slope * dx + jnp.broadcast_to(pull * ds, level.shape)

@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, elementwise
 from clipjax._maths import fitting, grids, intervals, levels, spectra, step_groups
 from clipjax.typing import Leaf, Levels, Step
+
+Soften = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class QuantizeState(NamedTuple):
@@ -80,7 +83,7 @@ class Plan(NamedTuple):
     groups: step_groups.StepGroups
     rule: Step
     rounding: str
-    soften: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] | None
+    soften: Soften | None
 
     @property
     def unbounded(self) -> bool:
@@ -132,7 +135,7 @@ class Measured(NamedTuple):
     max_level: jax.Array
 
 
-def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: Grid, dtype: jnp.dtype) -> Measured:
+def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: Grid, dtype: DTypeLike) -> Measured:
     """The nonzero finite weights, limited to the largest level.
 
     Args:
@@ -198,7 +201,7 @@ def level(plan: Plan, x: jax.Array, grid: Grid, key: jax.Array | None, since: ja
 
 def _softened(
     plan: Plan,
-    soften: Callable[..., jax.Array],
+    soften: Soften,
     w: jax.Array,
     code: jax.Array,
     grid: Grid,

@@ -33,7 +33,12 @@ def cleared(
     return _mapped(inner, clear, state, kept, params)
 
 
-def _mapped(inner: optax.GradientTransformation, fn: Callable[..., object], state: State, *rest: Tree) -> State:
+def _mapped(
+    inner: optax.GradientTransformation,
+    fn: Callable[[jax.Array, jax.Array | bool, jax.Array], jax.Array] | Callable[[jax.Array], jax.Array],
+    state: State,
+    *rest: Tree,
+) -> State:
     """Map over the arrays of an optimizer's state that belong to params."""
     try:
         return optax.tree.map_params(inner, fn, state, *rest, is_leaf=lambda x: isinstance(x, optax.MaskedNode))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -171,7 +169,7 @@ def fake_quantize(
     return optax.GradientTransformationExtraArgs(checked_init, tx.update)
 
 
-def _rounding(rounding: RoundingMode) -> tuple[str, Callable[..., jax.Array] | None]:
+def _rounding(rounding: RoundingMode) -> tuple[str, leaf_grid.Soften | None]:
     """Read `rounding`: the name of a hard rounding, and the function of one that hardens with time."""
     if isinstance(rounding, Rounding):
         return "nearest", rounding.soften

@@ -43,7 +43,7 @@ def resolve(sparsity: Sparsity, structure: Structure, scope: str) -> Amount:
     """Read `sparsity` and `scope` for a structure.
 
     Raises:
-      ValueError: for an unknown scope, a sparsity outside [0, 1), one beside a structure that fixes it, or a missing one.
+      ValueError: for an unknown scope, a sparsity outside [0, 1), one beside a structure that fixes it, a missing one.
     """
     arguments.instance(structure, Structure, "structure", "Call a factory: `structures.unit()`.")
     arguments.choice(scope, "scope", SCOPES)
