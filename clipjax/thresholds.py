@@ -8,7 +8,7 @@ or not finite are never added to a history. A threshold that is not positive cli
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -75,10 +75,10 @@ def zscore(
       Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025, https://arxiv.org/abs/2504.02507.
       D3, section 5: which values to clip.
     """
-    _positive(z, "z", "It counts standard deviations; 2.5 is usual.")
-    _decay(decay, "It is the weight of the past, e.g. 0.97.")
-    _warmup(warmup, "The first mean needs a norm.")
-    _number(eps, "eps", lambda n: n >= 0, "be a number >= 0", "It is added to a standard deviation.")
+    _check(z, "z", "be a number > 0", "It counts standard deviations; 2.5 is usual.")
+    _check(decay, "decay", "lie in [0, 1)", "It is the weight of the past, e.g. 0.97.")
+    _check(warmup, "warmup", "be a whole number >= 1", "The first mean needs a norm.")
+    _check(eps, "eps", "be a number >= 0", "It is added to a standard deviation.")
     arguments.choice(mode, "mode", ("adaptive", "mean", "percentile"))
 
     def limit(norm: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
@@ -150,10 +150,10 @@ def ema_ratio(ratio: Number = 1.05, decay: Number = 0.98, warmup: Count = 100, w
       Wang et al., "AdaGC: Improving Training Stability for LLM Pretraining", 2025, https://arxiv.org/abs/2502.11034.
       D3, section 5.
     """
-    _positive(ratio, "ratio", "It multiplies the average norm; 1.05 is usual.")
-    _decay(decay, "It is the weight of the past, e.g. 0.98.")
-    _warmup(warmup, "The average starts from the norms of the warm-up.")
-    _positive(warmup_max, "warmup_max", "It is the threshold of the warm-up; use math.inf for none.")
+    _check(ratio, "ratio", "be a number > 0", "It multiplies the average norm; 1.05 is usual.")
+    _check(decay, "decay", "lie in [0, 1)", "It is the weight of the past, e.g. 0.98.")
+    _check(warmup, "warmup", "be a whole number >= 1", "The average starts from the norms of the warm-up.")
+    _check(warmup_max, "warmup_max", "be a number > 0", "It is the threshold of the warm-up; use math.inf for none.")
 
     def update(norm: jax.Array, state: _Average) -> tuple[jax.Array, _Average]:
         seen, average = state
@@ -196,7 +196,7 @@ def percentile(q: Number = 10.0, window: int = 1000) -> Rule:
       Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks", 2020,
       https://arxiv.org/abs/2007.14469. D3, section 5.
     """
-    _number(q, "q", lambda n: (n >= 0) & (n <= 100), "lie in [0, 100]", "AutoClip uses 10.")
+    _check(q, "q", "lie in [0, 100]", "AutoClip uses 10.")
     window = _length(window)
 
     def update(norm: jax.Array, state: ring_buffers.Sorted) -> tuple[jax.Array, ring_buffers.Sorted]:
@@ -238,7 +238,7 @@ def mean_sigma(k: Number = 3.0, window: int = 128) -> Rule:
     References:
       Levanter, `levanter.optim.skipstep`, https://github.com/stanford-crfm/levanter. D3, section 5.
     """
-    _number(k, "k", lambda n: n >= 0, "be a number >= 0", "It counts standard deviations.")
+    _check(k, "k", "be a number >= 0", "It counts standard deviations.")
     window = _length(window)
 
     def update(norm: jax.Array, state: ring_buffers.Window) -> tuple[jax.Array, ring_buffers.Window]:
@@ -276,9 +276,9 @@ def quantile_track(q: Number, init: Number = 1.0, lr: Number = 0.2) -> Rule:
     References:
       Andrew et al., "Differentially Private Learning with Adaptive Clipping", 2021, https://arxiv.org/abs/1905.03871.
     """
-    _number(q, "q", lambda n: (n >= 0) & (n <= 1), "lie in [0, 1]", "It is the fraction left unclipped.")
-    _positive(init, "init", "It is the first threshold.")
-    _positive(lr, "lr", "It is the step in the logarithm of the threshold; 0.2 is usual.")
+    _check(q, "q", "lie in [0, 1]", "It is the fraction left unclipped.")
+    _check(init, "init", "be a number > 0", "It is the first threshold.")
+    _check(lr, "lr", "be a number > 0", "It is the step in the logarithm of the threshold; 0.2 is usual.")
 
     def update(norm: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         log, rest = state  # log C + rest is exact: rest is the rounding error of the last sum (Kahan)
@@ -317,8 +317,8 @@ def spam(theta: Number = 5000.0, decay: Number = 0.999) -> Rule:
       Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025,
       https://arxiv.org/abs/2501.06842. D3, section 5.
     """
-    _positive(theta, "theta", "It multiplies the second moment; SPAM uses 5000.")
-    _decay(decay, "It is the weight of the past, e.g. 0.999.")
+    _check(theta, "theta", "be a number > 0", "It multiplies the second moment; SPAM uses 5000.")
+    _check(decay, "decay", "lie in [0, 1)", "It is the weight of the past, e.g. 0.999.")
 
     def update(norm: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         threshold = jnp.sqrt(theta * state)
@@ -334,20 +334,17 @@ def _length(window: int) -> int:
     return int(window)
 
 
-def _warmup(value: Count, remedy: str) -> None:
-    _number(value, "warmup", lambda n: (n >= 1) & (n == n // 1), "be a whole number >= 1", remedy)
+_RANGES: dict[str, Callable[[np.ndarray], np.bool_ | np.ndarray]] = {
+    "be a number > 0": lambda n: n > 0,
+    "be a number >= 0": lambda n: n >= 0,
+    "be a whole number >= 1": lambda n: (n >= 1) & (n == n // 1),
+    "lie in [0, 1)": lambda n: (n >= 0) & (n < 1),
+    "lie in [0, 1]": lambda n: (n >= 0) & (n <= 1),
+    "lie in [0, 100]": lambda n: (n >= 0) & (n <= 100),
+}
 
 
-def _decay(value: Number, remedy: str) -> None:
-    _number(value, "decay", lambda number: (number >= 0) & (number < 1), "lie in [0, 1)", remedy)
-
-
-def _positive(value: Number, name: str, remedy: str) -> None:
-    _number(value, name, lambda number: number > 0, "be a number > 0", remedy)
-
-
-def _number(value: Number, name: str, ok: Callable[[np.ndarray], Any], rule: str, remedy: str) -> None:
+def _check(value: Number, name: str, rule: str, remedy: str) -> None:
     """Check a number of a rule unless it is traced; None and schedules raise too."""
     if not arguments.traced(value):
-        number = arguments.numeric(value, name, remedy)
-        arguments.require(ok(number), name, rule, value, remedy)
+        arguments.require(_RANGES[rule](arguments.numeric(value, name, remedy)), name, rule, value, remedy)

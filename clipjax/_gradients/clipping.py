@@ -12,7 +12,6 @@ import optax
 from clipjax import selections
 from clipjax._arrays import elementwise
 from clipjax._gradients import error_feedback, threshold_state
-from clipjax._gradients.norm_clipping import ClipNormState as ClipNormState
 from clipjax._maths import drawing, intervals, norms
 from clipjax.typing import Selection, State, Threshold, Tree
 
