@@ -84,6 +84,63 @@ def test_no_vague_names(name):
     assert not {"utils", "helpers", "misc", "common", "config"} & set(name.replace(".", "_").split("_"))
 
 
+def functions(path):
+    """Every function of a file, with its source lines."""
+    lines = path.read_text().splitlines()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            begin = body[0].lineno - 1 if body else node.end_lineno
+            yield node.name, lines[begin : node.end_lineno]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_function_past_60_lines_without_a_comment(name):
+    """Docstrings do not count: they are read on their own."""
+    for function, lines in functions(MODULES[name]):
+        assert len(lines) <= 60 or any("# " in line for line in lines), f"{name}.{function}: {len(lines)} lines"
+
+
+READERS = {
+    "bits": "_weights.bit_widths",
+    "sparsity": "_weights.sparsities",
+    "axis": "_maths.step_groups",
+    "group": "_maths.step_groups",
+    "threshold": "_gradients.threshold_state",
+    "bound": "_maths.intervals",
+    "where": "_arrays.picking",
+}
+"""The one module that finds out what kind of argument it was given; all others work with what it returns."""
+
+ASKS = {"isinstance", "callable", "is_tree", "is_schedule", "resolve", "values", "schedule"}
+
+
+def asked(path):
+    """The names of which a file asks what kind they are: `isinstance(bits, ...)`, `arguments.is_tree(bits)`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Name):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            asker = ast.unparse(node.func)
+            private = isinstance(node.func, ast.Attribute) and not asker.startswith(("arguments.", "trees."))
+            if function in ASKS and not private:
+                yield node.args[0].id
+
+
+@pytest.mark.parametrize("argument", READERS)
+def test_one_module_reads_each_argument(argument):
+    readers = {name for name, path in MODULES.items() if argument in asked(path)}
+    assert readers == {READERS[argument]}
+
+
+def test_contributing_draws_the_rooms():
+    """Each room and family of the table stands in CONTRIBUTING.md on a line with its level, counted from 1."""
+    drawn = (PACKAGE.parent / "CONTRIBUTING.md").read_text().splitlines()
+    for level, rooms in enumerate(LEVELS, start=1):
+        for room, names in rooms.items():
+            for place in [f"{room}/"] if room else [f"{name}.py" for name in names.split()]:
+                assert any(line.startswith(f"| {level} |") and f"`{place}`" in line for line in drawn), place
+
+
 BLOCKED = (
     "flax",
     "chex",

@@ -47,8 +47,8 @@ def check(groups: object) -> None:
         )
 
 
-def _is_group(group: object) -> bool:
-    return isinstance(group, Mapping) and len(group) > 0 and all(isinstance(path, str) for path in group)
+def _is_group(value: object) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(path, str) for path in value)
 
 
 def of_params(groups: Groups) -> Groups:

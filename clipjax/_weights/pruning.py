@@ -65,44 +65,53 @@ def prune_mask(
     mask: Tree = None,
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Hold the weights of lowest score at exactly zero: :math:`w \leftarrow m \odot w`.
+    r"""Hold the weights of lowest score at exactly zero: :math:`w \leftarrow m \odot w`, m being a 0-1 mask.
 
-    A refresh removes exactly round(sparsity * n) of n weights (units), earlier positions being kept among equals.
-    Refreshes happen at updates c >= `start` with (c - start) divisible by `every`, and at `stop`; a constant sparsity
-    without `every` fires once, at `start`. What is removed stays removed, unless `carry=True` keeps the float weights
-    (straight-through pruning), or `regrow` exchanges a part of what is kept. No sort, no gather: a refresh is a few
-    counting passes.
+    The mask is chosen at each *refresh*: at the updates c >= `start` with (c - start) divisible by `every`, and at
+    `stop`; a constant sparsity without `every` is applied once, at `start`. A refresh removes exactly round(sparsity *
+    n) of n weights (of n units, if `structure` removes larger units), those of lowest score; among equal scores the
+    earlier position is kept. It needs no sort and no gather, only a few counting passes over the weights.
 
-    With `inner=optimizer` the moments of removed weights are 0, and a weight that grows again starts at 0 without any:
-    every array of the optimizer's state that has the shape of its param is cleared; factored moments stay.
+    A removed weight stays removed, with two exceptions. With ``carry=True`` the state keeps the float weights behind
+    the mask, the *latent weights*: they go on learning, and a weight comes back when its score is high enough again
+    (straight-through pruning). With `regrow` each refresh exchanges a part of the kept weights for removed ones.
+
+    With `inner=optimizer` the moments of removed weights are set to 0, so that a weight that grows again starts at 0
+    without momentum: every array of the optimizer's state that has the shape of its param is cleared; factored moments
+    are not.
 
     Args:
-      sparsity: fraction of zeros in [0, 1), a number (may be traced), a schedule count -> fraction, `per_leaf`, or a
-        tree of fractions at the paths of the leaves. None with `mask`, and for a structure that fixes it.
-      score: which weights matter, `scores.magnitude()` by default.
-      structure: what is removed together, `structures.element()` by default.
-      scope: "global" compares all picked leaves together as they are; "leaf" prunes each to the sparsity; "erk" each to
-        one that follows from its shape (Erdős–Rényi-kernel): the density is in proportion to sum(shape) / prod(shape),
-        at most 1, and all leaves together keep 1 - sparsity.
-      where: `where(path, leaf) -> bool`; by default arrays of rank >= 2 not named bias, b, scale or offset.
-      start: first update that prunes; may be traced.
-      every: updates between two refreshes; may be traced. 100 for a schedule.
-      stop: the last refresh; may be traced. A schedule needs it.
-      carry: keep the float weights, 4 bytes a weight: a weight that was cut can come back.
-      inner: a transformation that sees the float weights, see `project`. The gradient that it gets is also the `grad`
-        of scores, unless the caller passes another.
-      regrow: the fraction of kept weights that each refresh exchanges, in [0, 1) or a schedule, e.g.
-        `optax.cosine_decay_schedule(0.3, stop)`; needs `inner`. 0 exchanges none, but lets weights grow back when the
+      sparsity: the fraction of zeros, in [0, 1): a number (may be traced), a schedule count -> fraction, `per_leaf`, or
+        a tree of fractions at the paths of the leaves. None with `mask`, and for a structure that fixes it.
+      score: how much each weight matters, `scores.magnitude()` by default; the lowest go first.
+      structure: what is removed together, `structures.element()`, single weights, by default.
+      scope: which weights are compared: "global" compares all picked leaves together, as they are; "leaf" prunes each
+        leaf to the sparsity; "erk" each to one that follows from its shape (Erdős–Rényi-kernel): the density is in
+        proportion to sum(shape) / prod(shape), at most 1, and all leaves together keep 1 - sparsity.
+      where: `where(path, leaf) -> bool` picks the leaves; by default arrays of rank >= 2 that are not named bias, b,
+        scale or offset.
+      start: the first update that prunes, counted from 0; may be traced.
+      every: the number of updates between two refreshes; may be traced. 100 for a schedule.
+      stop: the update of the last refresh; may be traced. A schedule needs it.
+      carry: keep latent weights, 4 bytes a weight, so that a removed weight can come back. Static.
+      inner: the optimizer, if it shall be given the latent weights as its params, or if its moments shall be cleared;
+        see `project`. The gradient that arrives at it also serves as the `grad` of scores, unless the caller passes
+        another.
+      regrow: the fraction of kept weights that each refresh exchanges, in [0, 1), a number or a schedule, e.g.
+        `optax.cosine_decay_schedule(0.3, stop)`; needs `inner`. 0 exchanges none, but lets weights grow again when the
         sparsity falls (AC/DC).
-      grow: which removed weights grow first: `scores.gradient(decay=0.0)` by default (RigL); `scores.random()` is SET.
-      select: which entries (units) are candidates, redrawn at each refresh; sparsity then counts candidates.
-      mask: a tree of bool arrays, True keeps, that is held as it is; may be traced. Leaves without one pass.
-      key: PRNG key for random scores and selections; folded with the count. `jax.random.key(0)` by default, as in
-        `fake_quantize`.
+      grow: which removed weights grow first: those of highest `scores.gradient(decay=0.0)` by default (RigL);
+        `scores.random()` gives SET.
+      select: a selection of candidates among the entries (units), drawn anew at each refresh; only these may be
+        removed, and sparsity counts only these.
+      mask: a tree of bool arrays, True keeps, that is used as it is instead of a chosen mask; may be traced. Leaves
+        without one are not pruned.
+      key: PRNG key for random scores and selections; each update folds it with the count. `jax.random.key(0)` by
+        default, as in `fake_quantize`.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`; its updates are f32 where parameters are narrower. Extra
-      arguments: `grad` for gradient scores, `refresh` as in `project`.
+      An `optax.GradientTransformationExtraArgs`; its updates are f32 where params are narrower. Its `update` takes two
+      extra arguments: `grad` for gradient scores, and `refresh`, see `project`.
 
     Raises:
       ValueError: for a sparsity outside [0, 1), a schedule without `stop`, stop < start, every < 1, an unknown scope,

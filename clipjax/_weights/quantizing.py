@@ -44,44 +44,52 @@ def fake_quantize(
     inner: optax.GradientTransformation | None = None,
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Hold weights on a grid: :math:`w \leftarrow \mathrm{round}(w/s)\,s` (D4), while the float weights learn.
+    r"""Hold weights on a grid: :math:`w \leftarrow \mathrm{round}(w/s)\,s` (D4), while float weights learn behind it.
 
-    Rounding in place and taking a small step would change nothing: no weight would reach its next level. What rounding
-    removed is therefore carried to the next update. After `optax.apply_updates` a weight is exactly code * s, rounded
-    once to its dtype.
+    After `optax.apply_updates` every picked weight is exactly code * s, rounded once to its dtype. Rounding weights in
+    place would stop the training: an update is usually much smaller than half a step s, so no weight would reach its
+    next level. With ``carry=True`` the state therefore keeps the weights before rounding, the *latent weights*: they
+    take every update in full, and the params are their rounded values.
 
-    Codes run from -(2^(b-1) - 1) to 2^(b-1) - 1, for b = 1 over {-1, 1}. As a chain member the step follows the carried
-    float weights, while no level exceeds the largest |weight| that the members before have landed on at a refresh: a
-    bound set by `clamp_weights` survives, a weight set to 0 by `prune_mask` stays 0. A leaf that starts at zero grows
-    slowly under that rule; quantize it later (`start`), or use `inner`, where the step and the levels follow the float
-    weights alone. `bits=None` with a float step is D4's formula, unbounded.
+    A width of b bits has the codes :math:`-(2^{b-1} - 1), \dots, 2^{b-1} - 1`; b = 1 has the codes -1 and 1. The step s
+    follows from the latent weights at each *refresh*: at the updates c >= `start` with (c - start) divisible by
+    `every`, and at `stop`, after which it is frozen.
+
+    In a chain, the transformations before this one keep their guarantees: no level exceeds the largest \|params +
+    updates\| that they gave at a refresh, so a bound set by `clamp_weights` holds on the grid too, and a weight that
+    `prune_mask` sets to 0 stays 0. One consequence: a leaf that starts at zero can grow only slowly. Quantize it later
+    (`start`), or give the optimizer as `inner`: step and levels then follow the latent weights alone.
 
     Args:
-      bits: 1 to 16, `per_leaf`, a tree from `choose_bits` (None leaves pass), a rule of `clipjax.widths`, by which each
-        leaf's width follows from its distribution at every refresh, or None for unbounded codes, which need a float
-        step. Static.
-      step: a rule of `clipjax.steps`, `mse()` by default, or a number (may be traced). A weight that jumps by several
-        levels of a given number at once may be one ulp late; what it carried is then dropped.
-      axis: the axis or axes that keep a step of their own, e.g. -1 for one per output unit; or `per_leaf`. Static.
-      group: g, every g neighbours along axis -2, the input of Flax's Dense and Conv kernels, have a step of their own
-        in each output unit (or each unit of `axis`); or `per_leaf`. Static.
-      rounding: "nearest" (halves to even), "half_away" (D4's), "stochastic", or a rule of `clipjax.roundings` by which
-        the grid hardens with time.
-      where: `where(path, leaf) -> bool`; by default arrays of rank >= 2 not named bias, b, scale or offset.
-      start: first update that quantizes; may be traced.
-      every: updates between two refreshes of the steps; may be traced.
-      stop: the last refresh; may be traced. None refreshes for ever.
-      carry: keep the float weights, 4 bytes a weight. Without it small updates are lost.
-      inner: a transformation that sees the float weights, see `project`.
-      key: PRNG key for stochastic rounding; folded with the count. `jax.random.key(0)` by default: every run then
-        draws alike, and so does every member without a key; give each run and each member its own to have them differ.
+      bits: the width b, 1 to 16. Or `per_leaf`; or a tree from `choose_bits`, whose None leaves are left out; or a rule
+        of `clipjax.widths`, which chooses the width of each leaf from its weights at every refresh; or None for codes
+        without ends, which need a number as `step`: D4's formula. Static.
+      step: how s follows from the weights: a rule of `clipjax.steps`, `mse()` by default, or a number, which may be
+        traced. With a number, a weight that an update moves by several levels at once may be off the grid by one unit
+        in the last place until the next update, and loses its latent weight.
+      axis: the axis or axes whose entries have steps of their own: -1 gives one step per output unit of a Flax kernel,
+        None one step per leaf. Or `per_leaf`. Static.
+      group: g, which gives every g neighbours along axis -2, the input of Flax's Dense and Conv kernels, a step of
+        their own in each output unit (or each entry of `axis`). Or `per_leaf`. Static.
+      rounding: "nearest" (halves to even), "half_away" (halves away from zero, D4's), "stochastic", or a rule of
+        `clipjax.roundings`, which moves weights onto the grid gradually. Static.
+      where: `where(path, leaf) -> bool` picks the leaves; by default arrays of rank >= 2 that are not named bias, b,
+        scale or offset. A tree of bits picks its own.
+      start: the first update that quantizes, counted from 0; may be traced.
+      every: the number of updates between two refreshes of the steps; may be traced.
+      stop: the update of the last refresh; may be traced. None refreshes for ever.
+      carry: keep latent weights, 4 bytes a weight. False rounds in place, which loses small updates. Static.
+      inner: the optimizer, for steps and levels that follow the latent weights alone; it is given these as its params.
+        See `project`.
+      key: PRNG key of stochastic rounding; each update folds it with the count. The default, `jax.random.key(0)`, draws
+        the same numbers in every run and every transformation: give each its own key to have them differ.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`; its updates are f32 where parameters are narrower. The extra argument
-      `refresh` is as in `project`.
+      An `optax.GradientTransformationExtraArgs`; its updates are f32 where params are narrower. Its `update` takes the
+      extra argument `refresh`, see `project`.
 
     Raises:
-      ValueError: for bits outside 1 to 16, bits=None without a float step, stop < start, every < 1, an unknown
+      ValueError: for bits outside 1 to 16, bits=None without a number as step, stop < start, every < 1, an unknown
         rounding; at init for an axis that does not exist, a group that does not divide its axis, a bits tree that
         matches no leaf, or more than 8 bits on params narrower than f32, whose codes could not be recovered; at update
         for missing `params`.
