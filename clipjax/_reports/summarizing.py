@@ -77,14 +77,14 @@ def _html(rows: list[Row]) -> str:
 
 
 def summarize(params: Tree, opt_state: State = None, *, widths: tuple[int, ...] = (2, 3, 4, 5, 8)) -> Summary:
-    r"""Tables of all leaves: whether pruned and quantized, how many bytes, and how the weights are distributed.
+    r"""Tables of all leaves: how sparse, on which grid, of how many bytes, and how their weights are distributed.
 
     The first table has a row for each leaf, and one for their total:
 
     - `picked`: "prune", "quantize" or both, where such a transformation governs the leaf.
     - `shape`; `sparsity`, the fraction of zeros; `bits`; `step`, the mean of its steps.
-    - `sqnr_db`: the signal to quantization noise ratio in decibels, of params w behind which latent weights z are kept:
-      :math:`10 \log_{10} (\sum z^2 / \sum (w - z)^2)`.
+    - `sqnr_db`: the signal to quantization noise ratio in decibels, of params w with latent weights z:
+      :math:`10 \log_{10} (\sum z^2 / \sum (w - z)^2)`; None without latent weights.
     - `bytes`: of the array itself; `packed_bytes`: as a codebook or steps, with codes of equal width; `coded_bytes`: as
       `save` writes the leaf; `entropy_bytes`: the order-0 entropy of its bit patterns, plus each distinct pattern once.
       `packed_bytes` and `coded_bytes` need `constriction` (`pip install 'clipjax[files]'`), and are None without it.
@@ -103,7 +103,7 @@ def summarize(params: Tree, opt_state: State = None, *, widths: tuple[int, ...] 
     leaf without such weights has no row in this table, and None in these columns.
 
     Args:
-      params: a tree of concrete arrays; PRNG keys among them are passed over.
+      params: a tree of concrete arrays; PRNG keys in it have no row.
       opt_state: the optimizer state that belongs to them; without it the params alone are described. Of the leaves of
         a group (`structures.unit(groups=)`) only the first is marked as pruned: the mask is stored under its path.
       widths: the bit widths of the columns `sqnr_db_2` and so on, each 1 to 16. Each takes 32 passes over the weights;
