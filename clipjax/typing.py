@@ -58,7 +58,7 @@ class Selection(NamedTuple):
 
     Attributes:
       choose: `choose(tree, key) -> tree` of bool masks that broadcast to the arrays of `tree`.
-      key: a PRNG key of its own, or None to use the member's. Folded with the count at every use.
+      key: a PRNG key of its own, or None to use that of the transformation. Folded with the count at every use.
     """
 
     choose: Callable[[Tree, jax.Array], Tree]

@@ -106,7 +106,7 @@ def whole(value: object, name: str, *, low: int, remedy: str) -> None:
 
 
 def times(start: Count, every: Count | None, stop: Count | None) -> None:
-    """Check the life cycle arguments that every refreshing member shares."""
+    """Check the arguments that say when a transformation starts, refreshes and stops."""
     whole(start, "start", low=0, remedy="Updates are counted from 0.")
     if every is not None:
         whole(every, "every", low=1, remedy="Give the number of updates between two refreshes.")
@@ -148,7 +148,7 @@ def choice(value: object, name: str, options: tuple[str, ...]) -> None:
 
 
 def instance(value: object, kind: type | tuple[type, ...], name: str, remedy: str) -> None:
-    """Check that a family member (a score, a structure, a step) was built by its factory."""
+    """Check that an argument of a family (a score, a structure, a step) was built by its factory."""
     if not isinstance(value, kind):
         names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise TypeError(f"`{name}` must be a {names}, got {value!r}. {remedy}")

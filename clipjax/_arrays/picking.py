@@ -39,7 +39,7 @@ def resolve(where: Where | None, default: Where) -> Where:
 
 
 def pick(where: Where, tree: Tree) -> list[bool]:
-    """Which leaves a member governs, aligned with `flatten`."""
+    """Which leaves a transformation governs, aligned with `flatten`."""
     leaves, _ = trees.flatten(tree)
     return [floating(leaf) and bool(where(path, leaf)) for path, leaf in zip(trees.paths(tree), leaves, strict=True)]
 

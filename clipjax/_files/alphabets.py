@@ -14,11 +14,7 @@ import numpy as np
 from clipjax._files import ans, step_search
 
 LIMIT = 1 << 16  # the largest alphabet, the escape included
-
-
 _SAMPLE = 1 << 16
-
-
 _WORTH = 1 / 16  # the share of a large array that repeated values must cover
 
 

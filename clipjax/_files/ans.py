@@ -12,11 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 CHUNK = 1 << 18  # symbols that are widened to i32 at a time; a multiple of 8
-
-
 FLUSH = 8  # bytes by which a code may exceed its information
-
-
 _MANTISSA = {1: 4, 2: 11}  # bits of a stored frequency's mantissa by its bytes
 
 

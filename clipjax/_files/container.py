@@ -20,14 +20,8 @@ import ml_dtypes
 import numpy as np
 
 _LARGEST_HEADER = 100_000_000  # what safetensors allows
-
-
 _SPOOL = 1 << 20  # entries beyond this many bytes wait on disk until the header is known
-
-
 _NO_CHECKSUM = "00000000"
-
-
 NAMES = {
     **{np.dtype(f"{kind}{size}"): f"{kind.upper()}{8 * size}" for kind in "iu" for size in (1, 2, 4, 8)},
     **{np.dtype(f"f{size}"): f"F{8 * size}" for size in (2, 4, 8)},

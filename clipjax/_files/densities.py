@@ -15,11 +15,7 @@ import numpy as np
 from clipjax._files import ans
 
 _DEPTH = 4  # rows, and columns, fall into at most 2^4 classes
-
-
 _FULL = (1 << 16) - 1  # a stored share of nonzeros: 0 and _FULL are exact, and their blocks take no bits
-
-
 _WORTH = 16  # bits that a split must save
 
 

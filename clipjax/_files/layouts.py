@@ -17,8 +17,6 @@ from clipjax._arrays import trees
 from clipjax.typing import Tree
 
 _DEPTH = 256
-
-
 _RESERVED = "~2"  # stands for the one name that safetensors keeps for itself
 
 

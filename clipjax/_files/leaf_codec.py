@@ -16,8 +16,6 @@ import numpy as np
 from clipjax._files import alphabets, ans, step_search, symbol_codes
 
 _GRID, _BOOK, _ESCAPES = 1, 2, 4
-
-
 DTYPES = {
     np.dtype(t).name: np.dtype(t)
     for t in (

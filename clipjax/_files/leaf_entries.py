@@ -15,11 +15,7 @@ from clipjax._arrays import arguments
 from clipjax._files import alphabets, container, leaf_codec
 
 VERSION = "1"
-
-
 _SMALL = 1 << 26  # a file may always decode to this many bytes,
-
-
 _GROWTH = 1000  # or to this many times its own size
 
 

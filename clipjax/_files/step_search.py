@@ -21,20 +21,10 @@ DTYPES = {np.dtype(t): bits for t, bits in ((np.float16, 11), (jnp.bfloat16, 8),
 
 
 OFF = -(1 << 15)  # the code of what is on no grid
-
-
 _TOP = (1 << 15) - 1  # the largest |code|
-
-
 _MULTIPLES = 8  # the smallest |code| that occurs is at most this, where products are rounded
-
-
 _LINES = 32  # columns that are tried before all are
-
-
 _ROWS = 256  # rows of a column that are tried before all are
-
-
 _GROUPS = (256, 128, 64, 32, 16)
 
 

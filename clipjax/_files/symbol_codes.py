@@ -9,8 +9,6 @@ import numpy as np
 from clipjax._files import ans, densities
 
 LIMIT = 1 << 16  # the largest alphabet
-
-
 NAMES = ("packed", "order 0", "rows and columns")
 
 

@@ -69,21 +69,23 @@ def least_squares(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
     top = grids.top(bits)
     low = jnp.minimum(0.5 * rms, high)
 
-    def error(reach: jax.Array) -> jax.Array:
-        """Squared error, in units of max|w|, of the grid that ends at `reach`."""
-        step = jnp.where(reach > 0, reach, unit) / top
+    def error(outermost: jax.Array) -> jax.Array:
+        """Squared error, in units of max|w|, of the grid with this outermost level."""
+        step = jnp.where(outermost > 0, outermost, unit) / top
         code = jnp.minimum(jnp.round(size / step), top)
         return over(jnp.sum, jnp.square((size - code * step) / unit), axes)
 
     def trial(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """One pass: the next of `_POINTS` reaches, spaced by `ratio` from `first`; each round closes in on the best."""
+        """One pass: the error for the next outermost level."""
+        # A round tries _POINTS outermost levels, first * ratio^0, ..., first * ratio^(_POINTS - 1). The next round
+        # spreads as many between the neighbours of the best one. Invariant: `best` has the least error so far.
         first, ratio, least, best = state
         fresh = jnp.asarray((i % _POINTS == 0) & (i > 0))
         first = jnp.where(fresh, best / ratio, first)
         ratio = jnp.where(fresh, ratio ** (2 / (_POINTS - 1)), ratio)
-        reach = jnp.minimum(first * ratio ** jnp.asarray(i % _POINTS, jnp.float32), high)
-        e = error(reach)
-        return first, ratio, jnp.minimum(least, e), jnp.where(e < least, reach, best)
+        outermost = jnp.minimum(first * ratio ** jnp.asarray(i % _POINTS, jnp.float32), high)
+        e = error(outermost)
+        return first, ratio, jnp.minimum(least, e), jnp.where(e < least, outermost, best)
 
     ratio = jnp.where(low > 0, high / jnp.where(low > 0, low, unit), jnp.ones_like(low)) ** (1 / (_POINTS - 1))
     start = (low, ratio, jnp.full_like(high, jnp.inf), high)

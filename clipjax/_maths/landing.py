@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -23,28 +21,31 @@ def land(p: jax.Array, q: jax.Array) -> jax.Array:
     by more than itself may so land inside the set, and on its value at the next update. Infinity and NaN pass.
     """
     kind = jnp.dtype(f"uint{8 * p.dtype.itemsize}")
+    # 1. The nearest update. Only the rounding of p + u can be wrong now, by one unit in the last place of q.
     u = q - p
-    # p + u is 0 or has the sign of q, so that the larger one has the larger bits
+    # 2. Does p + u pass q? It is 0 or has the sign of q, so the larger magnitude has the larger bit pattern.
     move, reached, wanted = (jax.lax.bitcast_convert_type(x, kind) for x in (u, p + u, q))
-    apart = jax.lax.shift_right_arithmetic(move ^ wanted, kind.type(8 * kind.itemsize - 1))  # all ones: u must grow
+    # 3. If so, one unit less. Moving p + u toward zero makes |u| smaller where u and q have the same sign (apart = 0,
+    #    the bits go down by one), and larger where they differ (apart = all ones = -1, the bits go up by one).
+    apart = jax.lax.shift_right_arithmetic(move ^ wanted, kind.type(8 * kind.itemsize - 1))
     inward = jax.lax.bitcast_convert_type(move - (apart | kind.type(1)), u.dtype)
     return jax.lax.select(reached > wanted, inward, u)
 
 
 @elementwise.leafwise
 def land_or_stay(p: jax.Array, q: jax.Array) -> jax.Array:
-    """`land`, and 0 where both are the same infinity, whose difference is no number."""
+    """`land`, and 0 where both are the same infinity, whose difference would be NaN."""
     return jax.lax.select((p == q) & (jnp.abs(p) == jnp.inf), jnp.zeros_like(p), land(p, q))
 
 
 @elementwise.leafwise
 def changed(u: jax.Array, p: jax.Array, landed: jax.Array, new: jax.Array, q: jax.Array) -> jax.Array:
-    """The update as it came where P changes nothing, and where the target is not finite."""
+    """`land` where the projection moved a finite target, else the update as it came."""
     return jax.lax.select((new != landed) & jnp.isfinite(landed), land(p, q), u)
 
 
 @elementwise.leafwise
-def emptied(active: Any, u: jax.Array, p: jax.Array, landed: jax.Array, kept: jax.Array) -> jax.Array:
-    """`changed` where all that P does is to set entries to 0: u = -p is exact at once."""
+def emptied(active: jax.Array | None, u: jax.Array, p: jax.Array, landed: jax.Array, kept: jax.Array) -> jax.Array:
+    """`changed` for a projection that only sets entries to 0: -p lands exactly, without a correction."""
     gone = ~kept if active is None else ~kept & active
     return jax.lax.select(gone & jnp.isfinite(landed), -p, u)

@@ -17,11 +17,7 @@ import numpy as np
 from clipjax._arrays import dtypes
 
 Keys = list[jax.Array]
-
-
-MOST = 2**32 - 1  # what a count holds
-
-
+MOST = 2**32 - 1  # the largest count
 _DIGIT = 3  # bits of the threshold that one pass settles
 
 

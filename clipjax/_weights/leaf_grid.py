@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from clipjax._arrays import arguments, elementwise
+from clipjax._arrays import arguments, elementwise, trees
 from clipjax._maths import fitting, grids, intervals, levels, spectra, step_groups
 from clipjax.typing import Leaf, Levels, Step
+
+Field = TypeVar("Field")
 
 Soften = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-class QuantizeState(NamedTuple):
-    """State of `fake_quantize` inside its `ProjectState`: each field is a dict by path; `at` gives those of one leaf.
+class QuantizeState(NamedTuple, Generic[Field]):
+    """State of `fake_quantize` inside its `ProjectState`: each field is a dict by path, and for one leaf an array.
 
     Attributes:
       step: f32 per step group, the distance of two levels.
@@ -30,29 +32,22 @@ class QuantizeState(NamedTuple):
       high: the largest one; likewise.
     """
 
-    step: dict[str, jax.Array]
-    max_level: dict[str, jax.Array]
-    zero_point: dict[str, jax.Array]
-    bits: dict[str, jax.Array]
-    low: dict[str, jax.Array]
-    high: dict[str, jax.Array]
+    step: Field
+    max_level: Field
+    zero_point: Field
+    bits: Field
+    low: Field
+    high: Field
 
 
-class Grid(NamedTuple):
-    """The fields of `QuantizeState` for one leaf."""
-
-    step: jax.Array
-    max_level: jax.Array
-    zero_point: jax.Array
-    bits: jax.Array
-    low: jax.Array
-    high: jax.Array
+Grid: TypeAlias = QuantizeState[jax.Array]
+State: TypeAlias = QuantizeState[dict[str, jax.Array]]
 
 
-def at(state: QuantizeState, path: str) -> Grid:
+def at(state: State, path: str) -> Grid:
     """The grid of one leaf."""
     fits = isinstance(state.step, dict) and path in state.step
-    grid = Grid(*(field[path] for field in state)) if fits else None
+    grid = QuantizeState(*(field[path] for field in state)) if fits else None
     if grid is None or grid.max_level.ndim != grid.step.ndim + 1:
         raise ValueError(
             f"`state` must belong to these params, got one without a grid for {path!r}. Start anew with"
@@ -61,11 +56,10 @@ def at(state: QuantizeState, path: str) -> Grid:
     return grid
 
 
-def gathered(grids: dict[str, Grid]) -> QuantizeState:
+def gathered(grids: dict[str, Grid]) -> State:
     """The state of the grids of all leaves."""
-    if not grids:  # one array all the same, see `trees.by_path`
-        return QuantizeState(*(jnp.zeros(()) for _ in Grid._fields))  # type: ignore[arg-type]
-    return QuantizeState(*({path: grid[i] for path, grid in grids.items()} for i in range(len(Grid._fields))))
+    # Without leaves each field is one array all the same, see `trees.by_path`.
+    return QuantizeState(*(trees.by_path({path: grid[i] for path, grid in grids.items()}) for i in range(6)))
 
 
 class Plan(NamedTuple):
@@ -120,7 +114,7 @@ def begin(plan: Plan, leaf: Leaf) -> Grid:
     width = max(plan.allowed, default=0)
     top = 0.0 if plan.unbounded else float(grids.top(width))
     low, high = (jnp.full(step.shape, end, jnp.float32) for end in (-top, top))
-    return Grid(step, max_level, jnp.zeros(step.shape, jnp.int32), jnp.asarray(width, jnp.int32), low, high)
+    return QuantizeState(step, max_level, jnp.zeros(step.shape, jnp.int32), jnp.asarray(width, jnp.int32), low, high)
 
 
 class Measured(NamedTuple):
@@ -164,7 +158,7 @@ def fit(plan: Plan, measured: Measured) -> Grid:
     if plan.unbounded:
         step = plan.rule.fit(measured.values, 0, axes)
         zero = jnp.zeros_like(step)
-        return Grid(step, measured.max_level, zero.astype(jnp.int32), jnp.zeros((), jnp.int32), zero, zero)
+        return QuantizeState(step, measured.max_level, zero.astype(jnp.int32), jnp.zeros((), jnp.int32), zero, zero)
     (bits,) = plan.allowed
     found = levels.of(plan.rule, measured.values, bits, axes, (measured.max_level[0], measured.max_level[-1]))
     return _grid(found, measured, jnp.asarray(bits, jnp.int32))
@@ -182,7 +176,7 @@ def chosen(plan: Plan, measured: Measured, spectrum: spectra.Spectrum, index: ja
 
 
 def _grid(found: Levels, measured: Measured, bits: jax.Array) -> Grid:
-    return Grid(found.step, measured.max_level, found.zero_point, bits, found.low, found.high)
+    return QuantizeState(found.step, measured.max_level, found.zero_point, bits, found.low, found.high)
 
 
 def level(plan: Plan, x: jax.Array, grid: Grid, key: jax.Array | None, since: jax.Array) -> jax.Array:

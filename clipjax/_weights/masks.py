@@ -116,7 +116,7 @@ def pool(
     chosen: Tree = None,
     safe: Tree = None,
 ) -> Pool:
-    """Order the units: those already gone lowest, those that may not go out of reach.
+    """Order the units: those already gone lowest, those that may not go highest.
 
     Each key is protected in turn, and no protection is ever lifted, so the order of the steps does not matter but for
     the first: `min_keep` protects the best units by their scores, before any other reason has changed their keys.

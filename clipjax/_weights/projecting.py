@@ -147,10 +147,10 @@ def constrain(
             begun = None if always else state.count > start
             return latents.current(constraint, state.carry, state.projection, weights, narrow, then, begun)
 
-        floats, seen = current(), params
+        floats, visible = current(), params
         if carry and inner:
-            seen, updates = picking.merge(params, floats, picks), _widened(updates, picks)
-        updates, inner_state = inside.update(updates, state.inner, seen, **extra)
+            visible, updates = picking.merge(params, floats, picks), _widened(updates, picks)
+        updates, inner_state = inside.update(updates, state.inner, visible, **extra)
         steps = _aligned(updates, params, picks)
 
         def moved(floats: Tree) -> tuple[Tree, Tree]:

@@ -202,13 +202,13 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
 
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
         only = scored(context.params)
-        seen = _restricted(context, only)
-        new_score = score.observe(only(target), state.score, seen)
-        new_grow = state.grow if regrow is None else grow.observe(only(target), state.grow, seen)
+        here = _restricted(context, only)
+        new_score = score.observe(only(target), state.score, here)
+        new_grow = state.grow if regrow is None else grow.observe(only(target), state.grow, here)
 
         def refresh(target: Tree, landed: Tree) -> Tree:
             before = trees.place(state.mask, structure.owners(target))
-            kept = _refreshed(pruning, only(target), structure.owners(target), before, new_score, new_grow, seen, carry)
+            kept = _refreshed(pruning, only(target), structure.owners(target), before, new_score, new_grow, here, carry)
             return _stored(structure, kept)
 
         mask = refreshing.refreshed(pruning.cycle, context, refresh, state.mask)

@@ -124,18 +124,18 @@ def fake_quantize(
 
         return {path: plan(path, leaf) for path, leaf in trees.governed(tree)}
 
-    def init_fn(params: Tree) -> QuantizeState:
+    def init_fn(params: Tree) -> leaf_grid.State:
         leaves, by_path = dict(trees.governed(params)), plans(params)
         for path, plan in by_path.items():
             leaf_grid.check(plan, path, leaves[path])
         return leaf_grid.gathered({path: leaf_grid.begin(plan, leaves[path]) for path, plan in by_path.items()})
 
-    def apply_fn(target: Tree, state: QuantizeState, context: Context) -> tuple[Tree, QuantizeState]:
+    def apply_fn(target: Tree, state: leaf_grid.State, context: Context) -> tuple[Tree, leaf_grid.State]:
         by_path = plans(target)
         if not by_path:
             return target, state
 
-        def refresh(target: Tree, landed: Tree) -> QuantizeState:
+        def refresh(target: Tree, landed: Tree) -> leaf_grid.State:
             values, given, shown = (dict(trees.governed(tree)) for tree in (target, landed, context.params))
             measured = {
                 path: leaf_grid.measure(plan, values[path], given[path], leaf_grid.at(state, path), shown[path].dtype)
@@ -149,7 +149,7 @@ def fake_quantize(
         new = refreshing.refreshed(cycle, context, refresh, state)
         return frozen_fn(target, new, context), new
 
-    def frozen_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
+    def frozen_fn(target: Tree, state: leaf_grid.State, context: Context) -> Tree:
         by_path = plans(target)
         index = {path: i for i, path in enumerate(by_path)}
         since = (context.count - start).astype(jnp.float32)
@@ -160,7 +160,7 @@ def fake_quantize(
 
         return trees.map_with_path(level, target)
 
-    def surely_zero(target: Tree, state: QuantizeState) -> Tree:
+    def surely_zero(target: Tree, state: leaf_grid.State) -> Tree:
         by_path = plans(target)
         zero = lambda path, x: leaf_grid.surely_zero(by_path[path], x, leaf_grid.at(state, path))  # noqa: E731
         return trees.map_with_path(zero, target)
