@@ -52,7 +52,8 @@ def skip_spikes(
       threshold: C >= 0, in the unit of the global 2-norm: a number (may be traced), a schedule count -> C, or a rule of
         `clipjax.thresholds`; infinity skips only norms that are not finite. A rule is updated with the norms of skipped
         updates too. `mean_sigma`, `percentile` and `quantile_track` therefore follow a lasting rise of the norm.
-        `zscore` and `ema_ratio` average min(n, C), so they adapt slowly and may skip everything after such a rise.
+        `ema_ratio` and `zscore` average min(n, C): after such a rise the first may skip hundreds of updates, the second
+        all.
       axis_name: inside `jax.shard_map`, the mesh axes that gradients are split over, across which the norm is added up,
         as in `clip_norm`. Without it every device would decide by the norm of its own shard.
 
