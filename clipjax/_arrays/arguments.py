@@ -1,4 +1,4 @@
-"""Checks of what a caller passes: what is static is checked early, what is traced never raises."""
+"""Checks of arguments: known values are checked early, traced values never raise."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def known(value: object) -> bool:
 
 
 def checkable(value: object) -> bool:
-    """True for what has to be a number now, None included, which is none."""
+    """True for a value that must be a number now; None counts, so that it is refused as one."""
     return not callable(value) and not traced(value)
 
 
 def is_tree(value: object) -> bool:
     """True for a container with a value for each leaf, such as a dict or an Equinox model.
 
-    A callable is a schedule; only where it holds other containers, as a model does its layers, it is a tree.
+    A callable is a schedule, unless it is a container of containers, as a model is of its layers.
     """
     if value is None or isinstance(value, jax.tree_util.Partial):
         return False
@@ -51,7 +51,7 @@ def is_schedule(value: object) -> bool:
 
 
 def require(ok: object, name: str, rule: str, value: object, remedy: str) -> None:
-    """Raise the one kind of message this library has: argument, rule, value, remedy."""
+    """Raise the ValueError of this library unless `ok`: it names argument, rule, value and remedy."""
     if not ok:
         shown = value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
         raise ValueError(f"`{name}` must {rule}, got {shown!r}. {remedy}")
@@ -73,7 +73,7 @@ def finite(value: object) -> bool:
 
 
 def numeric(value: object, name: str, remedy: str) -> np.ndarray:
-    """A known value as f64; strings and other things that are no numbers are refused by name."""
+    """A known value as f64; anything that is no number raises."""
     try:
         number = None if value is None or isinstance(value, str) else np.asarray(value, np.float64)
     except (TypeError, ValueError):
@@ -167,13 +167,13 @@ def is_number(value: object) -> bool:
 def per_leaf(fn: Callable[[str, Any], Any]) -> PerLeaf:
     """Give every leaf its own value of an argument.
 
-    A bare callable is always a schedule, so a function of the leaf is marked by this name. It works wherever
-    a static value may differ by leaf: the bound of `clamp_weights`, the sparsity of `prune_mask` and the
-    bits and axis of `fake_quantize`.
+    Wherever an argument takes a function, a bare callable means a schedule, a function of the count. A function of the
+    leaf is marked by `per_leaf`. It can be given as the bound of `clamp_weights`, the sparsity of `prune_mask`, the
+    bits, axis and group of `fake_quantize` and `choose_bits`, and the `axis_name` of `clip_norm`.
 
     Args:
-      fn: `fn(path, leaf) -> value` of the path, shape and dtype; `path` is like `"encoder/lin/kernel"`. It is called
-        at init, and again whenever an update is traced, where a leaf has no values.
+      fn: `fn(path, leaf) -> value`, a function of path, shape and dtype; a path reads `"encoder/lin/kernel"`. It is
+        called at init, and again whenever an update is traced; leaves have no values then.
 
     Returns:
       The argument to pass.

@@ -35,14 +35,17 @@ def clamp_weights(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Hold weights within a bound: :math:`w \leftarrow T\,\mathrm{sign}(w)` if :math:`|w| > T` (D3).
 
+    Chain it behind the optimizer: |w| <= T then holds exactly after `optax.apply_updates`.
+
     Args:
-      bound: T >= 0, a pair (lo, hi), a schedule count -> either, or `per_leaf`. Numbers may be traced. Read as f32; in
-        narrower dtypes rounded into the interval. An interval without 0 may be missed at its end nearer to 0, by half a
-        unit in the last place of the weight before.
-      when: "after" the update, |w| <= T holds exactly after `optax.apply_updates`; "before" it, D3's order, the update
-        is added to the clamped weight and may leave the interval again.
-      select: which entries may be clamped, redrawn at every update; all by default.
-      where: `where(path, leaf) -> bool`; every float leaf by default.
+      bound: T >= 0 for the interval [-T, T], a pair (lo, hi), a schedule count -> either, or `per_leaf`. Numbers may be
+        traced. The ends are read as f32, and rounded into the interval if the dtype of a leaf cannot hold them. In an
+        interval without 0, a weight may end outside of the end nearer to 0, by half a unit in the last place of the
+        weight before.
+      when: "after" clamps params + updates. "before", D3's order, clamps the params and then adds the updates, so that
+        a weight may leave the interval again by one update.
+      select: which entries may be clamped, drawn anew at every update; all by default.
+      where: `where(path, leaf) -> bool` picks the leaves; every float leaf by default.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; its updates are f32 where parameters are narrower.
