@@ -72,10 +72,14 @@ def test_norms_leave_out_what_is_not_finite(bad):
 
 
 def test_a_function_or_a_projection_is_accepted():
-    held = projections.as_projection(lambda x: 2 * x)
-    np.testing.assert_array_equal(apply(held, jnp.asarray(W)), 2 * W)
-    own = projections.identity()
-    assert projections.as_projection(own) is own
+    """Both do the same; the error says to call the factory."""
+    double = lambda tree: jax.tree.map(lambda x: 2 * x, tree)
+    for given in (double, projections.stateless(double)):
+        tx, params = clipjax.project(given), {"kernel": jnp.asarray(W)}
+        updates, _ = tx.update({"kernel": jnp.zeros_like(W)}, tx.init(params), params)
+        np.testing.assert_array_equal(params["kernel"] + updates["kernel"], 2 * W)
+    with pytest.raises(TypeError, match="Call the factory"):
+        clipjax.project("identity")
 
 
 def test_in_a_train_step_after_the_optimizer():

@@ -80,7 +80,7 @@ MUTANTS = (
         "_weights/moments.py", "jnp.where(gone, jnp.zeros_like(moment), moment)", "moment", "pruning_cycles", "moments"
     ),
     Mutant("_weights/pruning.py", "structure.holds or where", "where", "groups", "reference"),
-    Mutant("_weights/leaf_grid.py", "jnp.maximum(grid.max_level, largest))", "largest)", "contract_chain", "reach"),
+    Mutant("_weights/leaf_grid.py", "jnp.maximum(grid.max_level, largest))", "largest)", "contract_chain", "max_level"),
     Mutant(
         "_weights/leaf_grid.py", "(landed != 0) & jnp.isfinite(x)", "jnp.isfinite(x)", "contract_chain", "step_ignores"
     ),

@@ -113,7 +113,7 @@ def test_both_forms_give_the_same_weights(bits, axis):
     step = clipjax.choose_step(floats["kernel"], bits, axis=axis) / 2  # short: no level beyond the weights
     loss = lambda p: jnp.mean(jnp.square(x @ p["kernel"] - y))
     forward = lambda p: loss({"kernel": clipjax.fake_quant(p["kernel"], step, bits)})
-    rule = clipjax.steps.Step(lambda x, bits, axes: step, follows=False)
+    rule = clipjax.steps.fixed(step)
     tx, plain = clipjax.fake_quantize(bits, step=rule, axis=axis, inner=optax.adam(0.02)), optax.adam(0.02)
 
     @jax.jit
