@@ -13,15 +13,14 @@ from clipjax._maths.straight_through import fake_quant
 from clipjax._programs.shrinking import Shrunk, shrink
 from clipjax._reports.reporting import report
 from clipjax._reports.summarizing import Summary, summarize
+from clipjax._weights.choosing import choose_bits, choose_step
 from clipjax._weights.clamping import clamp_weights
 from clipjax._weights.masks import make_mask
 from clipjax._weights.projecting import project
 from clipjax._weights.pruning import prune_mask
 from clipjax._weights.quantizing import fake_quantize, quantized
 from clipjax.scores import snip, synflow
-from clipjax.steps import choose_step
 from clipjax.typing import Context, Projection, Rounding, Rule, Score, Selection, Step, Structure, Width
-from clipjax.widths import choose_bits
 
 __version__ = "0.1.0"
 

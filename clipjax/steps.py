@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._maths import fitting, grids, levels, step_groups
-from clipjax.typing import Axis, Number, Step, StepSize
+from clipjax._maths import fitting, grids, levels
+from clipjax.typing import Number, Step
 
 __all__ = [
     "Step",
     "absmax",
-    "choose_step",
     "fixed",
     "interval",
     "minmax",
@@ -261,43 +260,3 @@ def power_of_two(step: Step | None = None) -> Step:
     free = rule.levels in (None, levels.as_given, levels.power_of_two)
     arguments.require(free, "step", "leave the ends of the grid free", step, "Use mse(), absmax() or percentile().")
     return rule._replace(levels=levels.power_of_two)
-
-
-def choose_step(
-    x: jax.Array,
-    bits: int,
-    *,
-    step: StepSize | None = None,
-    axis: Axis = None,
-    group: int | None = None,
-) -> jax.Array:
-    """The step that `fake_quantize` would take for this array, before any run.
-
-    Args:
-      x: float array; zeros and non-finite entries are ignored.
-      bits: 1 to 16.
-      step: a rule of `clipjax.steps`, `mse()` by default, or a number.
-      axis: the axis or axes that keep a step of their own; None for one step in all.
-      group: the size of groups along axis -2, see `fake_quantize`.
-
-    Returns:
-      f32, a scalar for `axis=None`, else with size 1 in every other axis, so that it broadcasts to `x`; with groups
-      block by block.
-
-    Raises:
-      ValueError: for bits outside 1 to 16 or an axis that does not exist.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> choose_step(jnp.array([[0.5, 3.0], [-0.25, 0.0]]), 2, step=absmax(), axis=-1).tolist()
-      [[0.5, 3.0]]
-
-    References:
-      D4, section 2.2, steps 1 and 2.
-    """
-    arguments.bits(bits)
-    x = jnp.asarray(x).astype(jnp.float32)
-    finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    groups = step_groups.resolve(axis, group, "x", x)
-    found = levels.of(levels.resolve(step, mse()), step_groups.view(finite, groups), bits, groups.axes)
-    return step_groups.per_block(found.step, groups)

@@ -30,9 +30,12 @@ LEVELS = (
     {"": FAMILIES},
     {
         "_gradients": "threshold_state error_feedback norm_clipping clipping skipping with_gradient",
-        "_weights": "refreshing constraints latents moments projecting clamping sparsities masks pruning bit_widths leaf_grid quantizing",
+        "_weights": "refreshing constraints latents moments projecting clamping sparsities masks pruning bit_widths"
+        " leaf_grid quantizing choosing",
     },
-    {"_files": "ans densities symbol_codes step_search alphabets leaf_codec container leaf_entries layouts saving"},
+    {
+        "_files": "ans densities symbol_codes step_search alphabets leaf_codec container leaf_entries layouts saving",
+    },
     {"_reports": "distributions reporting summarizing"},
     {"": "__init__ __main__"},
 )

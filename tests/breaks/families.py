@@ -42,7 +42,7 @@ MUTANTS = (
     Mutant("thresholds.py", "jnp.minimum(average, clipped)", "clipped", "thresholds", "ema_ratio"),
     Mutant("thresholds.py", "rest - lr *", "rest + lr *", "thresholds", "quantile_track"),
     Mutant("thresholds.py", "past.mean() + k * past.std()", "past.mean() + k * past.var()", "thresholds", "mean_sigma"),
-    Mutant("widths.py", "cost, 0), dtype=jnp.int32)", "cost, 0))", "widths", "x64"),
+    Mutant("widths.py", "cost, 0), dtype=jnp.int32)", "cost, 0))", "choosing", "x64"),
     Mutant(
         "projections.py",
         "(norm * largest > bound) & jnp.isfinite(x)",
