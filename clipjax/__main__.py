@@ -79,7 +79,7 @@ def expand(source: str, target: str, max_bytes: int | None = None) -> None:
             writer.write(out, {})
 
 
-def _checkpointer() -> Any:
+def _checkpointer() -> Any:  # Orbax is an extra, so that no type of it can be named here
     try:
         import orbax.checkpoint
     except ImportError as error:

@@ -6,16 +6,16 @@ returns the very bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from clipjax._files import ans, step_search
+from clipjax._files import step_search, symbol_counts
 
 LIMIT = 1 << 16  # the largest alphabet, the escape included
-_SAMPLE = 1 << 16
-_WORTH = 1 / 16  # the share of a large array that repeated values must cover
+_SAMPLE = 1 << 16  # entries of a large array that are looked at before all are
+_REPEATED = 1 / 16  # the part of the sample that repeated values must cover
 
 
 class Alphabet(NamedTuple):
@@ -27,7 +27,7 @@ class Alphabet(NamedTuple):
       escapes: what the last symbol stands for, in memory order; no such symbol where it is empty.
     """
 
-    grid: step_search.Grid | None
+    grid: step_search.StepGrid | None
     book: np.ndarray
     escapes: np.ndarray
 
@@ -71,22 +71,21 @@ def find(x: np.ndarray) -> tuple[np.ndarray, Alphabet] | None:
 
 
 @np.errstate(all="ignore")
-def read(symbols: np.ndarray, alphabet: Alphabet, dtype: Any) -> np.ndarray:
+def read(symbols: np.ndarray, alphabet: Alphabet, dtype: np.dtype) -> np.ndarray:
     """The values [rows, columns] of the symbols, bit for bit; pairs of patterns for complex128."""
     grid, book, escapes = alphabet
-    kind = np.dtype(dtype)
     low = grid.levels if grid else 0
     if grid and grid.step.size > 1:
-        out = step_search.values(symbols, grid.low, grid.step, kind)
+        out = step_search.values(symbols, grid.low, grid.step, dtype)
         flat = patterns(out)
     else:
         levels = np.arange(low)[:, None].astype(np.uint16)
-        known = patterns(step_search.values(levels, grid.low, grid.step, kind)) if grid else book[:0]
+        known = patterns(step_search.values(levels, grid.low, grid.step, dtype)) if grid else book[:0]
         known = np.concatenate([known, book, np.zeros(1, book.dtype)])
         flat = np.empty(symbols.size, book.dtype)
-        for part, symbol in zip(ans.chunks(flat), ans.chunks(symbols), strict=True):
+        for part, symbol in zip(symbol_counts.chunks(flat), symbol_counts.chunks(symbols), strict=True):
             known.take(symbol, out=part, mode="clip")
-        out = flat.view(kind).reshape(symbols.shape if kind.itemsize <= 8 else -1)
+        out = flat.view(dtype).reshape(symbols.shape if dtype.itemsize <= 8 else -1)
     if low and book.size:
         at = np.flatnonzero((symbols.reshape(-1) >= low) & (symbols.reshape(-1) < low + book.size))
         flat[at] = book[symbols.reshape(-1)[at] - low]
@@ -100,20 +99,20 @@ def _estimate(found: tuple[np.ndarray, Alphabet]) -> float:
     symbols, alphabet = found
     step = alphabet.grid.step.nbytes if alphabet.grid else 0
     table = step + alphabet.book.nbytes + alphabet.escapes.nbytes + alphabet.size
-    return table + ans.information(ans.histogram(symbols, alphabet.size))
+    return table + symbol_counts.information(symbol_counts.histogram(symbols, alphabet.size))
 
 
 def _repeated(bits: np.ndarray) -> np.ndarray:
     """The patterns that occur more than once, sorted: all of them in narrow or small arrays, those of a sample else."""
     if bits.dtype.itemsize <= 2:
-        counts = ans.histogram(bits, 1 << (8 * bits.dtype.itemsize))
+        counts = symbol_counts.histogram(bits, 1 << (8 * bits.dtype.itemsize))
         values = np.flatnonzero(counts > 1)[: LIMIT - 1].astype(bits.dtype)
         counts = counts[counts > 1]
     else:
         values, counts = np.unique(_sample(bits), return_counts=True)
         values, counts = values[counts > 1], counts[counts > 1]
-    seen = bits.size if bits.dtype.itemsize <= 2 else min(bits.size, _SAMPLE)
-    return values if bits.size <= _SAMPLE or counts.sum() > _WORTH * seen else values[:0]
+    counted = bits.size if bits.dtype.itemsize <= 2 else min(bits.size, _SAMPLE)
+    return values if bits.size <= _SAMPLE or counts.sum() > _REPEATED * counted else values[:0]
 
 
 def _sample(bits: np.ndarray) -> np.ndarray:
@@ -126,6 +125,8 @@ def _sample(bits: np.ndarray) -> np.ndarray:
 
 def _in_book(bits: np.ndarray, book: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, Alphabet]:
     """The patterns as symbols of a book, to which what else repeats is added."""
+    # Invariant: the book holds every pattern that repeated in some sample so far. Each turn samples what the book left
+    # over, which gets smaller, and ends when nothing in it repeats or the alphabet is full.
     while True:
         symbols, missed = _look_up(bits, book)
         left = bits[missed]
@@ -140,20 +141,22 @@ def _look_up(bits: np.ndarray, book: np.ndarray) -> tuple[np.ndarray, np.ndarray
     place = _placer(book)
     symbols = np.empty(bits.size, np.uint8 if book.size < 256 else np.uint16)
     missed = []
-    for begin in range(0, bits.size, ans.CHUNK):
-        part = bits[begin : begin + ans.CHUNK]
+    for begin in range(0, bits.size, symbol_counts.CHUNK):
+        part = bits[begin : begin + symbol_counts.CHUNK]
         at = place(part)
         wrong = np.flatnonzero(book.take(at) != part)
         searched = np.minimum(np.searchsorted(book, part[wrong]), book.size - 1)
         there = book[searched] == part[wrong]
         at[wrong] = np.where(there, searched, book.size)
-        symbols[begin : begin + ans.CHUNK] = at
+        symbols[begin : begin + symbol_counts.CHUNK] = at
         missed.append(wrong[~there] + begin)
     return symbols, np.concatenate(missed)
 
 
-def _placer(book: np.ndarray) -> Any:
+def _placer(book: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """A function that guesses the places of patterns in the book, by a hash in which patterns seldom collide."""
+    # Multiplying by an odd constant spreads the bits upwards; the highest ones are the slot. Patterns of 16 bits have
+    # slots of their own. A wrong guess costs a search, never a wrong symbol: the caller compares.
     width = 8 * book.dtype.itemsize
     slots = width if width <= 16 else 16 if book.size <= 1 << 8 else 20
     factor, shift = (1, 0) if width <= 16 else (0x9E3779B97F4A7C15 >> (64 - width) | 1, width - slots)
@@ -168,22 +171,23 @@ def _on_grids(x: np.ndarray, repeated: np.ndarray, shape: tuple[int, int]) -> It
     if x.dtype not in step_search.DTYPES:
         return
     lines = np.ascontiguousarray(x).reshape(shape)
-    seen = np.abs(repeated.view(x.dtype).astype(np.float64))
-    for step in step_search.steps(lines, seen[np.isfinite(seen) & (seen > 0)]):
+    sizes = np.abs(repeated.view(x.dtype).astype(np.float64))
+    for step in step_search.steps(lines, sizes[np.isfinite(sizes) & (sizes > 0)]):
         codes = step_search.codes(lines, step)
-        counts = np.roll(ans.histogram(codes.view(np.uint16), 1 << 16), 1 << 15)  # the first is OFF's
+        counts = np.roll(symbol_counts.histogram(codes.view(np.uint16), 1 << 16), 1 << 15)  # the first is OFF's
         on = np.flatnonzero(counts[1:]) + 1 + step_search.OFF
         if on.size and counts[0] <= codes.size / 2:
-            yield _coded(lines, codes, step_search.Grid(step, int(on[0]), int(on[-1] - on[0]) + 1))
+            yield _coded(lines, codes, step_search.StepGrid(step, int(on[0]), int(on[-1] - on[0]) + 1))
 
 
-def _coded(lines: np.ndarray, codes: np.ndarray, grid: step_search.Grid) -> tuple[np.ndarray, Alphabet]:
+def _coded(lines: np.ndarray, codes: np.ndarray, grid: step_search.StepGrid) -> tuple[np.ndarray, Alphabet]:
+    """Codes as symbols; what is off the grid as symbols of a book, or as escapes."""
     off = np.flatnonzero(codes.reshape(-1) == step_search.OFF)
     left = patterns(lines)[off]
     values, counts = np.unique(left, return_counts=True)
     book = values[counts > 1][: LIMIT - 1 - grid.levels]
     symbols = np.empty(codes.shape, np.uint8 if grid.levels + book.size < 256 else np.uint16)
-    for part, code in zip(ans.chunks(symbols), ans.chunks(codes), strict=True):
+    for part, code in zip(symbol_counts.chunks(symbols), symbol_counts.chunks(codes), strict=True):
         part[:] = code.astype(np.int32) - grid.low
     if not off.size:
         return symbols, Alphabet(grid, book, left)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -19,9 +20,11 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from clipjax._files.byte_stream import Buffer
+
 _LARGEST_HEADER = 100_000_000  # what safetensors allows
 _SPOOL = 1 << 20  # entries beyond this many bytes wait on disk until the header is known
-_NO_CHECKSUM = "00000000"
+_NO_CHECKSUM = "00000000"  # stands in the header while its checksum is computed
 NAMES = {
     **{np.dtype(f"{kind}{size}"): f"{kind.upper()}{8 * size}" for kind in "iu" for size in (1, 2, 4, 8)},
     **{np.dtype(f"f{size}"): f"F{8 * size}" for size in (2, 4, 8)},
@@ -31,10 +34,7 @@ NAMES = {
     np.dtype(ml_dtypes.float8_e5m2): "F8_E5M2",
     np.dtype(np.complex64): "C64",
 }
-
-
 """The dtypes that safetensors has a name for."""
-
 
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
@@ -70,7 +70,7 @@ class Writer:
         """Drop what waits."""
         self._spool.close()
 
-    def add(self, name: str, dtype: str, shape: tuple[int, ...], data: Any) -> None:
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], data: Buffer) -> None:
         """Append an entry."""
         begin = self._spool.tell()
         self._spool.write(data)
@@ -96,7 +96,7 @@ def _checksum_field(checksum: str) -> bytes:
 
 
 @contextlib.contextmanager
-def replacing(path: Any) -> Iterator[IO[bytes]]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` when all of it is on disk; until then, whatever happens, the old one stays.
 
     Written beside it, flushed to the disk, renamed, and the folder flushed too.
@@ -108,7 +108,7 @@ def replacing(path: Any) -> Iterator[IO[bytes]]:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename: else a power cut may leave the new name without its bytes
         os.chmod(temporary, _mode(path))
         os.replace(temporary, path)
     except BaseException:
@@ -123,7 +123,7 @@ def _mode(path: str) -> int:
     try:
         return os.stat(path).st_mode & 0o777
     except FileNotFoundError:
-        mask = os.umask(0)
+        mask = os.umask(0)  # the mask can only be read by setting it
         os.umask(mask)
         return 0o666 & ~mask
 
@@ -161,6 +161,7 @@ class Reader:
         parsed = _parse(self._header)
         self.metadata = _metadata(parsed.pop("__metadata__", {}))
         self.entries = sorted((_entry(name, spec) for name, spec in parsed.items()), key=lambda e: (e.begin, e.end))
+        # Entries follow each other without gaps or overlaps: each byte of the file is covered by one checksum.
         at = 0
         for entry in self.entries:
             if entry.begin != at:
@@ -210,7 +211,7 @@ def _entry(name: str, spec: Any) -> Entry:
     try:
         dtype, shape, (begin, end) = (spec[key] for key in ("dtype", "shape", "data_offsets"))
         entry = Entry(name, dtype, checked_shape(shape), *checked_shape((begin, end)))
-        size = count(entry.shape) * entry.kind.itemsize
+        size = math.prod(entry.shape) * entry.kind.itemsize
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The header's entry {name!r} must have dtype, shape and data_offsets: {error!r}") from None
     if entry.begin + size != entry.end:
@@ -225,11 +226,3 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
         raise ValueError(f"A shape must hold whole numbers below 2^48, got {str(shape)[:80]}.")
     return tuple(shape)
-
-
-def count(shape: tuple[int, ...]) -> int:
-    """How many entries an array of this shape has, in whole numbers without bound."""
-    size = 1
-    for n in shape:
-        size *= n
-    return size

@@ -3,7 +3,8 @@
 A name is the leaf's path, `"encoder/lin/kernel"`, as everywhere in clipjax; "~" and "/" inside a key are written "~0"
 and "~1". Where the tree is nothing but nested dicts of strings the names say it all. Else a layout is recorded: a
 number for a leaf, null for None, `{"list": [...]}`, `{"tuple": [...]}`, `{"dict": [[key, ...], ...]}`. What JSON does
-not know (FrozenDict, NNX states, modules) is recorded as a dict; `like` gives it back as it was.
+not know (FrozenDict, NNX states, modules) is recorded as a dict; `like` gives it back as it was. A `Quantized` is one
+leaf.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any
 import jax
 
 from clipjax._arrays import trees
+from clipjax._maths.integers import Quantized
 from clipjax.typing import Tree
 
-_DEPTH = 256
+_DEPTH = 256  # how deep trees may nest
 _RESERVED = "~2"  # stands for the one name that safetensors keeps for itself
 
 
@@ -71,7 +73,9 @@ def unflatten(names: list[str], leaves: list[Any], layout: str | None) -> Tree:
 
 
 def _children(node: Any) -> list[tuple[Any, Any]] | None:
-    """Keys and children of one node; None for a leaf."""
+    """Keys and children of one node; None for a leaf, which a `Quantized` is too."""
+    if isinstance(node, Quantized):
+        return None
     keyed, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     return None if len(keyed) == 1 and not keyed[0][0] else [(path[0], child) for path, child in keyed]
 

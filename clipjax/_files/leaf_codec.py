@@ -1,7 +1,8 @@
 """One array as the bytes that stand for it in the file, and back: raw, or an alphabet and coded symbols.
 
-A coded payload is: CRC-32 of the raw bytes; a byte that says which of grid, book and escapes follow; their heads; the
-code; the escapes. Numbers are little-endian, counts LEB128, arrays row-major.
+Everything follows from the values alone; `quantized_leaves` is for an array that comes with its codes and steps. A
+payload is: CRC-32 of the raw bytes; a byte that says which of grid, book and escapes follow; their heads; the code; the
+escapes. Numbers are little-endian, counts LEB128, arrays row-major.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax._files import alphabets, ans, step_search, symbol_codes
+from clipjax._files import alphabets, byte_stream, step_search, symbol_codes, symbol_counts
 
 _GRID, _BOOK, _ESCAPES = 1, 2, 4
 DTYPES = {
@@ -26,8 +27,6 @@ DTYPES = {
         jnp.float8_e8m0fnu,
     )
 }
-
-
 """Every dtype that a file can hold, by name."""
 
 
@@ -43,8 +42,8 @@ class Payload(NamedTuple):
     packed: int
 
 
-class Grid(NamedTuple):
-    """Codes and steps of an array whose values are k * s: k i16[shape], s f32[blocks, columns]."""
+class CodesAndSteps(NamedTuple):
+    """Codes and steps that were found behind an array whose values are k * s: k i16[shape], s f32[blocks, columns]."""
 
     codes: np.ndarray
     step: np.ndarray
@@ -56,7 +55,7 @@ def pack(x: np.ndarray) -> Payload:
     if found is None:
         return Payload(None, x.nbytes)
     symbols, alphabet = found
-    code, packed = symbol_codes.plan(symbols, alphabet.size, alphabet.zero)
+    code, packed = symbol_codes.encoding(symbols, alphabet.size, alphabet.zero)
     head, escapes = _head(alphabet), alphabet.escapes.nbytes
     packed = min(4 + len(head) + packed + escapes, x.nbytes)
     if 4 + len(head) + code.size + escapes >= x.nbytes:
@@ -68,24 +67,30 @@ def pack(x: np.ndarray) -> Payload:
     return Payload(data if len(data) < x.nbytes else None, packed)
 
 
-def unpack(data: bytes, dtype: np.dtype, shape: tuple[int, ...], dequantize: bool = True) -> np.ndarray | Grid:
-    """The array of a coded payload; with `dequantize=False` its codes and steps, where it is k * s and -0.
+def unpack(data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """The array of a coded payload.
 
     Raises:
       ValueError: for a payload that `pack` does not write, or whose array has another checksum.
     """
-    checksum, symbols, alphabet = _symbols(data, dtype, shape)
-    out = alphabets.read(symbols, alphabet, dtype).reshape(shape)
-    bits = alphabets.patterns(out)
-    if zlib.crc32(bits.data) != checksum or (dtype == np.bool_ and bits.max(initial=0) > 1):
-        raise ValueError("The decoded array has another checksum than the one that was stored.")
-    found, book, escapes = alphabet
-    if dequantize or found is None or escapes.size or (book << book.dtype.type(1)).any():
+    return _read(data, dtype, shape)[0]
+
+
+def unpack_codes(data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray | CodesAndSteps:
+    """The codes and steps of a coded payload where every value is k * s or -0, else its array.
+
+    Raises:
+      ValueError: as `unpack`.
+    """
+    out, symbols, (found, book, escapes) = _read(data, dtype, shape)
+    # -0 is no code, but the value of code 0; its pattern without the sign bit is 0. Any other pattern of the book is a
+    # value off the grid.
+    if found is None or escapes.size or (book << book.dtype.type(1)).any():
         return out
     codes = np.empty(shape, np.int16)
-    for code, part in zip(ans.chunks(codes), ans.chunks(symbols), strict=True):
+    for code, part in zip(symbol_counts.chunks(codes), symbol_counts.chunks(symbols), strict=True):
         code[:] = np.where(part < found.levels, part.astype(np.int32) + found.low, 0)
-    return Grid(codes, found.step)
+    return CodesAndSteps(codes, found.step)
 
 
 def entropy(x: np.ndarray) -> int:
@@ -95,30 +100,43 @@ def entropy(x: np.ndarray) -> int:
     """
     _, counts = np.unique(alphabets.patterns(x), return_counts=True)
     symbols = np.append(counts[counts > 1], np.sum(counts == 1))
-    return min(x.nbytes, math.ceil(ans.information(symbols)) + counts.size * min(x.dtype.itemsize, 8))
+    return min(x.nbytes, math.ceil(symbol_counts.information(symbols)) + counts.size * min(x.dtype.itemsize, 8))
 
 
-def describe(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> str:
+def describe(data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...]) -> str:
     """How a payload stands for its array, in words."""
-    cursor = ans.Cursor(data)
+    cursor = byte_stream.Cursor(data)
     head = _read_head(cursor, dtype, shape)
     parts = [f"{head.grid.step.size} step{'s' * (head.grid.step.size > 1)}"] if head.grid else []
     parts += [f"{head.book.size} values"] * bool(head.book.size) + [f"{head.escaped} others"] * bool(head.escaped)
     return f"{' + '.join(parts)}, {symbol_codes.NAMES[cursor.take(1)[0]] if head.size > 1 else 'constant'}"
 
 
+def _read(
+    data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, alphabets.Alphabet]:
+    """The array of a payload, checked, with its symbols and their alphabet."""
+    checksum, symbols, alphabet = _symbols(data, dtype, shape)
+    out = alphabets.read(symbols, alphabet, dtype).reshape(shape)
+    bits = alphabets.patterns(out)
+    if zlib.crc32(bits.data) != checksum or (dtype == np.bool_ and bits.max(initial=0) > 1):
+        raise ValueError("The decoded array has another checksum than the one that was stored.")
+    return out, symbols, alphabet
+
+
 def _head(alphabet: alphabets.Alphabet) -> bytes:
+    """What stands between the checksum and the code."""
     found, book, escapes = alphabet
     flags = _GRID * (found is not None) | _BOOK * bool(book.size) | _ESCAPES * bool(escapes.size)
     parts = [bytes([flags])]
     if found:
-        zigzag = 2 * found.low if found.low >= 0 else -2 * found.low - 1
-        parts += [ans.whole(n) for n in (zigzag, found.levels, *found.step.shape)]
+        parts.append(byte_stream.signed(found.low))
+        parts += [byte_stream.whole(n) for n in (found.levels, *found.step.shape)]
         parts.append(found.step.astype("<f4").tobytes())
     if book.size:
-        parts += [ans.whole(book.size), book.astype(book.dtype.newbyteorder("<")).tobytes()]
+        parts += [byte_stream.whole(book.size), book.astype(book.dtype.newbyteorder("<")).tobytes()]
     if escapes.size:
-        parts.append(ans.whole(escapes.size))
+        parts.append(byte_stream.whole(escapes.size))
     return b"".join(parts)
 
 
@@ -126,7 +144,7 @@ class _Head(NamedTuple):
     """What stands before the code."""
 
     checksum: int
-    grid: step_search.Grid | None
+    grid: step_search.StepGrid | None
     book: np.ndarray
     escaped: int
     lines: tuple[int, int]
@@ -137,7 +155,7 @@ class _Head(NamedTuple):
         return (self.grid.levels if self.grid else 0) + self.book.size + bool(self.escaped)
 
 
-def _read_head(cursor: ans.Cursor, dtype: np.dtype, shape: tuple[int, ...]) -> _Head:
+def _read_head(cursor: byte_stream.Cursor, dtype: np.dtype, shape: tuple[int, ...]) -> _Head:
     checksum = int.from_bytes(cursor.take(4), "little")
     kind = np.dtype(f"u{min(dtype.itemsize, 8)}")
     lines = alphabets.matrix(shape, math.prod(shape) * dtype.itemsize // kind.itemsize)
@@ -151,9 +169,11 @@ def _read_head(cursor: ans.Cursor, dtype: np.dtype, shape: tuple[int, ...]) -> _
     return head
 
 
-def _symbols(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> tuple[int, np.ndarray, alphabets.Alphabet]:
+def _symbols(
+    data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...]
+) -> tuple[int, np.ndarray, alphabets.Alphabet]:
     """Checksum, symbols and alphabet of a payload."""
-    cursor = ans.Cursor(data)
+    cursor = byte_stream.Cursor(data)
     head = _read_head(cursor, dtype, shape)
     symbols = symbol_codes.decode(cursor, head.lines, head.size)
     escapes = cursor.array(head.escaped, head.book.dtype).astype(head.book.dtype)
@@ -162,12 +182,12 @@ def _symbols(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> tuple[int,
     return head.checksum, symbols, alphabets.Alphabet(head.grid, head.book, escapes)
 
 
-def _read_grid(cursor: ans.Cursor, lines: tuple[int, int]) -> step_search.Grid:
-    zigzag, size, blocks, columns = (cursor.whole(most) for most in (1 << 16, alphabets.LIMIT, *lines))
+def _read_grid(cursor: byte_stream.Cursor, lines: tuple[int, int]) -> step_search.StepGrid:
+    low = cursor.signed(1 << 15)
+    size, blocks, columns = (cursor.whole(most) for most in (alphabets.LIMIT, *lines))
     if not blocks or lines[0] % blocks or columns not in (1, lines[1]):
         raise ValueError(f"A payload's {blocks} x {columns} steps do not fit {lines[0]} x {lines[1]} values.")
     step = cursor.array(blocks * columns, np.float32).astype(np.float32).reshape(blocks, columns)
-    low = zigzag // 2 if zigzag % 2 == 0 else -(zigzag + 1) // 2
     if low + size > 1 << 15 or not size:
         raise ValueError(f"A payload's codes must end below 2^15, got {size} from {low}.")
-    return step_search.Grid(step, low, size)
+    return step_search.StepGrid(step, low, size)

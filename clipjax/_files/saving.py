@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
-from typing import IO, Any
+from collections.abc import Callable
+from typing import IO, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +17,30 @@ from clipjax._files import container, layouts, leaf_codec, leaf_entries
 from clipjax._maths.integers import Quantized
 from clipjax.typing import Tree
 
+Device: TypeAlias = jax.sharding.Sharding | jax.Device | None
+"""Where one leaf goes; None for the default device."""
+
+Placement: TypeAlias = Device | Callable[[str, jax.ShapeDtypeStruct], Device] | Tree
+"""Where leaves go: one sharding or device, a function of path and shape, or a tree of them."""
+
 
 def save(path: str | os.PathLike[str], params: Tree) -> None:
     r"""Write a tree of arrays as a file that is as small as its values allow, without losing a bit.
 
-    Each leaf takes the smallest of: raw; a codebook of its repeated bit patterns; codes :math:`k` where every value is
-    :math:`k \cdot s`, with one step, one a column or one a group of rows. Symbols are packed, or entropy coded, zeros
-    by the density of their rows and columns where that is smaller. The file is a safetensors file: other tools list it.
-    It takes the place of an old one at once and only when it is on the disk.
+    Each leaf takes the smallest of three forms: raw; a codebook of the bit patterns that repeat; or codes :math:`k`
+    where every value is :math:`k \cdot s`, with one step, one for each column or one for each group of rows. Codes are
+    packed or entropy coded; where rows and columns differ in how many zeros they have, the code uses that. The file is
+    a safetensors file: other tools list it. It replaces an old file at once, and only when all of it is on the disk.
 
     Args:
       path: where to write.
-      params: any tree of arrays of any dtype of JAX, outside of jit. A tree with other leaves (functions in an Equinox
+      params: any tree of arrays of any dtype of JAX, outside of jit, and of `Quantized`: codes and steps of
+        `quantized(params, opt_state)` are written as they are. A tree with other leaves (functions in an Equinox
         module) is split first: `eqx.filter(model, eqx.is_array)`.
 
     Raises:
       TypeError: for a leaf that is no array, or a key that is no string or whole number.
+      ValueError: for a `Quantized` whose step or zero point does not broadcast to its codes.
       ImportError: where `constriction` is missing: `pip install 'clipjax[files]'`.
 
     Example:
@@ -55,7 +65,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     like: Tree = None,
-    sharding: Any = None,
+    sharding: Placement = None,
     dequantize: bool = True,
     max_bytes: int | None = None,
 ) -> Tree:
@@ -63,11 +73,15 @@ def load(
 
     Args:
       path: the file.
-      like: a tree of arrays or ShapeDtypeStructs with the same leaves, to return in the structure of: FrozenDict, NNX
-        state, Equinox module. Leaves of it that are no arrays are kept. Without it dicts, lists, tuples and None come
-        back as they were, and other containers as dicts.
-      sharding: where leaves go: one sharding or device, a tree of them, or a function of `(path, ShapeDtypeStruct)`.
-      dequantize: False returns a `Quantized` for every leaf that is codes * steps, for inference with integers.
+      like: a tree with the same leaves, arrays or ShapeDtypeStructs of the file's shapes and dtypes, whose structure
+        the result takes: FrozenDict, NNX state, Equinox module. Leaves of it that are no arrays are kept. Values of a
+        saved `Quantized` take the float dtype that stands here; a `Quantized` here stands for a leaf of floats. Without
+        `like` dicts, lists, tuples and None come back as they were, and other containers as dicts.
+      sharding: where leaves go: one sharding or device, a tree of them, or a function of `(path, ShapeDtypeStruct)`. Of
+        a `Quantized` it is for the codes.
+      dequantize: True returns arrays: of a saved `Quantized` the values, f32 without `like`. False is for inference
+        with integers: it returns every `Quantized` as it was saved; from a file of plain arrays, saved without any, it
+        returns a `Quantized` for each leaf that is codes * steps.
       max_bytes: how many bytes the leaves may take together; by default 2^26, or 1000 times the file where that is
         more, so that a small hostile file cannot ask for gigabytes.
 
@@ -75,8 +89,8 @@ def load(
       A tree of JAX arrays; NumPy arrays for dtypes that JAX's 64-bit switch leaves out.
 
     Raises:
-      ValueError: for a file that is damaged, cut, or not of this kind, one that needs more than `max_bytes`, and one
-        whose leaves are not those of `like`.
+      ValueError: for a file that is damaged, cut, or not of this kind, one that needs more than `max_bytes`, one whose
+        leaves are not those of `like`, and values of a `Quantized` whose format this version does not know.
 
     Example:
       >>> import tempfile, os, jax.numpy as jnp
@@ -84,6 +98,10 @@ def load(
       >>> save(path, {"kernel": jnp.array([[1.0, -0.5], [0.0, 1.5]])})
       >>> load(path)["kernel"].tolist()
       [[1.0, -0.5], [0.0, 1.5]]
+      >>> q = Quantized(jnp.array([2, -1], jnp.int8), jnp.float32(0.5), jnp.int32(0), bits=4, axis=None, group=None)
+      >>> save(path, {"kernel": q})
+      >>> load(path)["kernel"].tolist(), load(path, dequantize=False)["kernel"].codes.tolist()
+      ([1.0, -0.5], [2, -1])
     """
     with open(path, "rb") as file:
         return _read(file, like, sharding, dequantize, max_bytes)
@@ -109,7 +127,7 @@ def pack(params: Tree) -> bytes:
 
 
 def unpack(
-    data: bytes, *, like: Tree = None, sharding: Any = None, dequantize: bool = True, max_bytes: int | None = None
+    data: bytes, *, like: Tree = None, sharding: Placement = None, dequantize: bool = True, max_bytes: int | None = None
 ) -> Tree:
     """The tree behind the bytes that `pack` returns; arguments and errors are those of `load`.
 
@@ -136,12 +154,14 @@ def write(file: IO[bytes], params: Tree, folder: str | None = None) -> None:
     names, leaves, layout = layouts.flatten(params)
     with container.Writer(folder) as writer:
         notes = [leaf_entries.add(writer, name, _host(name, leaf)) for name, leaf in zip(names, leaves, strict=True)]
-        metadata = {"clipjax": leaf_entries.VERSION, "leaves": " ".join(notes)}
+        metadata = {"clipjax": leaf_entries.version(notes), "leaves": " ".join(notes)}
         writer.write(file, metadata if layout is None else {**metadata, "layout": layout})
 
 
-def _host(name: str, leaf: Any) -> np.ndarray:
-    """A leaf as a NumPy array of a dtype that a file can hold."""
+def _host(name: str, leaf: object) -> np.ndarray | Quantized:
+    """A leaf as a NumPy array of a dtype that a file can hold, or a `Quantized` as it is."""
+    if isinstance(leaf, Quantized):
+        return leaf
     known = isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
     if not known or jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.extended):
         raise TypeError(
@@ -154,65 +174,77 @@ def _host(name: str, leaf: Any) -> np.ndarray:
     return x.astype(x.dtype.newbyteorder("="), copy=False)
 
 
-def _read(file: IO[bytes], like: Tree, sharding: Any, dequantize: bool, max_bytes: int | None) -> Tree:
+def _read(file: IO[bytes], like: Tree, sharding: Placement, dequantize: bool, max_bytes: int | None) -> Tree:
     reader = container.Reader(file)
     found = {leaf.entry.name: leaf for leaf in leaf_entries.leaves(reader)}
     leaf_entries.check_size(list(found.values()), reader.size, max_bytes)
     place = _placer(sharding)
+    # Who saved integers has chosen which leaves are some: the others come back as they were. In a file of plain arrays
+    # every leaf on a grid is one of integers.
+    chosen = any(leaf.quantized for leaf in found.values())
 
-    def read(name: str) -> Any:
-        value = found[name].read(reader, dequantize)
-        return _quantized(name, value, place) if isinstance(value, leaf_codec.Grid) else place(name, value)
+    def read(name: str, dtype: np.dtype | None = None) -> Any:
+        leaf = found[name]
+        plain = dequantize or (chosen and not leaf.quantized)
+        return place(name, leaf.read(reader, dtype) if plain else leaf.read_codes(reader))
 
     if like is not None:
         return _like(like, found, read)
     return layouts.unflatten(list(found), [read(name) for name in found], reader.metadata.get("layout"))
 
 
-def _like(like: Tree, found: dict[str, leaf_entries.Leaf], read: Any) -> Tree:
+def _like(like: Tree, found: dict[str, leaf_entries.StoredLeaf], read: Callable[..., Any]) -> Tree:
     """The leaves in the structure of a template, which must have the same ones."""
     names, templates, _ = layouts.flatten(like)
-    here = dict(zip(names, templates, strict=True))
-    arrays = {n for n, t in here.items() if hasattr(t, "shape") and hasattr(t, "dtype")}
-    apart = sorted((arrays - set(found)) | (set(found) - set(here)))
+    wanted = {name: _described(template) for name, template in zip(names, templates, strict=True)}
+    arrays = {name: described for name, described in wanted.items() if described is not None}
+    apart = sorted((set(arrays) - set(found)) | (set(found) - set(wanted)))
     arguments.require(not apart, "like", "have the leaves of the file", apart[:8], "These are in one of them alone.")
-    for name in arrays:
-        want, have = (tuple(here[name].shape), here[name].dtype.name), (found[name].shape, found[name].dtype.name)
-        remedy = f"The file has {have[1]}{list(have[0])} at {name!r}."
-        arguments.require(want == have, "like", "have the file's shapes and dtypes", want, remedy)
-    values = [read(n) if n in found else t for n, t in here.items()]
-    return jax.tree.unflatten(jax.tree.structure(like), values)
+    for name, (shape, dtype) in arrays.items():
+        have = found[name]
+        # Codes have no float dtype of their own: their values take the one of the template. A `Quantized` in the
+        # template, of dtype None here, stands for any floats.
+        free = have.quantized or dtype is None
+        fits = free and all(x is None or jnp.issubdtype(x, jnp.floating) for x in (dtype, have.dtype))
+        remedy = f"The file has {have.dtype.name}{list(have.shape)} at {name!r}."
+        want = shape, "Quantized" if dtype is None else dtype.name
+        same = shape == have.shape and (fits or dtype == have.dtype)
+        arguments.require(same, "like", "have the file's shapes and dtypes", want, remedy)
+    values = [
+        read(name, arrays[name][1] if name in arrays else None) if name in found else template
+        for name, template in zip(names, templates, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=lambda x: isinstance(x, Quantized)), values)
 
 
-def _placer(sharding: Any) -> Any:
-    """A function that puts the leaf of a name where it shall be."""
+def _described(template: Any) -> tuple[tuple[int, ...], np.dtype | None] | None:
+    """Shape and dtype of a leaf of a template, without a dtype for a `Quantized`; None for what is no array."""
+    if isinstance(template, Quantized):
+        return tuple(template.codes.shape), None
+    if hasattr(template, "shape") and hasattr(template, "dtype"):
+        return tuple(template.shape), np.dtype(template.dtype)
+    return None
+
+
+def _placer(sharding: Placement) -> Callable[[str, np.ndarray | Quantized], Any]:
+    """A function that puts the leaf of a name where it shall be; of a `Quantized`, the codes."""
+    chosen: Callable[[str, np.ndarray], Any]
     if isinstance(sharding, jax.sharding.Sharding | jax.Device) or sharding is None:
         chosen = lambda name, x: sharding  # noqa: E731
     elif callable(sharding):
         chosen = lambda name, x: sharding(name, jax.ShapeDtypeStruct(x.shape, x.dtype))  # noqa: E731
     else:
         names, targets, _ = layouts.flatten(sharding)
-        by_name = dict(zip(names, targets, strict=True))
+        codes = [target.codes if isinstance(target, Quantized) else target for target in targets]
+        by_name = dict(zip(names, codes, strict=True))
         chosen = lambda name, x: by_name.get(name)  # noqa: E731
 
-    def place(name: str, x: np.ndarray) -> Any:
+    def place(name: str, x: np.ndarray | Quantized) -> Any:
+        if isinstance(x, Quantized):  # a step has not the shape of the weight, which a sharding is for
+            codes = place(name, np.asarray(x.codes))
+            return dataclasses.replace(x, codes=codes, step=jnp.asarray(x.step), zero_point=jnp.asarray(x.zero_point))
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             return np.array(x)
         return jax.device_put(x, chosen(name, x))
 
     return place
-
-
-def _quantized(name: str, grid: leaf_codec.Grid, place: Any) -> Quantized:
-    """Codes in the narrowest integers, where the leaf shall be; steps in the form of the weight, everywhere."""
-    codes, (blocks, columns) = grid.codes, grid.step.shape
-    low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
-    bits = max(max(-low, high).bit_length() + 1, 2)
-    shift = -128 - low if bits > 8 and high - low < 256 else 0
-    kept = (codes + np.int16(shift)).astype(np.int8) if bits <= 8 or shift else codes
-    lead = codes.shape[:-2] if blocks > 1 else ()
-    shape = () if blocks == columns == 1 else (*lead, -1, columns) if blocks > 1 else (1,) * (codes.ndim - 1) + (-1,)
-    group = codes.size // codes.shape[-1] // blocks if blocks > 1 else None
-    axis = -1 if columns > 1 else None
-    step, zero_point = jnp.asarray(grid.step.reshape(shape)), jnp.asarray(shift, jnp.int32)
-    return Quantized(place(name, kept), step, zero_point, min(bits, 8) if shift else bits, axis, group)

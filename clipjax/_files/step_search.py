@@ -7,29 +7,28 @@ k * s, computed in f32 and rounded to the dtype, has the very bits of the value.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
-from clipjax._files import ans
+from clipjax._files import symbol_counts
 
 DTYPES = {np.dtype(t): bits for t, bits in ((np.float16, 11), (jnp.bfloat16, 8), (np.float32, 24))}
-
-
 """The dtypes that grids are looked for in, and their significant bits."""
-
 
 OFF = -(1 << 15)  # the code of what is on no grid
 _TOP = (1 << 15) - 1  # the largest |code|
 _MULTIPLES = 8  # the smallest |code| that occurs is at most this, where products are rounded
 _LINES = 32  # columns that are tried before all are
 _ROWS = 256  # rows of a column that are tried before all are
-_GROUPS = (256, 128, 64, 32, 16)
+_GROUPS = (256, 128, 64, 32, 16)  # rows that may share a step, the most first: fewer steps are smaller
 
 
-class Grid(NamedTuple):
-    """A step for every block of rows and every column.
+class StepGrid(NamedTuple):
+    """A step for every block of rows and every column of a matrix, and which codes occur on it.
 
     Attributes:
       step: f32[blocks, columns]; either may be 1 for all.
@@ -55,7 +54,7 @@ def steps(x: np.ndarray, repeated: np.ndarray) -> list[np.ndarray]:
 def codes(x: np.ndarray, step: np.ndarray) -> np.ndarray:
     """The code k i16[rows, columns] of every value, `OFF` where no k * s has its bits."""
     out = np.empty(x.shape, np.int16)
-    for rows, s in _strips(x.shape, step):
+    for rows, s in _stepped(x.shape, step):
         near = x[rows].astype(np.float32) / s
         near = np.rint(np.where(np.abs(near) <= _TOP, near, 0)) + np.float32(0)  # no -0: no code has its bits
         kept = (near * s).astype(x.dtype).view(_bits(x.dtype)) == x[rows].view(_bits(x.dtype))
@@ -63,25 +62,24 @@ def codes(x: np.ndarray, step: np.ndarray) -> np.ndarray:
     return out
 
 
-def values(code: np.ndarray, low: int, step: np.ndarray, dtype: Any) -> np.ndarray:
+def values(code: np.ndarray, low: int, step: np.ndarray, dtype: npt.DTypeLike) -> np.ndarray:
     """(code + low) * s of every code [rows, columns], computed in f32 and rounded once."""
     out = np.empty(code.shape, dtype)
-    for rows, s in _strips(code.shape, step):
+    for rows, s in _stepped(code.shape, step):
         out[rows] = ((code[rows].astype(np.int32) + low).astype(np.float32) * s).astype(dtype)
     return out
 
 
-def _bits(dtype: Any) -> Any:
+def _bits(dtype: npt.DTypeLike) -> np.dtype:
+    """The unsigned integers of a dtype's width, to compare bit patterns by."""
     return np.dtype(f"u{np.dtype(dtype).itemsize}")
 
 
-def _strips(shape: tuple[int, ...], step: np.ndarray) -> Any:
-    """Strips of rows, about a chunk each, and their steps."""
+def _stepped(shape: tuple[int, ...], step: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Strips of rows, about a chunk each, and their steps, which broadcast to them."""
     height = shape[0] // step.shape[0] if step.shape[0] > 1 else shape[0]
-    strip = max(1, ans.CHUNK // max(shape[1], 1))
-    for begin in range(0, shape[0], strip):
-        end = min(begin + strip, shape[0])
-        yield slice(begin, end), step[np.arange(begin, end) // height] if step.shape[0] > 1 else step
+    for rows in symbol_counts.strips(*shape):
+        yield rows, step[np.arange(rows.start, rows.stop) // height] if step.shape[0] > 1 else step
 
 
 def _columns(x: np.ndarray, bits: int) -> list[np.ndarray]:
@@ -117,9 +115,9 @@ def _promising(x: np.ndarray, bits: int) -> bool:
     """Of a few columns, three quarters of those that hold two sizes or more are on a grid that is worth a step."""
     x = np.ascontiguousarray(x[:, _spread(x.shape[1], _LINES)])
     code = codes(x, _usable(_fit(_sizes(x), bits))[None])
-    telling = np.array([np.unique(np.abs(c[c != 0])).size > 1 for c in x.T])
+    informative = np.array([np.unique(np.abs(c[c != 0])).size > 1 for c in x.T])
     good = ~_strays(x, code) & (np.abs(code).max(0, initial=0) < 4 * len(x))
-    return bool(telling.any()) and bool(good[telling].mean() >= 0.75)
+    return bool(informative.any()) and bool(good[informative].mean() >= 0.75)
 
 
 def _strays(x: np.ndarray, code: np.ndarray) -> np.ndarray:
@@ -128,6 +126,7 @@ def _strays(x: np.ndarray, code: np.ndarray) -> np.ndarray:
 
 
 def _usable(step: np.ndarray) -> np.ndarray:
+    """Steps as f32, 1 where none was found."""
     return np.where(step > 0, step, 1).astype(np.float32)
 
 
@@ -150,6 +149,8 @@ def _fit(sizes: np.ndarray, bits: int) -> np.ndarray:
 
 def _common_divisor(sizes: np.ndarray) -> np.ndarray:
     """The greatest common divisor of f32 values: that of their odd parts, at their lowest power of two."""
+    # No i64 has both 2^-100 and 2^100 in units of one power of two. The divisor of odd parts needs no such unit:
+    # gcd(a 2^i, b 2^j) = gcd(a, b) 2^min(i, j) for odd a and b.
     fraction, exponent = np.frexp(sizes)
     whole = np.ldexp(fraction, 24).astype(np.int64)
     power = whole & -whole
@@ -169,14 +170,16 @@ def _rounded_divisor(sizes: np.ndarray, bits: int) -> np.ndarray:
     best = np.zeros(sizes.shape[1])
     for multiple in range(_MULTIPLES, 0, -1):
         step, ok = smallest / multiple, smallest * _TOP >= top * multiple
-        for reach in 2.0 ** np.arange(1, 17):
-            seen = alive & (sizes <= reach * smallest)
-            k = np.where(seen, np.maximum(np.rint(sizes / step), 1), np.nan)
+        # Invariant: `step` fits every size up to `ratio` times the smallest. Its error shrinks as these grow, so that
+        # the next ones, up to twice as large, still round to the right k and narrow it further.
+        for ratio in 2.0 ** np.arange(1, 17):
+            near = alive & (sizes <= ratio * smallest)
+            k = np.where(near, np.maximum(np.rint(sizes / step), 1), np.nan)
             low = np.nanmax((sizes - half) / k, 0, initial=0)
             high = np.nanmin((sizes + half) / k, 0, initial=np.inf)
             ok &= low <= high
             step = (low + high) / 2
-            if not ok.any() or (reach * smallest >= top).all():
+            if not ok.any() or (ratio * smallest >= top).all():
                 break
         best = np.where(ok, step, best)  # the largest step wins: multiples come down to 1
     return best

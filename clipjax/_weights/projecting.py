@@ -50,22 +50,23 @@ def project(
     corrected so that :math:`p + u'` in floating point is the projected value itself. With ``carry=True`` the state
     keeps the weights before projection, the latent weights z in f32: :math:`z \leftarrow z + u,\ u' = P(z) - p`. Small
     updates then add up in z although the params move in jumps. The stored z is used only if projecting it gives the
-    current parameter, or if the parameter is 0; otherwise (it was edited, or loaded from elsewhere) the parameter
-    replaces z.
+    current parameter; otherwise (it was edited, or loaded from elsewhere) the parameter replaces z. A parameter of 0
+    keeps its z, as a mask may have set it to 0 and may let it go again.
 
     Args:
       projection: a `Projection` or a plain function params -> params.
       carry: keep latent weights in the state, 4 bytes a parameter. Static.
-      inner: a transformation, usually the optimizer, that is given the latent weights as its params, and gradients in
-        f32, where `carry` is True. Transformations chained before `project` are given the params themselves.
+      inner: a transformation, usually the optimizer. With `carry=True` it is given the latent weights as its params,
+        and the gradients in f32; without, the params as they are. Transformations chained before `project` are always
+        given the params.
       start: the first update that projects; may be traced.
       where: `where(path, leaf) -> bool`, which float leaves are projected; every one by default.
       key: PRNG key for projections that draw; folded with the count. `jax.random.key(0)` by default.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; its updates are f32 where parameters are narrower. Its `update` takes
-      two extra arguments: `grad`, see `with_gradient`; and `refresh`, a static bool that forces a refresh of masks and
-      steps (True) or compiles an update that has none (False).
+      two extra arguments: `grad`, see `with_gradient`; and `refresh`, a static bool: True forces a refresh of masks
+      and steps, False compiles an update that has none, None (the default) refreshes by count.
 
     Raises:
       TypeError: for something that is no projection.

@@ -69,12 +69,14 @@ def prune_mask(
 
     The mask is chosen at each *refresh*: at the updates c >= `start` with (c - start) divisible by `every`, and at
     `stop`; a constant sparsity without `every` is applied once, at `start`. A refresh removes exactly round(sparsity *
-    n) of n weights (of n units, if `structure` removes larger units), those of lowest score; among equal scores the
-    earlier position is kept. It needs no sort and no gather, only a few counting passes over the weights.
+    n) of n units, those of lowest score; among equal scores the earlier position is kept. A unit is what `structure`
+    removes together: a single weight by default. It needs no sort and no gather, only a few counting passes over the
+    weights.
 
-    A removed weight stays removed, with two exceptions. With ``carry=True`` the state keeps the float weights behind
-    the mask, the *latent weights*: they go on learning, and a weight comes back when its score is high enough again
-    (straight-through pruning). With `regrow` each refresh exchanges a part of the kept weights for removed ones.
+    A removed weight stays removed, also where the sparsity falls, with two exceptions. With ``carry=True`` the state
+    keeps the float weights behind the mask, the *latent weights*: they go on learning, and a weight comes back when its
+    score is high enough again (straight-through pruning). With `regrow` each refresh exchanges a part of the kept
+    weights for removed ones.
 
     With `inner=optimizer` the moments of removed weights are set to 0, so that a weight that grows again starts at 0
     without momentum: every array of the optimizer's state that has the shape of its param is cleared; factored moments
@@ -85,27 +87,30 @@ def prune_mask(
         a tree of fractions at the paths of the leaves. None with `mask`, and for a structure that fixes it.
       score: how much each weight matters, `scores.magnitude()` by default; the lowest go first.
       structure: what is removed together, `structures.element()`, single weights, by default.
-      scope: which weights are compared: "global" compares all picked leaves together, as they are; "leaf" prunes each
-        leaf to the sparsity; "erk" each to one that follows from its shape (Erdős–Rényi-kernel): the density is in
-        proportion to sum(shape) / prod(shape), at most 1, and all leaves together keep 1 - sparsity.
+      scope: which weights are compared: "global" ranks the scores of all picked leaves together, without normalizing
+        them; "leaf" prunes each leaf to the sparsity; "erk" each to one that follows from its shape
+        (Erdős–Rényi-kernel): the density is in proportion to sum(shape) / prod(shape), at most 1, and all leaves
+        together keep 1 - sparsity.
       where: `where(path, leaf) -> bool` picks the leaves; by default arrays of rank >= 2 that are not named bias, b,
         scale or offset.
       start: the first update that prunes, counted from 0; may be traced.
-      every: the number of updates between two refreshes; may be traced. 100 for a schedule.
-      stop: the update of the last refresh; may be traced. A schedule needs it.
-      carry: keep latent weights, 4 bytes a weight, so that a removed weight can come back. Static.
+      every: the number of updates between two refreshes; may be traced. None means 100 for a schedule, and a single
+        refresh for a constant.
+      stop: the update of the last refresh; may be traced. A schedule needs it; None refreshes for ever where `every` is
+        given.
+      carry: keep latent weights, 4 bytes a weight, so that a removed weight can come back at a refresh. Static.
       inner: the optimizer, if it shall be given the latent weights as its params, or if its moments shall be cleared;
         see `project`. The gradient that arrives at it also serves as the `grad` of scores, unless the caller passes
         another.
       regrow: the fraction of kept weights that each refresh exchanges, in [0, 1), a number or a schedule, e.g.
         `optax.cosine_decay_schedule(0.3, stop)`; needs `inner`. 0 exchanges none, but lets weights grow again when the
         sparsity falls (AC/DC).
-      grow: which removed weights grow first: those of highest `scores.gradient(decay=0.0)` by default (RigL);
-        `scores.random()` gives SET.
+      grow: with `regrow`, which removed weights grow first: those of highest `scores.gradient(decay=0.0)` by default
+        (RigL); `scores.random()` gives SET.
       select: a selection of candidates among the entries (units), drawn anew at each refresh; only these may be
         removed, and sparsity counts only these.
-      mask: a tree of bool arrays, True keeps, that is used as it is instead of a chosen mask; may be traced. Leaves
-        without one are not pruned.
+      mask: a tree of bool arrays, True keeps, that is used from `start` on instead of a chosen mask; may be traced.
+        Leaves without one, and those that `where` does not pick, are not pruned.
       key: PRNG key for random scores and selections; each update folds it with the count. `jax.random.key(0)` by
         default, as in `fake_quantize`.
 
@@ -115,9 +120,9 @@ def prune_mask(
 
     Raises:
       ValueError: for a sparsity outside [0, 1), a schedule without `stop`, stop < start, every < 1, an unknown scope,
-        regrow without inner, with carry or n_of_m, neither or both of sparsity and mask; at init for a mask of the
-        wrong shape, for 2**32 units or more in one array, or in all with scope "global"; at update for missing
-        `params`, or a missing `grad` of a gradient score.
+        regrow without inner, with carry or n_of_m, both sparsity and mask, or neither where the structure does not fix
+        the sparsity; at init for a mask of the wrong shape, for 2**32 units or more in one array, or in all with scope
+        "global"; at update for missing `params`, or a missing `grad` of a gradient score.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -46,27 +46,28 @@ def fake_quantize(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Hold weights on a grid: :math:`w \leftarrow \mathrm{round}(w/s)\,s` (D4), while float weights learn behind it.
 
-    After `optax.apply_updates` every picked weight is exactly code * s, rounded once to its dtype. Rounding weights in
-    place would stop the training: an update is usually much smaller than half a step s, so no weight would reach its
-    next level. With ``carry=True`` the state therefore keeps the weights before rounding, the *latent weights*: they
-    take every update in full, and the params are their rounded values.
+    After `optax.apply_updates` every picked weight is exactly code * s, rounded once to its dtype; the code is a whole
+    number, and s > 0 is the step. Rounding weights in place would stop the training: an update is usually much smaller
+    than half a step, so no weight would reach its next level. With ``carry=True`` the state therefore keeps the weights
+    before rounding, the *latent weights*: they take every update in full, and the params are their rounded values.
 
     A width of b bits has the codes :math:`-(2^{b-1} - 1), \dots, 2^{b-1} - 1`; b = 1 has the codes -1 and 1. The step s
     follows from the latent weights at each *refresh*: at the updates c >= `start` with (c - start) divisible by
     `every`, and at `stop`, after which it is frozen.
 
-    In a chain, the transformations before this one keep their guarantees: no level exceeds the largest \|params +
-    updates\| that they gave at a refresh, so a bound set by `clamp_weights` holds on the grid too, and a weight that
-    `prune_mask` sets to 0 stays 0. One consequence: a leaf that starts at zero can grow only slowly. Quantize it later
-    (`start`), or give the optimizer as `inner`: step and levels then follow the latent weights alone.
+    In a chain, constraints of the transformations before this one still hold. In each leaf no level exceeds the largest
+    incoming \|params + updates\| of all refreshes so far, so a bound set by `clamp_weights` holds on the grid too. A
+    weight that `prune_mask` sets to 0 stays 0, even for b = 1, whose grid has no 0. Since the incoming params cap the
+    levels, a leaf that starts at zero grows only slowly: quantize it later (`start`), or give the optimizer as `inner`,
+    whose latent weights alone then decide step and levels.
 
     Args:
       bits: the width b, 1 to 16. Or `per_leaf`; or a tree from `choose_bits`, whose None leaves are left out; or a rule
         of `clipjax.widths`, which chooses the width of each leaf from its weights at every refresh; or None for codes
-        without ends, which need a number as `step`: D4's formula. Static.
+        of any size, which need a number as `step` (D4's formula). Static.
       step: how s follows from the weights: a rule of `clipjax.steps`, `mse()` by default, or a number, which may be
-        traced. With a number, a weight that an update moves by several levels at once may be off the grid by one unit
-        in the last place until the next update, and loses its latent weight.
+        traced. With a number, floating point may keep a weight that moves by several levels at once one unit in the
+        last place off its level until the next update; its latent weight is then replaced by the param.
       axis: the axis or axes whose entries have steps of their own: -1 gives one step per output unit of a Flax kernel,
         None one step per leaf. Or `per_leaf`. Static.
       group: g, which gives every g neighbours along axis -2, the input of Flax's Dense and Conv kernels, a step of
@@ -76,8 +77,9 @@ def fake_quantize(
       where: `where(path, leaf) -> bool` picks the leaves; by default arrays of rank >= 2 that are not named bias, b,
         scale or offset. A tree of bits picks its own.
       start: the first update that quantizes, counted from 0; may be traced.
-      every: the number of updates between two refreshes of the steps; may be traced.
-      stop: the update of the last refresh; may be traced. None refreshes for ever.
+      every: the number of updates between two refreshes of the steps; may be traced. None refreshes once, at `start`.
+      stop: the update of the last refresh; may be traced. Weights are rounded after it too, with the last step. None
+        refreshes for ever.
       carry: keep latent weights, 4 bytes a weight. False rounds in place, which loses small updates. Static.
       inner: the optimizer, for steps and levels that follow the latent weights alone; it is given these as its params.
         See `project`.
