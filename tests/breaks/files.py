@@ -7,8 +7,14 @@ MUTANTS = (
     Mutant(
         "_files/alphabets.py", "np.where(there, searched, book.size)", "book.size", "symbol_codes", "book_has_every"
     ),
-    Mutant("_files/ans.py", "reversed(list(chunks(symbols())))", "list(chunks(symbols()))", "symbol_codes", "order_0"),
-    Mutant("_files/densities.py", "classes[order] = sorted", "classes[:] = sorted", "symbol_codes", "densities"),
+    Mutant(
+        "_files/ans.py",
+        "reversed(list(symbol_counts.chunks(symbols())))",
+        "list(symbol_counts.chunks(symbols()))",
+        "symbol_codes",
+        "order_0",
+    ),
+    Mutant("_files/zero_densities.py", "classes[order] = sorted", "classes[:] = sorted", "symbol_codes", "densities"),
     Mutant("_files/leaf_entries.py", "if zlib.crc32(data) != self.checksum:", "if False:", "fuzz", "damage"),
     Mutant("_files/leaf_entries.py", "if not reader.intact():", "if False:", "fuzz", "damage"),
     Mutant("_files/container.py", "os.fsync(file.fileno())", "pass", "files", "flushed"),

@@ -31,6 +31,13 @@ def lines(*shape):
     return np.where(alive, codes(*shape), 0).astype(np.float32)
 
 
+def quantized(shape, step, *static, zero=()):
+    """Codes of 4 bits, with steps and zero points of these shapes."""
+    fields = RNG.integers(-7, 8, shape), RNG.uniform(0.1, 1, step), RNG.integers(-3, 4, zero) if zero else 0
+    dtypes = jnp.int8, jnp.float32, jnp.int32
+    return clipjax.Quantized(*(jnp.asarray(x, t) for x, t in zip(fields, dtypes, strict=True)), 4, *static)
+
+
 STEPS = np.asarray(short(jnp.asarray(RNG.uniform(0.1, 1, 12), jnp.float32), 4))
 NET = {
     "packed": RNG.integers(0, 4, (5, 9)).astype(np.int8),
@@ -42,18 +49,40 @@ NET = {
     "raw": [RNG.normal(size=9).astype(np.float32), np.zeros((0, 3)), np.bool_(True)],
     "int4": jnp.arange(5).astype(jnp.int4),
     "constant": np.full((7, 7), 2.5, jnp.bfloat16),
+    "quantized": [
+        quantized((30, 12), (1, 12), 1, None),
+        quantized((64, 6), (4, 6), 1, 16, zero=(4, 6)),
+        clipjax.Quantized(jnp.asarray(codes(40, 30), jnp.int32), jnp.float32(1), jnp.int32(0), None, (0, 1), None),
+        clipjax.Quantized(jnp.full(9, 2**20, jnp.int32).at[0].set(-5), jnp.ones(3), jnp.int32(0), None, None, None),
+    ],
 }
 DATA = clipjax.pack(NET)
-KNOWN = [(np.asarray(x).tobytes(), np.asarray(x).dtype.name, np.shape(x)) for x in jax.tree.leaves(NET)]
+
+
+def facts(tree):
+    """The leaves' bytes, dtypes and shapes, and the static fields between them."""
+    arrays = [np.asarray(x) for x in jax.tree.leaves(tree)]
+    return jax.tree.structure(tree), [(x.tobytes(), x.dtype.name, x.shape) for x in arrays]
+
+
+def is_quantized(x):
+    return isinstance(x, clipjax.Quantized)
+
+
+def values(x):
+    return clipjax.dequantize(x) if is_quantized(x) else x
+
+
+KNOWN = facts(jax.tree.map(values, NET, is_leaf=is_quantized)), facts(clipjax.unpack(DATA, dequantize=False))
 
 
 def opened(data):
-    """The leaves' bytes, dtypes and shapes, or None for a ValueError; anything else is a failure."""
+    """The facts of a file, read as values and as codes, or None for a ValueError; anything else is a failure."""
     try:
-        tree = clipjax.unpack(data, max_bytes=1 << 21)
+        read = [clipjax.unpack(data, dequantize=dequantize, max_bytes=1 << 21) for dequantize in (True, False)]
     except ValueError:
         return None
-    return [(np.asarray(x).tobytes(), np.asarray(x).dtype.name, np.shape(x)) for x in jax.tree.leaves(tree)]
+    return tuple(map(facts, read))
 
 
 def test_net_has_every_code():
@@ -62,6 +91,7 @@ def test_net_has_every_code():
     flags = {name: DATA[begin(name) + 4] for name, spec in header.items() if ":" in note(header, name)}
     assert flags == {"book": 2, "columns": 1, "constant": 1, "lines": 1, "order0": 1, "packed": 2, "rest": 6}
     assert opened(DATA) == KNOWN
+    assert facts(clipjax.unpack(DATA, dequantize=False)["quantized"]) == facts(NET["quantized"])
 
 
 def begin(name):
@@ -108,7 +138,8 @@ def hostile(rng):
         i = rng.randrange(len(notes))
         shape = [rng.choice([0, 1, 2, 3, 9, 60, 50, 1000, 2**20, 2**47, -1]) for _ in range(rng.randrange(4))]
         dtype = rng.choice(["float32", "bfloat16", "int8", "bool", "complex128", "float64", "int4", "object"])
-        notes[i] = notes[i][:8] + rng.choice([":", ":", ":", "=", ""]) + f"{dtype}[{','.join(map(str, shape))}]"
+        form, axes = rng.choice([":", ":", ":", "=", "", "*", "*"]), ",".join(map(str, shape))
+        notes[i] = notes[i][:8] + form + (axes if form == "*" else f"{dtype}[{axes}]")
     elif kind == 2:  # an entry
         spec = header[rng.choice(names)]
         key = rng.choice(list(spec))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax._files import alphabets, ans, leaf_codec, step_search, symbol_codes
+from clipjax._files import alphabets, ans, byte_stream, leaf_codec, step_search, symbol_codes
 from clipjax._maths.grids import short
 
 RNG = np.random.default_rng(0)
@@ -24,17 +24,17 @@ def normal(size, *shape):
 
 
 def encoded(symbols, size, zero=None):
-    """The bytes, which are as many as the plan said or a few less, and those of packed codes."""
-    plan, packed = symbol_codes.plan(symbols, size, zero)
+    """The bytes, which are as many as promised or a few less, and those of packed codes."""
+    encoding, packed = symbol_codes.encoding(symbols, size, zero)
     data = bytearray()
-    plan.write(data)
-    assert plan.size - 16 < len(data) <= 1.0001 * plan.size + 1
+    encoding.write(data)
+    assert encoding.size - 16 < len(data) <= 1.0001 * encoding.size + 1
     return data, packed
 
 
 def round_trip(symbols, size, zero=None):
     data, packed = encoded(symbols, size, zero)
-    cursor = ans.Cursor(data)
+    cursor = byte_stream.Cursor(data)
     back = symbol_codes.decode(cursor, symbols.shape, size)
     assert back.dtype == symbols.dtype and cursor.left == 0
     np.testing.assert_array_equal(back, symbols)
@@ -112,15 +112,15 @@ GOLDEN = (494, "0101dffaf5fafaf5fad4e5efefe4efeee47798cdc0225d4a433f0b9c089de4ab
 @pytest.mark.parametrize("data", [b"", b"\x01", b"\x01\x01", b"\x03", b"\x01\x03" + bytes(9), b"\x01\x01" + bytes(50)])
 def test_nonsense_is_no_code(data):
     with pytest.raises(ValueError, match="payload"):
-        symbol_codes.decode(ans.Cursor(data), (5, 5), 9)
+        symbol_codes.decode(byte_stream.Cursor(data), (5, 5), 9)
 
 
 def test_numbers_have_limits():
-    assert ans.Cursor(ans.whole(300)).whole(300) == 300
+    assert byte_stream.Cursor(byte_stream.whole(300)).whole(300) == 300
     with pytest.raises(ValueError, match="above 299"):
-        ans.Cursor(ans.whole(300)).whole(299)
+        byte_stream.Cursor(byte_stream.whole(300)).whole(299)
     with pytest.raises(ValueError, match="above"):
-        ans.Cursor(b"\x80" * 30).whole(1 << 60)
+        byte_stream.Cursor(b"\x80" * 30).whole(1 << 60)
 
 
 def found(x):

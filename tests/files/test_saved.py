@@ -1,0 +1,67 @@
+"""Files of earlier versions, kept as they were written: every one loads, bit for bit."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clipjax
+
+SAVED = pathlib.Path(__file__).parent / "saved"
+
+
+def bits(x):
+    """Shape, dtype and bytes."""
+    x = np.asarray(x)
+    return x.shape, x.dtype.name, x.tobytes()
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert bits(x) == bits(y)
+
+
+def chain():
+    """Params of a chain that clips, clamps, prunes and quantizes; the bf16 kernel is kept as its bits."""
+    with np.load(SAVED / "chain.npz") as arrays:
+        dense = {"bias": arrays["dense.bias"], "kernel": arrays["dense.kernel"]}
+        return {"dense": dense, "out": {"kernel": arrays["out.kernel"].view(jnp.bfloat16)}}
+
+
+def groups():
+    """A kernel with a step for each group of rows, and one of few values."""
+    with np.load(SAVED / "groups.npz") as arrays:
+        return dict(arrays)
+
+
+def containers():
+    """Every container, and dtypes of all widths."""
+    return {
+        "list": [np.arange(5, dtype=np.int16), None, (np.float64(2.5), np.array([True, False]))],
+        "h": np.array([1, -0.0, np.nan, np.inf], np.float16),
+        "a/b": np.asarray(jnp.array([[1, -2], [3, 7]], jnp.int4)),
+        "z": {3: np.ones(2, np.uint8), 7: ()},
+        "c": np.array([1 + 2j], np.complex64),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+
+
+TREES = {"chain": chain, "groups": groups, "containers": containers}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_file_of_the_first_version_loads(name):
+    expected = TREES[name]()
+    same(clipjax.load(SAVED / f"{name}.safetensors"), expected)
+    same(clipjax.load(SAVED / f"{name}.safetensors", like=expected), expected)
+
+
+def test_codes_and_steps_are_found_in_it():
+    back, expected = clipjax.load(SAVED / "groups.safetensors", dequantize=False), groups()
+    q = back["groups"]
+    assert (q.bits, q.axis, q.group, q.step.shape) == (4, -1, 32, (4, 24))
+    assert bits(clipjax.dequantize(q)) == bits(expected["groups"])
+    assert bits(back["book"]) == bits(expected["book"])
