@@ -52,7 +52,7 @@ def test_rescaled_norm_is_within_four_ulps(seed, size):
 
 
 def test_bf16_leaves_are_added_up_in_f32():
-    """600 leaves of 0.1 have the norm 2.45; Optax stops at 2, where bf16 no longer sees 0.01, and clips too little."""
+    """600 leaves of 0.1 have the norm 2.45; Optax finds 2, to which bf16 cannot add 0.01, and clips too little."""
     grads = [jnp.full((), 0.1, jnp.bfloat16)] * 600
     tx = clipjax.clip_norm(1.0)
     with jax.disable_jit():

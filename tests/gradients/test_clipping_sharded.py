@@ -81,7 +81,7 @@ def test_compiled_program_has_scalar_reductions_only(name):
 @pytest.mark.parametrize("per", ["global", "leaf"])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_with_axis_name_adds_up_what_is_sharded(check_vma, per, ord):
-    """Replicated leaves count once: told by the type of the array, or by `per_leaf` where that is switched off."""
+    """Replicated leaves count once: by the type of the array, or by `per_leaf` where check_vma=False hides that."""
     by_leaf = clipjax.per_leaf(lambda path, leaf: {"split": "data", "both": AXES, "whole": None}[path])
     inside = clipjax.clip_norm(0.7, per=per, ord=ord, axis_name=AXES if check_vma else by_leaf)
     state = inside.init(gradients(0))

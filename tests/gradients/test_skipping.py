@@ -30,7 +30,7 @@ def norm(grads):
 
 
 def reference_skips(norms, limits):
-    """Which steps are left out: norms beyond the threshold of their step, and what is not finite."""
+    """Which steps are skipped: those whose norm exceeds the threshold of the step or is not finite."""
     return [not (np.isfinite(n) and n <= c) for n, c in zip(norms, limits, strict=True)]
 
 
@@ -142,7 +142,7 @@ def test_zero_empty_none_and_masked_gradients_are_not_skipped():
 
 
 def test_complex_gradient_is_measured_or_refused():
-    """It must not pass unseen, 1e9 or NaN."""
+    """A complex gradient of 1e9 or NaN must not reach the optimizer."""
     tx = clipjax.skip_spikes(optax.sgd(1.0), LIMIT)
     for bad in (1e9, jnp.nan):
         grads = {"c": jnp.full(2, bad, jnp.complex64), "r": jnp.ones(1)}
@@ -303,7 +303,7 @@ def test_extra_arguments_reach_the_inner_transformation():
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "constrained"])
 def test_bf16_params_get_updates_of_the_dtypes_of_the_inner(name):
-    """A zero update has the dtype of every other one: f32 after weight members, bf16 after an optimizer."""
+    """A zero update has the dtype of every other one: f32 after constraints of weights, bf16 after an optimizer."""
     params, good = (jax.tree.map(lambda x: x.astype(jnp.bfloat16), t) for t in (PARAMS, GOOD[0]))
     inner = OPTIMIZERS[name]()
     expected, _ = jax.eval_shape(lambda g, p: inner.update(g, inner.init(p), p), good, params)

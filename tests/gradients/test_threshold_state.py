@@ -1,4 +1,4 @@
-"""What the members add around a rule: histories that nothing spoils, a state for everything measured, the carry."""
+"""Rules inside transformations: no non-finite norm in a history, a state for each norm or entry, error feedback."""
 
 import functools
 
@@ -61,7 +61,7 @@ ZERO = jax.tree.map(jnp.zeros_like, GRADS[0])
 
 @functools.cache
 def member(kind, rule):
-    """A member that follows a rule, and its compiled update; traced once for each kind of tree."""
+    """A transformation with a rule, and its compiled update; traced once for each kind of tree."""
     made = RULES[rule]()
     tx = {
         "global": lambda: clipjax.clip_norm(made),
@@ -244,7 +244,7 @@ def test_carry_emits_what_u_clip_emits(kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", [*LIMITED, "spam", "zscore"])
 def test_carry_and_all_that_was_emitted_add_up_to_the_gradients(kind, dtype):
-    """To f32 rounding also where the emitted gradients are rounded to 8 or 11 bits: the carry holds that too."""
+    """To f32 rounding also where the emitted gradients are rounded to 8 or 11 bits: the error feedback includes the rounding error."""
     by_rule = {"spam": member("entry_carry", "spam")[0], "zscore": member("norm_carry", "zscore")[0]}
     tx = by_rule.get(kind) or LIMITED[kind](1.5)
     grads = jax.tree.map(lambda x: x.astype(dtype), TWENTY)
