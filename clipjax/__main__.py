@@ -61,7 +61,7 @@ def _plain(path: str) -> Tree:
 
 
 def expand(source: str, target: str, max_bytes: int | None = None) -> None:
-    """Write a small file as a plain safetensors file, or as an Orbax checkpoint."""
+    """Write a small file as a plain safetensors file, or as an Orbax checkpoint; a `Quantized` as its floats."""
     if not target.endswith(".safetensors"):
         _checkpointer().save(os.path.abspath(target), saving.load(source, max_bytes=max_bytes))
         return
