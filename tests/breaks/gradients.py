@@ -60,5 +60,6 @@ MUTANTS = (
         "clipping",
         "non_finite",
     ),
+    Mutant("_gradients/threshold_state.py", "p if np.size(p) else jnp.zeros(())", "p", "clipping", "empty_leaf"),
     Mutant("_gradients/error_feedback.py", " if np.size(p) else jnp.zeros((), dtype)", "", "clipping", "empty_leaf"),
 )

@@ -244,7 +244,7 @@ def test_carry_emits_what_u_clip_emits(kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", [*LIMITED, "spam", "zscore"])
 def test_carry_and_all_that_was_emitted_add_up_to_the_gradients(kind, dtype):
-    """To f32 rounding also where the emitted gradients are rounded to 8 or 11 bits: the error feedback includes the rounding error."""
+    """To f32 rounding also where 8 or 11 bits are emitted: the rounding error is part of the error feedback."""
     by_rule = {"spam": member("entry_carry", "spam")[0], "zscore": member("norm_carry", "zscore")[0]}
     tx = by_rule.get(kind) or LIMITED[kind](1.5)
     grads = jax.tree.map(lambda x: x.astype(dtype), TWENTY)
