@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments, trees
-from clipjax._maths import counts, ranking
+from clipjax._maths import counts, drawing, ranking
 from clipjax.typing import Number, Selection, Tree
 
 __all__ = ["Selection", "bernoulli", "everything", "largest", "leaves"]
@@ -25,7 +25,7 @@ def everything() -> Selection:
     Returns:
       A `Selection`.
     """
-    return Selection(lambda tree, key: jax.tree.map(lambda x: jnp.ones((), bool), tree))
+    return drawing.everything()
 
 
 def bernoulli(p: Number, *, key: jax.Array | None = None) -> Selection:

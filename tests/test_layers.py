@@ -29,7 +29,7 @@ LEVELS = (
     },
     {"": FAMILIES},
     {
-        "_gradients": "threshold_state error_feedback norm_clipping clipping skipping with_gradient",
+        "_gradients": "incoming threshold_state error_feedback norm_clipping clipping skipping with_gradient",
         "_weights": "refreshing constraints latents moments projecting clamping sparsities masks pruning bit_widths"
         " leaf_grid quantizing choosing",
     },

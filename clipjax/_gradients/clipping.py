@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipjax import selections
 from clipjax._arrays import elementwise
-from clipjax._gradients import error_feedback, threshold_state
-from clipjax._maths import drawing, intervals, norms
+from clipjax._gradients import error_feedback, incoming, threshold_state
+from clipjax._maths import drawing, intervals
 from clipjax.typing import Selection, State, Threshold, Tree
 
 
@@ -77,15 +76,14 @@ def clip(
     """
     thresholds = threshold_state.for_entries(threshold)
     feedback = error_feedback.resolve(carry)
-    select = selections.everything() if select is None else select
-    drawing.check(select)
+    select = drawing.resolve(select)
 
     def init_fn(params: Tree) -> ClipState:
         shared, history = thresholds.init(params)
         return ClipState(jnp.zeros((), jnp.int32), shared, history, feedback.init(params))
 
     def update_fn(updates: Tree, state: ClipState, params: Tree | None = None, **extra: Any) -> tuple[Tree, ClipState]:
-        norms.check_real(updates)
+        incoming.check_real(updates)
         total = feedback.add(updates, state.carry)
         chosen = drawing.choose(select, total, None, state.count)
         limits, shared, history = thresholds.update(state.count, total, state.threshold, state.rule)

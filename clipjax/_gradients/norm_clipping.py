@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipjax import selections
 from clipjax._arrays import arguments, dtypes, elementwise, trees
-from clipjax._gradients import error_feedback, threshold_state
+from clipjax._gradients import error_feedback, incoming, threshold_state
 from clipjax._maths import drawing, norms
 from clipjax.typing import Number, Selection, State, Threshold, Tree
 
@@ -49,25 +48,26 @@ def clip_norm(
     eps: Number = 0.0,
     select: Selection | None = None,
     carry: bool = False,
-    axis_name: norms.AxisName = None,
+    axis_name: incoming.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale gradients whose norm exceeds a threshold.
 
     .. math:: \tilde g = g \ \text{if}\ n \le C,\ \text{else}\ g \cdot C / (n + \epsilon),\quad n = \lVert g \rVert_p
 
-    g is the whole gradient or one array of it (`per`), n its norm, and C the threshold. The direction of g stays. A g
-    with n <= C is returned bit for bit; any other is multiplied by one factor, in f32 (f64 for f64 gradients), and cast
-    back to its dtype. The norm is accumulated in f32 (f64) over all arrays, and no square of an entry overflows or
-    vanishes in it: it is right wherever a float can hold it.
+    g is the whole gradient or one array of it (`per`), n its norm, and C the threshold. Where all entries are selected,
+    g keeps its direction. A g with n <= C is returned bit for bit; any other is multiplied by one factor, in f32 (f64
+    for f64 gradients), and cast back to its dtype. The norm is accumulated in f32 (f64) over all arrays, and no square
+    of an entry overflows or vanishes in it: it is right wherever a float can hold it.
 
-    Where n is NaN or infinite no factor is right: the update is counted and every entry that would have been rescaled
-    becomes NaN. To leave such updates out instead, use `skip_spikes`. ``clip_norm(math.inf)`` clips nothing, and
-    `clipjax.report` then gives the norms.
+    Where n is NaN or infinite, all selected entries become NaN, also for C = inf, and the state counts the update
+    (`nonfinite` in `clipjax.report`). To leave such updates out instead, use `skip_spikes`. ``clip_norm(math.inf)``
+    clips nothing, and `clipjax.report` then gives the norms.
 
     Args:
       threshold: C >= 0, in the unit of the norm: a number (may be traced), a schedule count -> C, or a rule of
         `clipjax.thresholds` such as `zscore()`, which computes C from the norms before the clip. Norms that are 0 or
-        not finite are never added to a rule's history. Where a rule's C is not positive, nothing is clipped.
+        not finite are never added to a rule's history. A rule's C <= 0 clips nothing; a number or a schedule of 0 makes
+        every gradient 0.
       per: "global": one norm and one factor for all arrays together. "leaf": one for each array, compared with the same
         C; a rule then keeps a state and computes a C for each array.
       ord: p > 0 in :math:`n = (\sum |g|^p)^{1/p}`; 2 is the Euclidean norm, `math.inf` the largest magnitude. Static.
@@ -78,9 +78,10 @@ def clip_norm(
       carry: True for error feedback: the state keeps the part of g that the clip removed and adds it to the next
         gradient before that is measured, see `clip`. Costs 4 bytes a parameter. Static.
       axis_name: needed inside `jax.shard_map` alone, where a device measures only its shard: the name or names of the
-        mesh axes that gradients are split over, across which n is then added up. For each array only those axes count
-        that `shard_map` knows it to vary over. With ``shard_map(check_vma=False)``, which knows nothing, all count:
-        then give `clipjax.per_leaf` a function that returns the names for each array, None or () for a replicated one.
+        mesh axes that gradients are split over, across which n is then added up. An array is added up only over those
+        of them that `shard_map` knows it to vary over. With ``shard_map(check_vma=False)``, which knows nothing, all
+        count: then give `clipjax.per_leaf` a function that returns the names for each array, None or () for a
+        replicated one.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -103,8 +104,7 @@ def clip_norm(
     """
     thresholds = threshold_state.for_norms(threshold)
     feedback = error_feedback.resolve(carry)
-    select = selections.everything() if select is None else select
-    drawing.check(select)
+    select = drawing.resolve(select)
     arguments.choice(per, "per", ("global", "leaf"))
     arguments.static(ord, "ord")
     arguments.require(arguments.is_number(ord) and ord > 0, "ord", "be a number > 0", ord, "2 is the usual norm.")
@@ -122,7 +122,7 @@ def clip_norm(
     def update_fn(
         updates: Tree, state: ClipNormState, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, ClipNormState]:
-        norms.check_real(updates)
+        incoming.check_real(updates)
         total = feedback.add(updates, state.carry)
         chosen = drawing.choose(select, total, None, state.count)
         norm = _norm(total, chosen, each, ord, axis_name)
@@ -137,7 +137,7 @@ def clip_norm(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _norm(total: Tree, chosen: Tree, each: bool, ord: float, axis_name: norms.AxisName) -> jax.Array:
+def _norm(total: Tree, chosen: Tree, each: bool, ord: float, axis_name: incoming.AxisName) -> jax.Array:
     """The norm of the chosen entries: one, or one for each leaf, where a leaf without a gradient counts as 0."""
     leaves, _ = trees.flatten(total)
     masks, _ = trees.flatten(chosen)
@@ -145,7 +145,7 @@ def _norm(total: Tree, chosen: Tree, each: bool, ord: float, axis_name: norms.Ax
         jnp.zeros((1,)) if x is None else elementwise.where(m, x, jnp.zeros_like(x))
         for x, m in zip(leaves, masks, strict=True)
     ]
-    axes = None if axis_name is None else norms.sharded_over(axis_name, trees.paths(total), picked)
+    axes = None if axis_name is None else incoming.sharded_over(axis_name, trees.paths(total), picked)
     if each:
         return norms.norm(picked, ord, axes=axes, each=True) if picked else jnp.zeros((1,))
     return norms.norm(picked, ord, axes=axes)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from clipjax._arrays import trees
-from clipjax._gradients import threshold_state
+from clipjax._gradients import incoming, threshold_state
 from clipjax._maths import norms
 from clipjax.typing import State, Threshold, Tree
 
@@ -37,7 +37,7 @@ class SkipState(NamedTuple):
 
 
 def skip_spikes(
-    inner: optax.GradientTransformation, threshold: Threshold, *, axis_name: norms.AxisName = None
+    inner: optax.GradientTransformation, threshold: Threshold, *, axis_name: incoming.AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Leave out updates whose gradient norm exceeds a threshold or is not finite.
 
@@ -88,10 +88,10 @@ def skip_spikes(
         return SkipState(count, skipped, nonfinite, norm, limit, thresholds.init(norm), inside.init(params))
 
     def update_fn(updates: Tree, state: SkipState, params: Tree | None = None, **extra: Any) -> tuple[Tree, SkipState]:
-        norms.check_real(updates)
+        incoming.check_real(updates)
         named = trees.governed(updates)
         paths, leaves = [path for path, _ in named], [g for _, g in named]
-        axes = None if axis_name is None else norms.sharded_over(axis_name, paths, leaves)
+        axes = None if axis_name is None else incoming.sharded_over(axis_name, paths, leaves)
         norm = norms.norm(leaves, axes=axes).astype(jnp.float32)
         limit, history = thresholds.update(state.count, norm, state.rule)
         good = jnp.isfinite(norm) & (norm <= limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from clipjax._arrays import arguments
 from clipjax.typing import Selection, Tree
@@ -18,6 +19,14 @@ def choose(select: Selection, tree: Tree, key: jax.Array | None, count: jax.Arra
     return select.choose(tree, key_at(key if select.key is None else select.key, count))
 
 
-def check(select: Selection) -> None:
-    """Check a `select=` argument."""
+def everything() -> Selection:
+    """The selection of every entry; it draws nothing."""
+    return Selection(lambda tree, key: jax.tree.map(lambda x: jnp.ones((), bool), tree))
+
+
+def resolve(select: Selection | None) -> Selection:
+    """Read a `select=` argument; None selects every entry."""
+    if select is None:
+        return everything()
     arguments.instance(select, Selection, "select", "Call a factory: `selections.bernoulli(0.5)`.")
+    return select

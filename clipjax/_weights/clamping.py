@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipjax import selections
 from clipjax._arrays import arguments, elementwise, picking, trees
 from clipjax._maths import drawing, intervals
 from clipjax._weights import projecting
@@ -66,8 +65,7 @@ def clamp_weights(
       D3, section 3, step 4.
     """
     arguments.choice(when, "when", ("after", "before"))
-    select = selections.everything() if select is None else select
-    drawing.check(select)
+    select = drawing.resolve(select)
     where = picking.resolve(where, picking.everything)
     bounds = intervals.resolve(bound)
 

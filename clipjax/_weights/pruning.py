@@ -142,8 +142,7 @@ def prune_mask(
     for name, value in (("score", score), ("grow", grow)):
         arguments.instance(value, Score, name, "Call a factory: `scores.magnitude()`.")
     arguments.static(carry, "carry")
-    if select is not None:
-        drawing.check(select)
+    candidates = None if select is None else drawing.resolve(select)
     _check_regrow(regrow, structure, carry, inner)
     cycle = refreshing.cycle(start, every, stop)
     if mask is not None:
@@ -157,7 +156,7 @@ def prune_mask(
             cycle = cycle._replace(every=100 if every is None else every)
         where = picking.resolve(where, picking.weights)
         exchange = None if regrow is None else arguments.schedule(regrow)
-        pruning = Pruning(structure, amount, score, grow, where, cycle, exchange, select, key)
+        pruning = Pruning(structure, amount, score, grow, where, cycle, exchange, candidates, key)
         constraint, where = _pruned(pruning, carry), structure.holds or where
     return projecting.constrain(constraint, carry=carry, inner=inner, start=start, where=where, key=key)
 

@@ -1,0 +1,43 @@
+"""The gradients that arrive at a transformation: kinds that are refused, and the mesh axes that they are split over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from clipjax._arrays import arguments, trees
+from clipjax.typing import PerLeaf, Tree
+
+AxisName: TypeAlias = str | Sequence[str] | PerLeaf | None
+"""Mesh axes of a surrounding `shard_map`: a name, names, or `per_leaf` for names by leaf; None outside of one."""
+
+
+def check_real(updates: Tree) -> None:
+    """Raise for gradients that are not real floats."""
+    for path, g in zip(trees.paths(updates), trees.flatten(updates)[0], strict=True):
+        if g is not None and not jnp.issubdtype(g.dtype, jnp.floating):
+            raise TypeError(
+                f"`updates` must be real floats, got {g.dtype} at {path!r}. Split complex gradients with"
+                " `optax.contrib.split_real_and_imaginary`, and mask integer leaves with `optax.masked`."
+            )
+
+
+def sharded_over(axis_name: AxisName, paths: list[str], leaves: list[jax.Array]) -> list[tuple[str, ...]]:
+    """For each leaf, those axes among `axis_name` that it is sharded over in a surrounding `shard_map`."""
+
+    def names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+        return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+    if isinstance(axis_name, PerLeaf):
+        return [names(arguments.resolve(axis_name, path, x)) for path, x in zip(paths, leaves, strict=True)]
+    # `axis_index` differs along its axis by definition: where its type does not show it, check_vma=False tracks nothing
+    tracked = {name for name in names(axis_name) if name in _varies(jax.lax.axis_index(name))}
+    return [tuple(n for n in names(axis_name) if n not in tracked or n in _varies(x)) for x in leaves]
+
+
+def _varies(x: jax.Array) -> frozenset[str]:
+    """The axes of a `shard_map` along which an array is known to differ."""
+    return jax.typeof(x).mat.varying
