@@ -97,7 +97,7 @@ MUTANTS = (
         "quantized_leaves",
         "hostile_fields",
     ),
-    Mutant("_files/integer_arrays.py", "if x.size <= most else None", "", "saving_quantized", "equal or any_fields"),
-    Mutant("_files/integer_arrays.py", "if sparse else None", "if False else None", "saving_quantized", "far_apart"),
+    Mutant("_files/integer_arrays.py", "if x.size <= most else None", "", "saving_quantized", "more_steps"),
+    Mutant("_files/integer_arrays.py", "if sparse else None", "if False else None", "quantized_leaves", "codebook"),
     Mutant("_files/byte_stream.py", "if value > most or shift > 70:", "if value > most:", "symbol_codes", "limits"),
 )

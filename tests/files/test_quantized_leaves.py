@@ -94,6 +94,13 @@ def test_zeros_of_an_affine_grid_are_coded_as_zeros():
     assert len(clipjax.pack(leaf)) < codes.size / 4
 
 
+@pytest.mark.parametrize("levels", [(-30_000, 0, 30_000), (-(2**30), 3, 2**30)])
+def test_few_codes_far_apart_take_a_codebook(levels):
+    codes = jnp.asarray(RNG.choice(levels, (40, 30)), jnp.int32)
+    leaf = Quantized(codes, jnp.float32(1), jnp.int32(0), None, None, None)
+    assert len(quantized_leaves.pack(leaf, "")) < codes.size * np.log2(3) / 8 + 60
+
+
 def test_hostile_fields_raise():
     """Payloads that `pack` does not write, behind a right checksum."""
     leaf = q((6, 4), step=(2, 4), axis=1, group=3)

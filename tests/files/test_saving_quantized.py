@@ -94,6 +94,9 @@ CASES = {
     "unsigned_codes": lambda: Quantized(jnp.arange(8, dtype=jnp.uint8), jnp.float32(0.5), jnp.int32(3), 4, None, None),
     "int4_codes": lambda: Quantized(jnp.arange(-7, 8).astype(jnp.int4), jnp.float32(0.5), jnp.int32(0), 4, None, None),
     "format": lambda: q((8, 32), step=(8, 1), axis=0, group=32, format="q4_0"),
+    "more_steps_than_codes": lambda: Quantized(
+        jnp.arange(4, dtype=jnp.int8), jnp.ones(100), jnp.int32(0), 4, None, None, "f"
+    ),
     "format_of_other_dtypes": lambda: Quantized(
         jnp.asarray(RNG.integers(0, 256, (8, 16)), jnp.uint8),
         jnp.asarray(RNG.uniform(size=(3, 8, 2)), jnp.float16),
