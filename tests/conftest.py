@@ -1,44 +1,47 @@
-"""What the tests share: eight host devices, compiled programs on disk, strict promotion and real data where asked for."""
+"""What the tests share: eight host devices, programs that are compiled once a run, strict promotion, real data."""
 
 import gc
 import os
 import pathlib
 import shutil
-import sys
 import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-
-# A fresh folder for each run: both workers, and the processes that tests start, read what one of them has compiled.
-# Whoever starts several runs (`make mutants`) gives all of them one folder.
-_OWN_CACHE = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _OWN_CACHE = tempfile.mkdtemp(prefix="clipjax-compiled-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
 
 MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
+COMPILED = pytest.StashKey[str]()
+# Every program, however small, is kept: reading one takes a fifth of the time of compiling it.
+KEPT = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1}
 
 
-def pytest_unconfigure():
-    if _OWN_CACHE:
-        shutil.rmtree(_OWN_CACHE, ignore_errors=True)
+def pytest_configure(config):
+    """One folder of compiled programs for the workers, and for the processes that tests start, of this run alone.
+
+    Who starts several runs (`make mutants`) names one folder for all of them.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        config.stash[COMPILED] = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="clipjax-compiled-")
+        jax.config.update("jax_compilation_cache_dir", config.stash[COMPILED])
+    for name, value in KEPT.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+
+
+def pytest_unconfigure(config):
+    if COMPILED in config.stash:
+        shutil.rmtree(config.stash[COMPILED], ignore_errors=True)
+        del os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_module():
-    """A worker holds the compiled programs of one module at a time; what another module needs too is read from disk."""
+    """A worker holds the compiled programs of one module at a time; what the next needs of them is read from disk."""
     yield
     jax.clear_caches()
     gc.collect()
-    if path := os.environ.get("CLIPJAX_TEST_MEMORY"):
-        import resource
-        with open(path, "a") as file:
-            now = int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
-            file.write(f"{os.getpid()} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} {now:.0f} {os.environ.get('PYTEST_CURRENT_TEST')}\n")
 
 
 @pytest.fixture(scope="module")
