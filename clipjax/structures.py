@@ -190,11 +190,13 @@ def unit(
     if groups is not None:
         arguments.require(axis == -1, "axis", "be left out with `groups`", axis, "They name the axis of every leaf.")
         return group_units.structure(groups, reduce, int(min_keep))
-    reductions: dict[str, Callable[..., jax.Array]] = {"mean": jnp.mean, "sum": jnp.sum, "max": jnp.max}
 
     def reduce_unit(scores: jax.Array) -> jax.Array:
         others = tuple(i for i in range(scores.ndim) if i != axis % scores.ndim)
-        return reductions[reduce](scores, axis=others, keepdims=True)
+        if reduce == "max":
+            return jnp.max(scores, axis=others, keepdims=True)
+        total = jnp.sum if reduce == "sum" else jnp.mean
+        return total(scores, axis=others, keepdims=True)
 
     return _leafwise(reduce_unit, _has_axis(axis), min_keep=int(min_keep))
 

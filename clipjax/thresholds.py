@@ -7,12 +7,10 @@ or not finite are never added to a history. A threshold that is not positive cli
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from clipjax._arrays import arguments
@@ -334,7 +332,7 @@ def _length(window: int) -> int:
     return int(window)
 
 
-_RANGES: dict[str, Callable[[np.ndarray], np.bool_ | np.ndarray]] = {
+_RANGES = {
     "be a number > 0": lambda n: n > 0,
     "be a number >= 0": lambda n: n >= 0,
     "be a whole number >= 1": lambda n: (n >= 1) & (n == n // 1),

@@ -34,8 +34,8 @@ LEVELS = (
         " leaf_grid quantizing choosing",
     },
     {
-        "_files": "byte_stream symbol_counts ans zero_densities symbol_codes step_search alphabets leaf_codec integer_arrays"
-        " quantized_fields quantized_leaves container leaf_entries layouts saving",
+        "_files": "byte_stream symbol_counts ans zero_densities symbol_codes step_search alphabets leaf_codec"
+        " integer_arrays quantized_fields quantized_leaves container leaf_entries layouts saving",
     },
     {"_reports": "distributions reporting summarizing"},
     {"": "__init__ __main__"},

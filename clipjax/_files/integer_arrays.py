@@ -87,6 +87,7 @@ def _forms(x: np.ndarray, bits: np.ndarray, zero: int | None) -> list[bytearray]
         symbols = np.empty(alphabets.matrix(x.shape, x.size), symbol_codes.symbol_dtype(levels))
         for part, numbers in zip(symbol_counts.chunks(symbols), symbol_counts.chunks(whole), strict=True):
             part[:] = numbers.astype(np.int64) - low
+        # Levels that do not occur cost a byte each in an entropy code's table: where most do not, a codebook is tried too.
         inside = zero is not None and low <= zero < low + levels
         code, packed = symbol_codes.encoding(symbols, levels, (zero or 0) - low if inside else None)
         checked = code.size < packed

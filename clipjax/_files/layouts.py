@@ -49,6 +49,7 @@ def flatten(tree: Tree) -> tuple[list[str], list[Any], str | None]:
     layout = visit(tree, ())
     if len(set(names)) != len(names):
         raise ValueError(f"Leaf paths must differ, got {sorted(names)}. Rename the keys that read alike.")
+    # An empty dict, a list or a key with a meaning of its own leaves no trace in the names: then they are not enough.
     plain = bool(names) and _expanded(layout) == _nested(names)
     return names, leaves, None if plain else json.dumps(layout, separators=(",", ":"))
 
@@ -102,6 +103,7 @@ def _nested(names: list[str]) -> Any:
     tree: dict[str, Any] = {}
     for i, name in enumerate(names):
         name = "__metadata__" if name == _RESERVED else name
+        # "~1" first: a key "~1" is written "~01", which must not become "/".
         *inner, last = (part.replace("~1", "/").replace("~0", "~") for part in name.split("/"))
         if len(inner) > _DEPTH:
             raise ValueError(f"Names must not nest deeper than {_DEPTH}, got {name[:80]!r}...")

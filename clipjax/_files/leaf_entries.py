@@ -130,6 +130,7 @@ def leaves(reader: container.Reader) -> list[StoredLeaf]:
     found = reader.metadata.get("clipjax", "")
     remedy = "`python -m clipjax compress IN OUT` makes one of a plain safetensors file."
     arguments.require(found in VERSIONS, "path", f"be a clipjax file of version {' or '.join(VERSIONS)}", found, remedy)
+    # A note is only read once the header's own checksum is right: damage to a shape would else decode to other arrays.
     if not reader.intact():
         raise ValueError("The header has another checksum than the one that was stored.")
     notes = reader.metadata.get("leaves", "").split()
@@ -142,6 +143,7 @@ def leaves(reader: container.Reader) -> list[StoredLeaf]:
 
 def check_size(found: list[StoredLeaf], size: int, max_bytes: int | None) -> None:
     """Refuse leaves that take more than the limit; by default more than a file of such a size may."""
+    # Before anything is decoded: an ANS code of a constant array stands for any number of entries in a few bytes.
     most = max(_SMALL, _GROWTH * size) if max_bytes is None else max_bytes
     needed = sum(leaf.size for leaf in found)
     remedy = f"The leaves of this file take {needed} bytes; raise the limit if you trust it."

@@ -51,6 +51,7 @@ class Fields(NamedTuple):
 
 def write(fields: Fields, shape: tuple[int, ...]) -> bytearray:
     """The bytes of the fields, for codes of this shape."""
+    # The flags of what is rare stand highest: one step for all takes one byte here, an axis two.
     flags, out = fields.relative * _RELATIVE, bytearray()
     if fields.dtypes != _usual(fields.bits):
         flags |= _DTYPES

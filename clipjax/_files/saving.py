@@ -240,7 +240,9 @@ def _placer(sharding: Placement) -> Callable[[str, np.ndarray | Quantized], Any]
         chosen = lambda name, x: by_name.get(name)  # noqa: E731
 
     def place(name: str, x: np.ndarray | Quantized) -> Any:
-        if isinstance(x, Quantized):  # a step has not the shape of the weight, which a sharding is for
+        if isinstance(x, Quantized):
+            # A sharding is for the shape of the weight, which the codes have. Steps and zero points are small and stay
+            # uncommitted, so that a product with the codes takes place where these are.
             codes = place(name, np.asarray(x.codes))
             return dataclasses.replace(x, codes=codes, step=jnp.asarray(x.step), zero_point=jnp.asarray(x.zero_point))
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:

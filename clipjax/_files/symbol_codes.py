@@ -32,6 +32,7 @@ def encoding(symbols: np.ndarray, size: int, zero: int | None = None) -> tuple[b
     if zero is not None and min(symbols.shape) > 1 and 0 < counts[zero] < symbols.size:
         options.append(zero_densities.encoding(symbols, counts, zero))
     numbered = [(i, option) for i, option in enumerate(options) if option]
+    # Of ways of equal size the first, simplest one. `zero_densities` is the only one that may not apply.
     kind, chosen = min(numbered, key=lambda pair: pair[1].size)
 
     def write(out: bytearray) -> None:

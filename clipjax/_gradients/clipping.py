@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,9 @@ def clip(
         shared, history = thresholds.init(params)
         return ClipState(jnp.zeros((), jnp.int32), shared, history, feedback.init(params))
 
-    def update_fn(updates: Tree, state: ClipState, params: Tree | None = None, **extra: Any) -> tuple[Tree, ClipState]:
+    def update_fn(
+        updates: Tree, state: ClipState, params: Tree | None = None, **extra: object
+    ) -> tuple[Tree, ClipState]:
         incoming.check_real(updates)
         total = feedback.add(updates, state.carry)
         chosen = drawing.choose(select, total, None, state.count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,7 @@ def clip_norm(
         return ClipNormState(count, clipped, nonfinite, norm, limit, factor, history, feedback.init(params))
 
     def update_fn(
-        updates: Tree, state: ClipNormState, params: Tree | None = None, **extra: Any
+        updates: Tree, state: ClipNormState, params: Tree | None = None, **extra: object
     ) -> tuple[Tree, ClipNormState]:
         incoming.check_real(updates)
         total = feedback.add(updates, state.carry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,9 @@ def skip_spikes(
         norm, limit = jnp.zeros((), jnp.float32), jnp.asarray(jnp.inf, jnp.float32)
         return SkipState(count, skipped, nonfinite, norm, limit, thresholds.init(norm), inside.init(params))
 
-    def update_fn(updates: Tree, state: SkipState, params: Tree | None = None, **extra: Any) -> tuple[Tree, SkipState]:
+    def update_fn(
+        updates: Tree, state: SkipState, params: Tree | None = None, **extra: object
+    ) -> tuple[Tree, SkipState]:
         incoming.check_real(updates)
         named = trees.governed(updates)
         paths, leaves = [path for path, _ in named], [g for _, g in named]

@@ -6,7 +6,7 @@ A rule is written for one f32 norm. Here it gets a state for every norm, or for 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def _rule_for_entries(rule: Rule) -> EntryThresholds:
 
     def update(count: jax.Array, gradients: Tree, shared: jax.Array, state: State) -> tuple[Tree, jax.Array, State]:
         # transposed: from a tree of leaves for each number of the rule to the numbers of each leaf, and back
-        numbers: Any = jax.tree.structure(rule.init())
+        numbers: State = jax.tree.structure(rule.init())
         fields = [trees.flatten(field) for field in numbers.flatten_up_to(state)]
         leaves, treedef = trees.flatten(gradients)
         rows = zip(leaves, *(values for values, _ in fields), strict=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import optax
 
 from clipjax.typing import State, Tree
@@ -35,7 +33,7 @@ def with_gradient(inner: optax.GradientTransformation) -> optax.GradientTransfor
     """
     inside = optax.with_extra_args_support(inner)
 
-    def update_fn(updates: Tree, state: State, params: Tree | None = None, **extra: Any) -> tuple[Tree, State]:
+    def update_fn(updates: Tree, state: State, params: Tree | None = None, **extra: object) -> tuple[Tree, State]:
         return inside.update(updates, state, params, **{"grad": updates, **extra})
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)

@@ -185,7 +185,7 @@ def test_init_under_jit_takes_the_shardings_it_is_given(layout):
 @pytest.mark.parametrize("name", ["exact", "normed"])
 @pytest.mark.parametrize("layout", ["fsdp", "both"])
 def test_inside_shard_map(layout, name):
-    """Elementwise members need no axis, a norm is told its axes; steps are those that a refresh outside has found."""
+    """Elementwise transformations need no axis, a norm is given its axes; steps are those that a refresh outside has found."""
     tx, params = CHAINS[name](), tree(0, 0.2)
     if name == "normed":
         rule = clipjax.clip_norm(thresholds.zscore(0.5, warmup=2), axis_name=AXES)
@@ -194,7 +194,7 @@ def test_inside_shard_map(layout, name):
     else:
         inside, refresh = tx, False
     state = tx.init(params)
-    if name == "exact":  # steps and reach from one update outside
+    if name == "exact":  # steps and largest levels from one update outside
         params, state = jax.jit(functools.partial(step, tx))(params, state, tree(1, 0.1))
 
     def local(params, state, grads):
