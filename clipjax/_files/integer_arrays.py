@@ -87,7 +87,6 @@ def _forms(x: np.ndarray, bits: np.ndarray, zero: int | None) -> list[bytearray]
         symbols = np.empty(alphabets.matrix(x.shape, x.size), symbol_codes.symbol_dtype(levels))
         for part, numbers in zip(symbol_counts.chunks(symbols), symbol_counts.chunks(whole), strict=True):
             part[:] = numbers.astype(np.int64) - low
-        # Levels that do not occur cost a byte each in an entropy code's table: where most do not, a codebook is tried too.
         inside = zero is not None and low <= zero < low + levels
         code, packed = symbol_codes.encoding(symbols, levels, (zero or 0) - low if inside else None)
         checked = code.size < packed
@@ -95,6 +94,7 @@ def _forms(x: np.ndarray, bits: np.ndarray, zero: int | None) -> list[bytearray]
         ranged += zlib.crc32(bits.data).to_bytes(4, "little") if checked else b""
         code.write(ranged)
         forms.append(ranged)
+        # A level that does not occur costs a byte in an entropy code's table: where most do not, try a codebook too.
         sparse = levels > _SPARSE * int(np.count_nonzero(symbol_counts.histogram(symbols, levels)))
     book = leaf_codec.pack(bits.reshape(x.shape)).data if sparse else None
     return forms if book is None else [*forms, bytearray([_PAYLOAD]) + byte_stream.whole(len(book)) + book]

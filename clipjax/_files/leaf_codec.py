@@ -58,8 +58,8 @@ def pack(x: np.ndarray) -> Payload:
     code, packed = symbol_codes.encoding(symbols, alphabet.size, alphabet.zero)
     head, escapes = _head(alphabet), alphabet.escapes.nbytes
     packed = min(4 + len(head) + packed + escapes, x.nbytes)
-    # The estimate decides before anything is coded; the bytes decide once more below, in which an entropy coder may have
-    # taken a few more.
+    # The estimate decides before anything is coded. An entropy coder may take a few bytes more, so that the size of the
+    # code decides once more below.
     if 4 + len(head) + code.size + escapes >= x.nbytes:
         return Payload(None, packed)
     data = bytearray(zlib.crc32(alphabets.patterns(x).data).to_bytes(4, "little"))

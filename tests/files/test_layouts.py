@@ -185,7 +185,7 @@ def test_init_under_jit_takes_the_shardings_it_is_given(layout):
 @pytest.mark.parametrize("name", ["exact", "normed"])
 @pytest.mark.parametrize("layout", ["fsdp", "both"])
 def test_inside_shard_map(layout, name):
-    """Elementwise transformations need no axis, a norm is given its axes; steps are those that a refresh outside has found."""
+    """Elementwise transformations need no axis, a norm is given its axes; steps come from a refresh outside."""
     tx, params = CHAINS[name](), tree(0, 0.2)
     if name == "normed":
         rule = clipjax.clip_norm(thresholds.zscore(0.5, warmup=2), axis_name=AXES)
