@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from clipjax._files import alphabets, container, layouts, leaf_entries, saving
+from clipjax._files import alphabets, atomic_file, container, layouts, leaf_entries, saving
 from clipjax._reports.summarizing import Summary
 from clipjax.typing import Tree
 
@@ -75,7 +75,7 @@ def expand(source: str, target: str, max_bytes: int | None = None) -> None:
                 raise ValueError(f"safetensors has no name for {leaf.dtype.name}, of leaf {leaf.entry.name!r}.")
             x = np.asarray(leaf.read(reader))
             writer.add(leaf.entry.name, container.NAMES[x.dtype], x.shape, alphabets.patterns(x).data)
-        with container.replacing(target) as out:
+        with atomic_file.replacing(target) as out:
             writer.write(out, {})
 
 

@@ -6,7 +6,6 @@ The header's `__metadata__` holds a checksum of the header itself.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 import ml_dtypes
@@ -93,48 +91,6 @@ def _header(entries: dict[str, Any]) -> bytes:
 
 def _checksum_field(checksum: str) -> bytes:
     return f'"crc":"{checksum}"'.encode()
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when all of it is on disk; until then, whatever happens, the old one stays.
-
-    Written beside it, flushed to the disk, renamed, and the folder flushed too.
-    """
-    path = os.path.abspath(os.fspath(path))
-    folder = os.path.dirname(path)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: else a power cut may leave the new name without its bytes
-        os.chmod(temporary, _mode(path))
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _flush_folder(folder)
-
-
-def _mode(path: str) -> int:
-    """The mode of the old file, or what a new one would get."""
-    try:
-        return os.stat(path).st_mode & 0o777
-    except FileNotFoundError:
-        mask = os.umask(0)  # the mask can only be read by setting it
-        os.umask(mask)
-        return 0o666 & ~mask
-
-
-def _flush_folder(folder: str) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class Reader:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._files import container, layouts, leaf_codec, leaf_entries
+from clipjax._files import atomic_file, container, layouts, leaf_codec, leaf_entries
 from clipjax._maths.integers import Quantized
 from clipjax.typing import Tree
 
@@ -57,7 +57,7 @@ def save(path: str | os.PathLike[str], params: Tree) -> None:
       D4, section 2.2: fewer bytes are stored. Duda, Asymmetric numeral systems, 2009, https://arxiv.org/abs/0902.0271.
     """
     folder = os.path.dirname(os.path.abspath(os.fspath(path)))
-    with container.replacing(path) as file:
+    with atomic_file.replacing(path) as file:
         write(file, params, folder)
 
 
