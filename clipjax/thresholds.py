@@ -199,12 +199,7 @@ def percentile(q: Number = 10.0, window: int = 1000) -> Rule:
 
     def update(norm: jax.Array, state: ring_buffers.Sorted) -> tuple[jax.Array, ring_buffers.Sorted]:
         state = ring_buffers.insert(state, norm)
-        last = jnp.minimum(state.window.seen, window) - 1
-        place = last.astype(jnp.float32) * jnp.asarray(q, jnp.float32)  # in hundredths: exact where q is whole
-        low = jnp.floor(place / 100).astype(jnp.int32)
-        below, above = (ring_buffers.at(state.ordered, i) for i in (low, jnp.minimum(low + 1, last)))
-        part = (place - 100 * low.astype(jnp.float32)) / 100
-        return below + part * (above - below), state
+        return ring_buffers.percentile(state, q), state
 
     return Rule(lambda: ring_buffers.Sorted(ring_buffers.empty(window), ring_buffers.empty(window).norms), update)
 

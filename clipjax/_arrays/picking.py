@@ -1,4 +1,4 @@
-"""Which leaves a transformation governs: the `where` argument, its defaults, and trees cut down to them."""
+"""Which leaves a transformation governs: `where`, trees cut down to them, and values that differ by leaf."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from clipjax._arrays import trees
-from clipjax.typing import Tree, Where
+from clipjax._arrays import arguments, trees
+from clipjax.typing import PerLeaf, Tree, Where
 
 NOT_WEIGHTS = ("bias", "b", "scale", "offset")
 
@@ -66,3 +66,18 @@ def merge(tree: Tree, over: Tree, picks: list[bool]) -> Tree:
     leaves, treedef = trees.flatten(tree)
     chosen = zip(leaves, trees.flatten(over)[0], picks, strict=True)
     return treedef.unflatten([new if ok else old for old, new, ok in chosen])
+
+
+def values(argument: Any, tree: Tree) -> dict[str, Any]:
+    """The value of an argument for the governed leaves of a tree, in tree order.
+
+    `per_leaf` is called with each leaf; in a tree of values those are found by path, and leaves that it does not name
+    are left out; anything else is the value of all leaves.
+    """
+    named = trees.governed(tree)
+    if isinstance(argument, PerLeaf):
+        return {path: argument.fn(path, leaf) for path, leaf in named}
+    if arguments.is_tree(argument):
+        given = dict(trees.governed(argument))
+        return {path: given[path] for path, _ in named if path in given}
+    return {path: argument for path, _ in named}

@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import arguments
-from clipjax.typing import PerLeaf, Tree
+from clipjax.typing import Tree
 
 Kind = TypeVar("Kind")
 KeyPath = tuple[Any, ...]  # the keys of `jax.tree_util`, which have no common type
@@ -83,21 +82,6 @@ def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     others = [flatten(other)[0] for other in rest]
     at = zip(paths(tree), leaves, *others, strict=True)
     return treedef.unflatten([None if x is None else fn(path, x, *xs) for path, x, *xs in at])
-
-
-def values(argument: Any, tree: Tree) -> dict[str, Any]:
-    """The value of an argument for the governed leaves of a tree, in tree order.
-
-    `per_leaf` is called with each leaf; in a tree of values those are found by path, and leaves that it does not name
-    are left out; anything else is the value of all leaves.
-    """
-    named = governed(tree)
-    if isinstance(argument, PerLeaf):
-        return {path: argument.fn(path, leaf) for path, leaf in named}
-    if arguments.is_tree(argument):
-        given = dict(governed(argument))
-        return {path: given[path] for path, _ in named if path in given}
-    return {path: argument for path, _ in named}
 
 
 def place(values: Tree, like: Tree) -> Tree:

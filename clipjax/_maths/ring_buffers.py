@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clipjax.typing import Number
+
 
 class Window(NamedTuple):
     """The last norms.
@@ -58,6 +60,16 @@ def insert(state: Sorted, norm: jax.Array) -> Sorted:
     rank = jnp.sum((rest < norm) & (index < last))
     ordered = jnp.where(index < rank, rest, jnp.where(index == rank, norm, jnp.roll(rest, 1)))
     return Sorted(push(window, norm), ordered)
+
+
+def percentile(state: Sorted, q: Number) -> jax.Array:
+    """The q-th percentile of the norms, interpolated linearly between the two next to it."""
+    last = jnp.minimum(state.window.seen, state.ordered.size) - 1
+    place = last.astype(jnp.float32) * jnp.asarray(q, jnp.float32)  # in hundredths: exact where q is whole
+    low = jnp.floor(place / 100).astype(jnp.int32)
+    below, above = (at(state.ordered, i) for i in (low, jnp.minimum(low + 1, last)))
+    part = (place - 100 * low.astype(jnp.float32)) / 100
+    return below + part * (above - below)
 
 
 def at(values: jax.Array, index: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from clipjax._gradients.clipping import ClipState
 from clipjax._gradients.norm_clipping import ClipNormState
 from clipjax._gradients.skipping import SkipState
 from clipjax._weights.clamping import ClampState
-from clipjax._weights.leaf_grid import QuantizeState
+from clipjax._weights.leaf_grid import Grid
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.pruning import PruneState
 from clipjax.typing import State
@@ -109,7 +109,7 @@ def _prune(state: PruneState, per_leaf: bool) -> Metrics:
     return metrics
 
 
-def _quantize(state: QuantizeState, per_leaf: bool) -> Metrics:
+def _quantize(state: Grid, per_leaf: bool) -> Metrics:
     """The mean over the leaves, each of which counts once."""
     bits = {path: b.astype(jnp.float32) for path, b in _by_path(state.bits).items()}
     steps = {path: s.mean() for path, s in _by_path(state.step).items()}
@@ -125,7 +125,7 @@ def _quantize(state: QuantizeState, per_leaf: bool) -> Metrics:
 
 
 def _by_path(field: object) -> dict[str, jax.Array]:
-    """A field of a `QuantizeState`, which is a lone array where no leaf is quantized."""
+    """A field of a `Grid`, which is a lone array where no leaf is quantized."""
     return dict(trees.governed(field)) if isinstance(field, dict) else {}
 
 
@@ -139,6 +139,6 @@ _KINDS: dict[type, tuple[str, Callable[[Any, bool], Metrics]]] = {
     SkipState: ("skip_spikes", _skip),
     ClampState: ("clamp_weights", _clamp),
     PruneState: ("prune_mask", _prune),
-    QuantizeState: ("fake_quantize", _quantize),
+    Grid: ("fake_quantize", _quantize),
     ProjectState: ("project", _project),
 }

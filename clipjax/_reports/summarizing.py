@@ -14,7 +14,7 @@ import numpy as np
 from clipjax._arrays import arguments, dtypes, picking, trees
 from clipjax._files import leaf_codec
 from clipjax._reports import distributions
-from clipjax._weights.leaf_grid import QuantizeState
+from clipjax._weights.leaf_grid import Grid
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.pruning import PruneState
 from clipjax.typing import State, Tree
@@ -128,8 +128,8 @@ def summarize(params: Tree, opt_state: State = None, *, widths: tuple[int, ...] 
     """
     widths = () if isinstance(widths, tuple | list) and not widths else arguments.widths(widths, "widths")
     states = _project_states(opt_state)
-    grids = [g for g in trees.find(opt_state, QuantizeState) if isinstance(g.step, dict)]
-    latents = [dict(trees.governed(s.carry)) for s in states if isinstance(s.projection, QuantizeState)]
+    grids = [g for g in trees.find(opt_state, Grid) if isinstance(g.step, dict)]
+    latents = [dict(trees.governed(s.carry)) for s in states if isinstance(s.projection, Grid)]
     masks = [dict(trees.governed(s.projection.mask)) for s in states if isinstance(s.projection, PruneState)]
     leaves = [(path, leaf) for path, leaf in trees.governed(params) if not _is_key(leaf)]
     rows = [_row(path, leaf, grids, masks, latents, widths) for path, leaf in leaves]
@@ -162,7 +162,7 @@ def _project_states(opt_state: State) -> list[ProjectState]:
 def _row(
     path: str,
     leaf: Any,
-    grids: list[QuantizeState],
+    grids: list[Grid],
     masks: list[dict[str, jax.Array]],
     latents: list[dict[str, jax.Array]],
     widths: tuple[int, ...],

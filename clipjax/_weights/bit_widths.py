@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from clipjax._arrays import arguments, trees
+from clipjax._arrays import arguments, picking, trees
 from clipjax._maths import levels
 from clipjax.typing import Bits, PerLeaf, Step, Tree, Where, Width
 
@@ -63,7 +63,7 @@ def _leaf_by_leaf(bits: PerLeaf | Tree) -> Widths:
     """Widths that differ by leaf; leaves without one are left out."""
 
     def allowed(tree: Tree) -> dict[str, tuple[int, ...]]:
-        found = {path: width for path, width in trees.values(bits, tree).items() if width is not None}
+        found = {path: width for path, width in picking.values(bits, tree).items() if width is not None}
         for width in found.values():
             arguments.bits(width)
         return {path: (int(width),) for path, width in found.items()}

@@ -18,8 +18,8 @@ Field = TypeVar("Field")
 Soften = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-class QuantizeState(NamedTuple, Generic[Field]):
-    """State of `fake_quantize` inside its `ProjectState`: each field is a dict by path, and for one leaf an array.
+class Grid(NamedTuple, Generic[Field]):
+    """The grid of one leaf, or, with dicts by path as its fields, of all leaves: the state of `fake_quantize`.
 
     Attributes:
       step: f32 per step group, the distance of two levels.
@@ -40,14 +40,14 @@ class QuantizeState(NamedTuple, Generic[Field]):
     high: Field
 
 
-Grid: TypeAlias = QuantizeState[jax.Array]
-State: TypeAlias = QuantizeState[dict[str, jax.Array]]
+LeafGrid: TypeAlias = Grid[jax.Array]
+QuantizeState: TypeAlias = Grid[dict[str, jax.Array]]
 
 
-def at(state: State, path: str) -> Grid:
+def at(state: QuantizeState, path: str) -> LeafGrid:
     """The grid of one leaf."""
     fits = isinstance(state.step, dict) and path in state.step
-    grid = QuantizeState(*(field[path] for field in state)) if fits else None
+    grid = Grid(*(field[path] for field in state)) if fits else None
     if grid is None or grid.max_level.ndim != grid.step.ndim + 1:
         raise ValueError(
             f"`state` must belong to these params, got one without a grid for {path!r}. Start anew with"
@@ -56,10 +56,10 @@ def at(state: State, path: str) -> Grid:
     return grid
 
 
-def gathered(grids: dict[str, Grid]) -> State:
+def gathered(grids: dict[str, LeafGrid]) -> QuantizeState:
     """The state of the grids of all leaves."""
     # Without leaves each field is one array all the same, see `trees.by_path`.
-    return QuantizeState(*(trees.by_path({path: grid[i] for path, grid in grids.items()}) for i in range(6)))
+    return Grid(*(trees.by_path({path: grid[i] for path, grid in grids.items()}) for i in range(6)))
 
 
 class Plan(NamedTuple):
@@ -89,7 +89,7 @@ class Plan(NamedTuple):
         """True where the width does not follow from the weights."""
         return len(self.allowed) == 1
 
-    def binary(self, grid: Grid) -> bool | jax.Array | None:
+    def binary(self, grid: LeafGrid) -> bool | jax.Array | None:
         """True where the grid has one bit, a traced bool where it may, None where it never has."""
         return None if 1 not in self.allowed else True if self.fixed else grid.bits == 1
 
@@ -105,7 +105,7 @@ def check(plan: Plan, path: str, leaf: Leaf) -> None:
     arguments.require(least >= smallest, "bits", f"be at least {smallest} for an affine grid", least, remedy)
 
 
-def begin(plan: Plan, leaf: Leaf) -> Grid:
+def begin(plan: Plan, leaf: Leaf) -> LeafGrid:
     """The grid before the first refresh."""
     like = jax.eval_shape(lambda x: step_groups.view(x, plan.groups), jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
     step = fitting.given(1.0, like, plan.groups.axes)
@@ -114,7 +114,7 @@ def begin(plan: Plan, leaf: Leaf) -> Grid:
     width = max(plan.allowed, default=0)
     top = 0.0 if plan.unbounded else float(grids.top(width))
     low, high = (jnp.full(step.shape, end, jnp.float32) for end in (-top, top))
-    return QuantizeState(step, max_level, jnp.zeros(step.shape, jnp.int32), jnp.asarray(width, jnp.int32), low, high)
+    return Grid(step, max_level, jnp.zeros(step.shape, jnp.int32), jnp.asarray(width, jnp.int32), low, high)
 
 
 class Measured(NamedTuple):
@@ -129,7 +129,7 @@ class Measured(NamedTuple):
     max_level: jax.Array
 
 
-def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: Grid, dtype: DTypeLike) -> Measured:
+def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: LeafGrid, dtype: DTypeLike) -> Measured:
     """The nonzero finite weights, limited to the largest level.
 
     Args:
@@ -152,13 +152,13 @@ def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: Grid, dtype: DTyp
     return Measured(intervals.limit(alive_x, -max_level[0], max_level[-1]), max_level)
 
 
-def fit(plan: Plan, measured: Measured) -> Grid:
+def fit(plan: Plan, measured: Measured) -> LeafGrid:
     """The grid of a leaf of fixed width, or of unbounded codes."""
     axes = plan.groups.axes
     if plan.unbounded:
         step = plan.rule.fit(measured.values, 0, axes)
         zero = jnp.zeros_like(step)
-        return QuantizeState(step, measured.max_level, zero.astype(jnp.int32), jnp.zeros((), jnp.int32), zero, zero)
+        return Grid(step, measured.max_level, zero.astype(jnp.int32), jnp.zeros((), jnp.int32), zero, zero)
     (bits,) = plan.allowed
     found = levels.of(plan.rule, measured.values, bits, axes, (measured.max_level[0], measured.max_level[-1]))
     return _grid(found, measured, jnp.asarray(bits, jnp.int32))
@@ -170,16 +170,16 @@ def spectrum(plan: Plan, measured: Measured) -> spectra.Spectrum:
     return spectra.spectrum(measured.values, plan.rule, plan.groups.axes, plan.allowed, limits)
 
 
-def chosen(plan: Plan, measured: Measured, spectrum: spectra.Spectrum, index: jax.Array) -> Grid:
+def chosen(plan: Plan, measured: Measured, spectrum: spectra.Spectrum, index: jax.Array) -> LeafGrid:
     """The grid of the width at an index of the allowed ones."""
     return _grid(spectra.entry(spectrum, index), measured, spectra.width(plan.allowed, index))
 
 
-def _grid(found: Levels, measured: Measured, bits: jax.Array) -> Grid:
-    return QuantizeState(found.step, measured.max_level, found.zero_point, bits, found.low, found.high)
+def _grid(found: Levels, measured: Measured, bits: jax.Array) -> LeafGrid:
+    return Grid(found.step, measured.max_level, found.zero_point, bits, found.low, found.high)
 
 
-def level(plan: Plan, x: jax.Array, grid: Grid, key: jax.Array | None, since: jax.Array) -> jax.Array:
+def level(plan: Plan, x: jax.Array, grid: LeafGrid, key: jax.Array | None, since: jax.Array) -> jax.Array:
     """The level of every weight: code * s, the codes limited to those of the grid."""
     w = step_groups.view(x, plan.groups)
     binary = plan.binary(grid)
@@ -198,7 +198,7 @@ def _softened(
     soften: Soften,
     w: jax.Array,
     code: jax.Array,
-    grid: Grid,
+    grid: LeafGrid,
     since: jax.Array,
 ) -> jax.Array:
     """Codes between the levels on both sides of each weight."""
@@ -213,7 +213,7 @@ def _softened(
     return soften(inside, code, below, above, since)
 
 
-def surely_zero(plan: Plan, x: jax.Array, grid: Grid) -> jax.Array:
+def surely_zero(plan: Plan, x: jax.Array, grid: LeafGrid) -> jax.Array:
     """True only where the level is surely 0."""
     w = step_groups.view(x, plan.groups)
     if plan.rounding == "stochastic" or plan.soften is not None or 1 in plan.allowed:

@@ -11,7 +11,7 @@ from clipjax._arrays import arguments, dtypes, picking, trees
 from clipjax._maths import blocks, grids, integers, levels, step_groups
 from clipjax._weights import bit_widths, leaf_grid, projecting, refreshing
 from clipjax._weights.constraints import Constraint
-from clipjax._weights.leaf_grid import Plan, QuantizeState
+from clipjax._weights.leaf_grid import Grid, Plan, QuantizeState
 from clipjax.typing import (
     Axis,
     Bits,
@@ -126,18 +126,18 @@ def fake_quantize(
 
         return {path: plan(path, leaf) for path, leaf in trees.governed(tree)}
 
-    def init_fn(params: Tree) -> leaf_grid.State:
+    def init_fn(params: Tree) -> QuantizeState:
         leaves, by_path = dict(trees.governed(params)), plans(params)
         for path, plan in by_path.items():
             leaf_grid.check(plan, path, leaves[path])
         return leaf_grid.gathered({path: leaf_grid.begin(plan, leaves[path]) for path, plan in by_path.items()})
 
-    def apply_fn(target: Tree, state: leaf_grid.State, context: Context) -> tuple[Tree, leaf_grid.State]:
+    def apply_fn(target: Tree, state: QuantizeState, context: Context) -> tuple[Tree, QuantizeState]:
         by_path = plans(target)
         if not by_path:
             return target, state
 
-        def refresh(target: Tree, landed: Tree) -> leaf_grid.State:
+        def refresh(target: Tree, landed: Tree) -> QuantizeState:
             values, given, shown = (dict(trees.governed(tree)) for tree in (target, landed, context.params))
             measured = {
                 path: leaf_grid.measure(plan, values[path], given[path], leaf_grid.at(state, path), shown[path].dtype)
@@ -151,7 +151,7 @@ def fake_quantize(
         new = refreshing.refreshed(cycle, context, refresh, state)
         return frozen_fn(target, new, context), new
 
-    def frozen_fn(target: Tree, state: leaf_grid.State, context: Context) -> Tree:
+    def frozen_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
         by_path = plans(target)
         index = {path: i for i, path in enumerate(by_path)}
         since = (context.count - start).astype(jnp.float32)
@@ -162,7 +162,7 @@ def fake_quantize(
 
         return trees.map_with_path(level, target)
 
-    def surely_zero(target: Tree, state: leaf_grid.State) -> Tree:
+    def surely_zero(target: Tree, state: QuantizeState) -> Tree:
         by_path = plans(target)
         zero = lambda path, x: leaf_grid.surely_zero(by_path[path], x, leaf_grid.at(state, path))  # noqa: E731
         return trees.map_with_path(zero, target)
@@ -192,7 +192,7 @@ def _rounding(rounding: RoundingMode) -> tuple[str, leaf_grid.Soften | None]:
 
 def _chosen(
     choose: bit_widths.Chooser, plans: dict[str, Plan], measured: dict[str, leaf_grid.Measured], sizes: list[int]
-) -> dict[str, leaf_grid.Grid]:
+) -> dict[str, leaf_grid.LeafGrid]:
     """The grid of every leaf at the width that the rule chooses from all distributions."""
     found = {path: leaf_grid.spectrum(plan, measured[path]) for path, plan in plans.items()}
     energy, noise = (jnp.stack([getattr(s, name) for s in found.values()]) for name in ("energy", "noise"))
@@ -231,7 +231,7 @@ def quantized(params: Tree, opt_state: State) -> Tree:
     References:
       D4, section 2.2: floats become integers.
     """
-    found = trees.find(opt_state, QuantizeState)
+    found = trees.find(opt_state, Grid)
     remedy = "Pass the state of an optimizer with `clipjax.fake_quantize` in it."
     arguments.require(found, "opt_state", "hold a quantizer", type(opt_state).__name__, remedy)
     states = [state for state in found if isinstance(state.step, dict)]  # those that govern a leaf
@@ -245,7 +245,7 @@ def quantized(params: Tree, opt_state: State) -> Tree:
     return trees.map_with_path(codes, params)
 
 
-def _integers(leaf: jax.Array, grid: leaf_grid.Grid) -> integers.Quantized:
+def _integers(leaf: jax.Array, grid: leaf_grid.LeafGrid) -> integers.Quantized:
     bits = int(grid.bits) or None
     grouped = grid.step.ndim > leaf.ndim
     group = leaf.shape[-2] // grid.step.shape[-3] if grouped else None

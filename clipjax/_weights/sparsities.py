@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax._arrays import arguments, trees
+from clipjax._arrays import arguments, picking, trees
 from clipjax._maths import counts
 from clipjax.typing import Number, Schedule, Sparsity, Structure, Tree
 
@@ -81,7 +81,7 @@ def _leaf_by_leaf(sparsity: Tree) -> Amount:
     """The counts for fractions by path."""
 
     def fractions(owners: Tree) -> list[Number]:
-        found = trees.values(sparsity, owners)
+        found = picking.values(sparsity, owners)
         missing = [path for path, _ in trees.governed(owners) if path not in found]
         remedy = "Leave the others out with `where`."
         arguments.require(not missing, "sparsity", "name every picked leaf", missing, remedy)
