@@ -65,7 +65,7 @@ def expand(source: str, target: str, max_bytes: int | None = None) -> None:
     if not target.endswith(".safetensors"):
         _checkpointer().save(os.path.abspath(target), saving.load(source, max_bytes=max_bytes))
         return
-    folder = os.path.dirname(os.path.abspath(target))
+    folder = atomic_file.folder_of(target)
     with open(source, "rb") as file, container.Writer(folder) as writer:
         reader = container.Reader(file)
         found = leaf_entries.leaves(reader)

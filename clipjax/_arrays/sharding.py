@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -32,3 +36,25 @@ def reshaped(x: jax.Array, shape: tuple[int, ...], *, like: jax.Array, spec: jax
         return jnp.reshape(x, shape)
     spec = jax.P(*[None] * len(shape)) if spec is None else spec
     return jnp.reshape(x, shape, out_sharding=jax.NamedSharding(mesh, spec))
+
+
+def respecified(
+    x: jax.Array, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+) -> jax.sharding.NamedSharding | None:
+    """Where mesh axes are explicit: the sharding of an array, its spec changed; else None."""
+    sharding = jax.typeof(x).sharding
+    spec = tuple(sharding.spec)
+    return jax.NamedSharding(sharding.mesh, jax.P(*change(spec))) if any(spec) else None
+
+
+def with_whole_groups(x: jax.Array, axis: int, count: int) -> jax.Array:
+    """Where mesh axes are explicit: an array whose devices have whole groups, of `count` along an axis.
+
+    Where the devices along that axis do not divide the groups, every device gets all of them.
+    """
+    sharding = jax.typeof(x).sharding
+    spec = tuple(sharding.spec)
+    names = jax.tree.leaves(spec[axis])
+    if not names or count % math.prod(sharding.mesh.shape[name] for name in names) == 0:
+        return x
+    return jax.reshard(x, jax.NamedSharding(sharding.mesh, jax.P(*spec[:axis], None, *spec[axis + 1 :])))

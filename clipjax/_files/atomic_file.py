@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from typing import IO
 
 
+def folder_of(path: str | os.PathLike[str]) -> str:
+    """The folder of a file, in which temporary files can be renamed to it."""
+    return os.path.dirname(os.path.abspath(os.fspath(path)))
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` when all of it is on disk; until then, whatever happens, the old one stays.
@@ -16,7 +21,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Written beside it, flushed to the disk, renamed, and the folder flushed too.
     """
     path = os.path.abspath(os.fspath(path))
-    folder = os.path.dirname(path)
+    folder = folder_of(path)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:

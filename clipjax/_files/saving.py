@@ -56,7 +56,7 @@ def save(path: str | os.PathLike[str], params: Tree) -> None:
     References:
       D4, section 2.2: fewer bytes are stored. Duda, Asymmetric numeral systems, 2009, https://arxiv.org/abs/0902.0271.
     """
-    folder = os.path.dirname(os.path.abspath(os.fspath(path)))
+    folder = atomic_file.folder_of(path)
     with atomic_file.replacing(path) as file:
         write(file, params, folder)
 

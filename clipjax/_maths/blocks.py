@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+
+from clipjax._arrays import sharding
 
 
 def resized(x: jax.Array, axis: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -17,36 +15,21 @@ def resized(x: jax.Array, axis: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 def split(x: jax.Array, axis: int, size: int) -> jax.Array:
     """An axis cut into groups of a size, the last one padded with zeros: two axes, sharded as the one was."""
-    x = _dealt(x, axis, -(-x.shape[axis] // size))
+    x = sharding.with_whole_groups(x, axis, -(-x.shape[axis] // size))
     padded = jnp.pad(x, [(0, -x.shape[i] % size if i == axis else 0) for i in range(x.ndim)])
     shape = resized(padded, axis, (padded.shape[axis] // size, size))
     return jnp.reshape(
-        padded, shape, out_sharding=_sharding(x, lambda spec: (*spec[: axis + 1], None, *spec[axis + 1 :]))
+        padded, shape, out_sharding=sharding.respecified(x, lambda spec: (*spec[: axis + 1], None, *spec[axis + 1 :]))
     )
 
 
 def join(x: jax.Array, axis: int, size: int) -> jax.Array:
     """Two axes made one again, without the padding."""
     shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-    joined = jnp.reshape(x, shape, out_sharding=_sharding(x, lambda spec: (*spec[: axis + 1], *spec[axis + 2 :])))
+    joined = jnp.reshape(
+        x, shape, out_sharding=sharding.respecified(x, lambda spec: (*spec[: axis + 1], *spec[axis + 2 :]))
+    )
     return jax.lax.slice_in_dim(joined, 0, size, axis=axis)
-
-
-def _sharding(x: jax.Array, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Any:
-    """Where mesh axes are explicit: the sharding of an array, its spec changed; else None."""
-    sharding = jax.typeof(x).sharding
-    spec = tuple(sharding.spec)
-    return jax.NamedSharding(sharding.mesh, jax.P(*change(spec))) if any(spec) else None
-
-
-def _dealt(x: jax.Array, axis: int, count: int) -> jax.Array:
-    """Where mesh axes are explicit: an array whose devices hold whole groups, for lack of that all of them."""
-    sharding = jax.typeof(x).sharding
-    spec = tuple(sharding.spec)
-    names = jax.tree.leaves(spec[axis])
-    if not names or count % math.prod(sharding.mesh.shape[name] for name in names) == 0:
-        return x
-    return jax.reshard(x, jax.NamedSharding(sharding.mesh, jax.P(*spec[:axis], None, *spec[axis + 1 :])))
 
 
 def spread(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -44,16 +44,16 @@ def spectrum(
       sensitivity: how much the squared error of each entry counts; all alike by default.
     """
 
-    def one(bits: int | jax.Array, binary: bool | None = None) -> tuple[jax.Array, Levels]:
+    def on_grid_of(bits: int | jax.Array, binary: bool | None = None) -> tuple[jax.Array, Levels]:
         found = levels.of(rule, x, bits, axes, max_level)
         code = intervals.limit(grids.codes(x, found.step, binary), found.low, found.high)
         nearest = jnp.where(x == 0, x, code * found.step)
         return _weighted(jnp.square(nearest - x), sensitivity), found
 
     # One bit has a step in closed form and no zero, so it is a program of its own.
-    found = [jax.tree.map(lambda v: v[None], one(1, binary=True))] if allowed[0] == 1 else []
+    found = [jax.tree.map(lambda v: v[None], on_grid_of(1, binary=True))] if allowed[0] == 1 else []
     wider = jnp.asarray([b for b in allowed if b > 1], jnp.int32)
-    found += [jax.lax.map(one, wider)] if wider.size else []
+    found += [jax.lax.map(on_grid_of, wider)] if wider.size else []
     noise, grid = jax.tree.map(lambda *columns: jnp.concatenate(columns), *found)
     return Spectrum(_weighted(jnp.square(x), sensitivity), noise, grid)
 

@@ -41,12 +41,12 @@ def current(
     z = trees.place(stored, weights)
     projected = constraint.frozen(z, state, then._replace(landed=z, refresh=False))
     projected = jax.tree.map(functools.partial(elementwise.keep, begun), projected, z)
-    choose = functools.partial(_choose, constraint.tolerance or None)
+    choose = functools.partial(_latent_or_param, constraint.tolerance or None)
     return jax.tree.map(choose, z, rounded(projected, params), weights)
 
 
 @elementwise.leafwise
-def _choose(tolerance: float | None, z: jax.Array, projected: jax.Array, w: jax.Array) -> jax.Array:
+def _latent_or_param(tolerance: float | None, z: jax.Array, projected: jax.Array, w: jax.Array) -> jax.Array:
     # z finite | w = P(z) | w = 0 | used
     # no       | any      | any   | w
     # yes      | yes      | any   | z
