@@ -100,7 +100,13 @@ MUTANTS = (
         "nonfinite_target and params",
     ),
     Mutant("_maths/norms.py", "jnp.where(largest > 1, 0.25, 1.0)", "jnp.ones_like(largest)", "projections", "wherever"),
-    Mutant("_maths/blocks.py", "sharding.with_whole_groups(x, axis, -(-x.shape[axis] // size))", "x", "explicit_axes", "over_shards or 16"),
+    Mutant(
+        "_maths/blocks.py",
+        "sharding.with_whole_groups(x, axis, -(-x.shape[axis] // size))",
+        "x",
+        "explicit_axes",
+        "over_shards or 16",
+    ),
     Mutant(
         "_maths/straight_through.py",
         "wide, s, slope, jnp.zeros_like(s))",

@@ -88,24 +88,31 @@ def build(score, structure, scope, cycle):
     return clipjax.with_gradient(tx if "inner" in arguments else optax.chain(optax.sgd(0.1), tx))
 
 
-def train(tx, steps=STEPS, params=PARAMS):
-    """Params and pruning state after each of the steps, from one scan."""
+@functools.cache
+def gradients(steps):
+    """One gradient a step, drawn once: drawing inside every program would take most of its compile time."""
 
-    def step(carry, key):
-        params, state = carry
+    def draw(key):
         keys = jax.random.split(key, 3)
-        grads = {
+        return {
             "a": {"kernel": jax.random.normal(keys[0], SHAPES["a"]), "bias": jax.random.normal(keys[1], (12,))},
             "b": {"kernel": jax.random.normal(keys[2], SHAPES["b"])},
         }
+
+    return jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(3), steps))
+
+
+def train(tx, steps=STEPS, params=PARAMS):
+    """Params and pruning state after each of the steps, from one scan."""
+
+    def step(carry, grads):
+        params, state = carry
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         return (params, state), (params, state)
 
-    start = (params, tx.init(params))
-
-    keys = jax.random.split(jax.random.key(3), steps)
-    return jax.jit(lambda: jax.lax.scan(step, start, keys), compiler_options=QUICK)()[1]
+    run = jax.jit(functools.partial(jax.lax.scan, step), compiler_options=QUICK)
+    return run((params, tx.init(params)), gradients(steps))[1]
 
 
 def erdos_renyi(sparsity, shapes, sizes):
