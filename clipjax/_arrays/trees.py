@@ -91,13 +91,18 @@ def place(values: Tree, like: Tree) -> Tree:
     if isinstance(values, dict) and all(name is None or _is_array(values.get(name)) for name in names):
         return treedef.unflatten([None if name is None else values[name] for name in names])
     ordered, wanted = jax.tree.leaves(values), sum(name is not None for name in names)
-    if len(ordered) != wanted:
-        raise ValueError(
-            f"`state` must belong to these params, got {len(ordered)} arrays for {wanted} leaves. Start anew with"
-            " `tx.init(params)`; states of other params, options or versions do not fit."
-        )
+    check_state(len(ordered) == wanted, f"{len(ordered)} arrays for {wanted} leaves")
     rest = iter(ordered)
     return treedef.unflatten([None if name is None else next(rest) for name in names])
+
+
+def check_state(fits: bool, got: str) -> None:
+    """Raise for a state of other params, of other options, or of a version with another layout."""
+    if not fits:
+        raise ValueError(
+            f"`state` must belong to these params, got {got}. Start anew with `tx.init(params)`; states of other"
+            " params, options or versions do not fit."
+        )
 
 
 def _is_array(x: object) -> bool:

@@ -36,9 +36,14 @@ def resolve(carry: bool) -> ErrorFeedback:
         return ErrorFeedback(_init, _add, _emit)
     return ErrorFeedback(
         lambda params: (),
-        lambda updates, state: updates,
+        _pass,
         lambda clipped, total, updates, state, finite: (clipped, ()),
     )
+
+
+def _pass(updates: Tree, state: State) -> Tree:
+    trees.check_state(isinstance(state, tuple) and not state, "error feedback although `carry` is False")
+    return updates
 
 
 def _init(params: Tree) -> State:
@@ -52,7 +57,9 @@ def _init(params: Tree) -> State:
 
 def _add(updates: Tree, state: State) -> Tree:
     leaves, treedef = trees.flatten(updates)
-    pairs = zip(leaves, trees.flatten(state)[0], strict=True)
+    feedback = trees.flatten(state)[0]
+    trees.check_state(len(feedback) == len(leaves), f"error feedback for {len(feedback)} of {len(leaves)} gradients")
+    pairs = zip(leaves, feedback, strict=True)
     return treedef.unflatten([None if g is None else dtypes.widened(g) + left for g, left in pairs])
 
 

@@ -46,13 +46,9 @@ QuantizeState: TypeAlias = Grid[dict[str, jax.Array]]
 
 def at(state: QuantizeState, path: str) -> LeafGrid:
     """The grid of one leaf."""
-    fits = isinstance(state.step, dict) and path in state.step
-    grid = Grid(*(field[path] for field in state)) if fits else None
-    if grid is None or grid.max_level.ndim != grid.step.ndim + 1:
-        raise ValueError(
-            f"`state` must belong to these params, got one without a grid for {path!r}. Start anew with"
-            " `tx.init(params)`; states of other params, options or versions do not fit."
-        )
+    trees.check_state(isinstance(state.step, dict) and path in state.step, f"no grid for {path!r}")
+    grid = Grid(*(field[path] for field in state))
+    trees.check_state(grid.max_level.ndim == grid.step.ndim + 1, f"another layout of the grid of {path!r}")
     return grid
 
 

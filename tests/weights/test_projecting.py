@@ -307,3 +307,26 @@ def test_gradients_pass_where_the_projection_moves_nothing(carry):
     state = tx.init(params)
     slope = jax.grad(lambda u: optax.apply_updates(params, tx.update(u, state, params)[0]).sum())(jnp.array([0.0, 0.1]))
     np.testing.assert_array_equal(slope, [1, 1])
+
+
+def test_states_that_do_not_fit_say_so():
+    """A state of other params, of another option or of another layout raises, and names the remedy."""
+    params, other = {"kernel": jnp.ones((2, 3))}, {"dense": {"kernel": jnp.ones((2, 3))}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    quantize, prune = clipjax.fake_quantize(4), clipjax.prune_mask(0.5)
+    master = clipjax.project(clipjax.projections.identity(), carry=True)
+    state = quantize.init(params)
+    flat = state.projection._replace(max_level={"kernel": jnp.float32(jnp.inf)})  # one number, as the first layout had
+    for tx, wrong in (
+        (quantize, quantize.init(other)),
+        (quantize, state._replace(projection=flat)),
+        (prune, prune.init(params)._replace(projection=prune.init(params).projection._replace(mask=()))),
+        (master, clipjax.project(clipjax.projections.identity()).init(params)),
+    ):
+        with pytest.raises(ValueError, match="`state` must belong to these params"):
+            tx.update(zeros, wrong, params)
+    for carry in (True, False):
+        with pytest.raises(ValueError, match="`state` must belong to these params"):
+            clipjax.clip(1.0, carry=carry).update(params, clipjax.clip(1.0, carry=not carry).init(params))
+    with pytest.raises(TypeError, match="`state` must be the state that `init` returned, got dict"):
+        prune.update(zeros, {"count": 0}, params)
