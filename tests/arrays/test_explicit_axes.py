@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract_row import QUICK
 from jax.sharding import PartitionSpec as P
 
 import clipjax
@@ -33,6 +34,9 @@ CHAINS = {
 }
 
 
+USUAL = ("columns", "groups over shards", "random mask")
+
+
 def trained(member, mesh=None, spec=None):
     """Params and state after three updates of one scan: it refuses a state whose types change."""
     tx = optax.chain(clipjax.clip(0.1, select=selections.bernoulli(0.5)), optax.sgd(0.1), member())
@@ -41,7 +45,7 @@ def trained(member, mesh=None, spec=None):
     if mesh is not None:
         params = jax.device_put(params, jax.NamedSharding(mesh, spec))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params, state):
         def step(carry, _):
             params, state = carry
@@ -65,10 +69,19 @@ def on_one_device(name):
     return jax.device_get(trained(CHAINS[name]))
 
 
-@pytest.mark.parametrize(
-    ("spec", "inside"), [(P("data", "model"), True), (P("data", "model"), False), (FLAT, True)], ids=str
-)
-@pytest.mark.parametrize("name", CHAINS)
+# Every chain under both axes; outside of the mesh, and over one flat axis, those that draw, group or reduce.
+PLACES = [
+    pytest.param(name, spec, inside, marks=[] if usual or name in USUAL else pytest.mark.slow)
+    for name in CHAINS
+    for spec, inside, usual in (
+        (P("data", "model"), True, True),
+        (P("data", "model"), False, False),
+        (FLAT, True, False),
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "spec", "inside"), PLACES, ids=str)
 def test_explicit_axes_compute_what_one_device_computes(name, spec, inside):
     with jax.set_mesh(MESH) if inside else contextlib.nullcontext():
         params, state = trained(CHAINS[name], MESH, spec)

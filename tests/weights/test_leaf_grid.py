@@ -218,7 +218,7 @@ def test_widths_follow_the_distribution_until_stop():
     assert states[0] == 5 and states[1:] == [2, 2, 2, 2]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(budget=st.floats(2, 8), seed=st.integers(0, 99))
 def test_budget_inside_the_run_is_kept_and_spent(budget, seed):
     """The mean over all weights; no leaf's next width could still be paid for; the same as before the run."""
