@@ -71,7 +71,10 @@ def pairwise(rows):
         yield best
 
 
-CHOSEN = list(pairwise(LEGAL))
+# These take the code path of another score, with another formula: one row each shows that they are scores at all.
+ALIKE = {"rms": "magnitude", "relative": "magnitude", "movement": "gradient", "fisher": "gradient"}
+PATHS = [row for row in LEGAL if row[0] not in ALIKE]
+CHOSEN = [*pairwise(PATHS), *(next(row for row in LEGAL if row[0] == score) for score in ALIKE)]
 ALL = [pytest.param(*row, marks=[] if row in CHOSEN else pytest.mark.slow, id="-".join(row)) for row in LEGAL]
 
 
@@ -184,8 +187,9 @@ def test_every_combination_hits_its_count(score, structure, scope, cycle):
 
 def test_the_part_that_runs_always_meets_every_pair():
     """And it is a part: the rest is for `make slow`."""
-    pairs = {pair for row in LEGAL for pair in itertools.combinations(enumerate(row), 2)}
-    assert pairs == {pair for row in CHOSEN for pair in itertools.combinations(enumerate(row), 2)}
+    pairs = {pair for row in PATHS for pair in itertools.combinations(enumerate(row), 2)}
+    assert pairs <= {pair for row in CHOSEN for pair in itertools.combinations(enumerate(row), 2)}
+    assert {row[0] for row in CHOSEN} == set(SCORES) and set(ALIKE.values()) <= {row[0] for row in PATHS}
     assert len(CHOSEN) < len(LEGAL) / 4
 
 
