@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract_row import QUICK
 
 import clipjax
 from clipjax import thresholds
 
 RNG = np.random.default_rng(7)
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})  # compiling dominates
+jit = functools.partial(jax.jit, compiler_options=QUICK)  # compiling dominates
 
 
 def tree(scale, dtype=jnp.float32):

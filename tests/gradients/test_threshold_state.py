@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract_row import QUICK
 
 import clipjax
 from clipjax import thresholds
@@ -45,7 +46,7 @@ SCALARS = sorted(set(RULES) - {"percentile", "mean_sigma"})  # can follow every 
 every_rule = pytest.mark.parametrize("rule", RULES)
 per_what = pytest.mark.parametrize("per", ["global", "leaf"])
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})  # compiling dominates
+jit = functools.partial(jax.jit, compiler_options=QUICK)  # compiling dominates
 RNG = np.random.default_rng(5)
 SPIKES = np.array([1, 1.2, 0.8, 9, 1, 0.1, 5, 1.1])
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract_row import QUICK
 
 import clipjax
 from clipjax import scores, selections, structures
@@ -39,7 +40,7 @@ def kernels(tree):
 
 def run(tx, count, gradient=None, params=PARAMS, **extra):
     """Yields the params after each of `count` jitted updates; `gradient(i)` gives the incoming updates."""
-    update = jax.jit(functools.partial(tx.update, **extra))
+    update = jax.jit(functools.partial(tx.update, **extra), compiler_options=QUICK)
     state = tx.init(params)
     for i in range(count):
         updates, state = update(ZEROS if gradient is None else gradient(i), state, params)
