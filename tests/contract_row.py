@@ -1,5 +1,6 @@
 """A row of the contract's table: how a member is built, what of it may be traced, what holds after every step."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,4 +37,18 @@ def row(name, side, build, holds=None, gradient=False, **numbers):
 KEY = (jax.random.key(1), jax.random.key(7))
 
 # For tests of which compiling is most of the time; what must be exact after optimization runs at the default level.
-QUICK = {"xla_backend_optimization_level": "0"}
+# The older jaxlib compiles twice as fast without its fusion emitters; newer ones have no such option.
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    QUICK |= {"xla_cpu_use_fusion_emitters": False}
+
+
+@contextlib.contextmanager
+def op_by_op():
+    """Every operation alone, compiled without optimization: it has nothing to be fused with."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with jax.disable_jit():
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_row import QUICK
+from contract_row import QUICK, op_by_op
 
 import clipjax
 
 every_member = pytest.mark.parametrize("member", members.ALL, ids=members.name_of)
+every_path = pytest.mark.parametrize("member", members.paths(members.ALL))
+SWEPT = [m for m in members.ALL if m.numbers]
 
 
 def same(a, b, rtol=0.0):
@@ -54,6 +56,11 @@ def reference(name):
     return path
 
 
+def test_every_code_path_has_a_row_that_runs_always():
+    names = {m.name for m in members.ALL}
+    assert set(members.ALIKE) <= names and set(members.ALIKE.values()) <= names - set(members.ALIKE)
+
+
 @every_member
 def test_state_of_eager_init_shares_no_buffer(member):
     """Donation: XLA refuses a buffer that is given twice."""
@@ -71,21 +78,31 @@ def test_jit_donation_one_trace_and_landing(member):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), start, params)))
 
 
-@every_member
-def test_scan_with_cond_equals_the_loop(member):
-    """`lax.scan` keeps state structure and dtype; `lax.cond` around the update skips the last step."""
-    tx = member.tx()
+def scan(tx):
+    """Params and state after all steps but the last, which `lax.cond` around the update skips."""
 
     def body(carry, inputs):
         i, grads = inputs
         done = lambda: members.step(tx, *carry, grads)
         return jax.lax.cond(i < members.STEPS - 1, done, lambda: carry), None
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params, state):
         return jax.lax.scan(body, (params, state), (jnp.arange(members.STEPS), members.gradients()))[0]
 
-    params = members.params()
+    return run
+
+
+@every_member
+def test_scan_with_cond_traces(member):
+    """`lax.scan` refuses a carry, and `lax.cond` a branch, of another structure, shape or dtype."""
+    tx, params = member.tx(), members.params()
+    jax.eval_shape(lambda params: scan(tx)(params, tx.init(params)), params)
+
+
+@every_path
+def test_scan_with_cond_equals_the_loop(member):
+    tx, params = member.tx(), members.params()
+    run = jax.jit(scan(tx), compiler_options=QUICK)
     same(run(params, tx.init(params)), reference(member.name)[-2], rtol=1e-6)
 
 
@@ -100,10 +117,8 @@ def test_eval_shape_of_init(member):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, reference(member.name)[-1][1])
 
 
-@pytest.mark.parametrize("member", [m for m in members.ALL if m.numbers], ids=members.name_of)
-def test_one_vmap_is_one_sweep(member):
-    """Every traceable argument at once: lane 0 is the reference run, lane 1 the member built with the other values."""
-    lanes = {k: jnp.stack([jnp.asarray(v) for v in values]) for k, values in member.numbers.items()}
+def sweep(member):
+    """All steps, mapped over every traceable argument at once, and its arguments: the values of two lanes."""
     grads = members.gradients()
 
     def run(numbers):
@@ -111,10 +126,26 @@ def test_one_vmap_is_one_sweep(member):
         carry = params, tx.init(params)
         return jax.lax.scan(lambda c, g: (members.step(tx, *c, g), None), carry, grads)[0]
 
-    swept = jax.jit(jax.vmap(run), compiler_options=QUICK)(lanes)
+    lanes = {k: jnp.stack([jnp.asarray(v) for v in values]) for k, values in member.numbers.items()}
+    return jax.vmap(run), lanes
+
+
+@pytest.mark.parametrize("member", SWEPT, ids=members.name_of)
+def test_one_vmap_traces(member):
+    """Every traceable argument, and nothing else, gets the axis of the lanes."""
+    swept, lanes = sweep(member)
+    shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(swept, lanes))]
+    assert shapes == [((2, *x.shape), x.dtype) for x in jax.tree.leaves(reference(member.name)[-1])]
+
+
+@pytest.mark.parametrize("member", members.paths(SWEPT))
+def test_one_vmap_is_one_sweep(member):
+    """Lane 0 is the reference run, lane 1 the member built with the other values."""
+    run, lanes = sweep(member)
+    swept = jax.jit(run, compiler_options=QUICK)(lanes)
     same(members.at(swept, 0), reference(member.name)[-1], rtol=1e-6)
-    other = {k: values[1] for k, values in member.numbers.items()}
-    with jax.disable_jit():
+    grads, other = members.gradients(), {k: values[1] for k, values in member.numbers.items()}
+    with op_by_op():
         tx, params = member.tx(**other), members.params()
         state = tx.init(params)
         for i in range(members.STEPS):
@@ -148,7 +179,7 @@ def test_traced_static_argument_says_how_to_keep_it_out(case):
         jax.eval_shape(trace, jnp.asarray(arguments[name]))
 
 
-@pytest.mark.parametrize("member", [m for m in members.ALL if m.numbers], ids=members.name_of)
+@pytest.mark.parametrize("member", SWEPT, ids=members.name_of)
 def test_traced_values_never_raise(member):
     """Rule 9: what would be refused as a Python number is computed with when traced; state keeps its shape."""
     params, grads = members.params(), members.at(members.gradients(), 0)

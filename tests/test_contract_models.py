@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract_row import op_by_op
 from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
@@ -60,14 +61,14 @@ WHOLE_CHAIN_ONLY = {"scanned": "20 s of op-by-op compiles", "vit": "20 s of op-b
 
 
 @pytest.mark.parametrize("model", [m for m in models.MODELS if m not in WHOLE_CHAIN_ONLY])
-@pytest.mark.parametrize("member", [m for m in members.MEMBERS if m.holds], ids=members.name_of)
+@pytest.mark.parametrize("member", members.paths(m for m in members.MEMBERS if m.holds))
 def test_every_member_lands_in_every_container(model, member):
     """Two updates, op by op."""
     params, _ = models.MODELS[model]()
     rng = np.random.default_rng(2)
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.1, p.dtype), params)
     tx = member.tx(optax.sgd(0.25))
-    with jax.disable_jit():
+    with op_by_op():
         state = tx.init(params)
         for _ in range(2):
             params, state = members.step(tx, params, state, grads)
@@ -145,7 +146,7 @@ def test_report_and_quantized_read_a_boxed_state():
     """Telemetry and integers come out of boxed params as out of plain ones."""
     params, _ = models.boxed()
     tx = clipjax.fake_quantize(4)
-    with jax.disable_jit():
+    with op_by_op():
         params, state = members.step(tx, params, tx.init(params), params)
     found = clipjax.quantized(params, state)
     is_grid = lambda x: isinstance(x, clipjax.Quantized)

@@ -9,7 +9,7 @@ MUTANTS = (
         "and leaf.size > 0",
         "",
         "contract_numbers",
-        "empty_scalar and (prune_once or quantize_axis)",
+        "empty_scalar and (prune_carry or quantize_groups)",
     ),
     Mutant(
         "_arrays/dtypes.py",
