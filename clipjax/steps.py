@@ -1,4 +1,4 @@
-"""How the step s of a grid follows from the distribution of an array, or from a given interval (D0, D4)."""
+"""Rules for the step s of a grid: from the distribution of an array, or from a given interval (D0, D4)."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def __dir__() -> list[str]:
 class _Moments(NamedTuple):
     """How many norms there were (i32), and their mean and standard deviation (f32)."""
 
-    seen: jax.Array
+    added: jax.Array
     mean: jax.Array
     deviation: jax.Array
 
@@ -87,17 +87,17 @@ def zscore(
         return jnp.where(score > z, outlier, jnp.inf)
 
     def update(norm: jax.Array, state: _Moments) -> tuple[jax.Array, _Moments]:
-        seen, mean, deviation = state
-        warm = seen < warmup
+        added, mean, deviation = state
+        warm = added < warmup
         threshold = jnp.where(warm, jnp.inf, limit(norm, mean, deviation))
         clipped = jnp.minimum(norm, threshold)
         # warm-up (Welford), r = 1 / (number of norms): μ' = μ + r (n - μ), σ'² = (1 - r) σ² + r (1 - r) (n - μ)²
-        rate = 1 / (seen.astype(norm.dtype) + 1)
+        rate = 1 / (added.astype(norm.dtype) + 1)
         first = mean + rate * (norm - mean), _mixed(deviation, norm - mean, rate, 1 - rate)
         new_mean = mean + (1 - decay) * (clipped - mean)
         later = _mixed(deviation, clipped - new_mean, 1 - decay)
         moments = jnp.where(warm, first[0], new_mean), jnp.where(warm, first[1], later)
-        return threshold, _Moments(optax.safe_increment(seen), *moments)
+        return threshold, _Moments(optax.safe_increment(added), *moments)
 
     return Rule(lambda: _Moments(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(())), update)
 
@@ -113,7 +113,7 @@ def _mixed(deviation: jax.Array, off: jax.Array, rate: Number, weight: Number = 
 class _Average(NamedTuple):
     """How many norms there were (i32), and their moving average (f32)."""
 
-    seen: jax.Array
+    added: jax.Array
     average: jax.Array
 
 
@@ -154,13 +154,13 @@ def ema_ratio(ratio: Number = 1.05, decay: Number = 0.98, warmup: Count = 100, w
     _check(warmup_max, "warmup_max", "be a number > 0", "It is the threshold of the warm-up; use math.inf for none.")
 
     def update(norm: jax.Array, state: _Average) -> tuple[jax.Array, _Average]:
-        seen, average = state
-        warm = seen < warmup
+        added, average = state
+        warm = added < warmup
         threshold = jnp.where(warm, warmup_max, ratio * average)
         clipped = jnp.minimum(norm, threshold)
-        least = jnp.where(seen == 0, clipped, jnp.minimum(average, clipped))
+        least = jnp.where(added == 0, clipped, jnp.minimum(average, clipped))
         return threshold, _Average(
-            optax.safe_increment(seen), jnp.where(warm, least, average + (1 - decay) * (clipped - average))
+            optax.safe_increment(added), jnp.where(warm, least, average + (1 - decay) * (clipped - average))
         )
 
     return Rule(lambda: _Average(jnp.zeros((), jnp.int32), jnp.zeros(())), update)
@@ -235,7 +235,7 @@ def mean_sigma(k: Number = 3.0, window: int = 128) -> Rule:
     window = _length(window)
 
     def update(norm: jax.Array, state: ring_buffers.Window) -> tuple[jax.Array, ring_buffers.Window]:
-        full = state.seen >= window
+        full = state.added >= window
         past = jnp.where(full, state.norms, 0.0)  # places not filled yet are infinite, and inf - inf is NaN
         return jnp.where(full, past.mean() + k * past.std(), jnp.inf), ring_buffers.push(state, norm)
 

@@ -1,4 +1,4 @@
-"""What may be passed to clipjax: names for kinds of arguments, and the interfaces of which users write their own."""
+"""Types of the arguments of clipjax: names for unions, and the interfaces that users may implement."""
 
 from __future__ import annotations
 
@@ -6,7 +6,44 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 import optax
+
+__all__ = [
+    "Axis",
+    "Bits",
+    "Bound",
+    "Context",
+    "Count",
+    "Groups",
+    "Leaf",
+    "Levels",
+    "Number",
+    "PerLeaf",
+    "Projection",
+    "Rounding",
+    "RoundingMode",
+    "Rule",
+    "Schedule",
+    "Score",
+    "Selection",
+    "Sides",
+    "Sparsity",
+    "State",
+    "Step",
+    "StepSize",
+    "Structure",
+    "Threshold",
+    "Tree",
+    "ValueTree",
+    "Where",
+    "Width",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Tree: TypeAlias = optax.Params
 """A pytree of arrays; leaves that a transformation does not govern are None."""
@@ -17,8 +54,9 @@ State: TypeAlias = optax.OptState
 Leaf: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 """An array, or at init under `jax.eval_shape` its shape and dtype."""
 
-Number: TypeAlias = float | int | jax.Array
-"""A number, NumPy scalars included; arrays may be traced, which makes one `vmap` a sweep."""
+# NumPy's own type of a scalar has an Any inside.
+Number: TypeAlias = float | int | np.number | jax.Array  # type: ignore[explicit-any]
+"""A number; arrays may be traced, which makes one `vmap` a sweep."""
 
 Count: TypeAlias = int | jax.Array
 """A number of updates; arrays may be traced."""
@@ -26,7 +64,7 @@ Count: TypeAlias = int | jax.Array
 Schedule: TypeAlias = Callable[[jax.Array], jax.typing.ArrayLike]
 """`schedule(count) -> value`, as in Optax; a bare callable always means a schedule."""
 
-Where: TypeAlias = Callable[[str, Leaf], bool]
+Where: TypeAlias = Callable[[str, jax.Array], bool] | Callable[[str, Leaf], bool]
 """`where(path, leaf) -> bool` picks leaves; a path reads `"encoder/lin/kernel"`."""
 
 
@@ -41,7 +79,7 @@ class PerLeaf(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A threshold that follows the norms it sees.
+    """A threshold that follows the norms.
 
     Attributes:
       init: `init() -> state`, a tree of arrays of fixed shape.
@@ -218,16 +256,19 @@ class Rounding(NamedTuple):
     soften: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+ValueTree: TypeAlias = Mapping[str, object] | Sequence[object]
+"""A tree with a value for each leaf, found by path; trees of other kinds, as Equinox models, work too."""
+
 Threshold: TypeAlias = Number | Schedule | Rule
 """What a norm or an entry is limited to: a number C >= 0, a schedule of it, or a rule that follows the history."""
 
-Bound: TypeAlias = Number | tuple[Number, Number] | Schedule | PerLeaf
+Bound: TypeAlias = Number | Sequence[Number] | Schedule | Callable[[jax.Array], tuple[Number, Number]] | PerLeaf
 """An interval for weights: T >= 0 for [-T, T], a pair (lo, hi), a schedule of either, or `per_leaf`."""
 
-Sparsity: TypeAlias = Number | Schedule | PerLeaf | Tree | None
+Sparsity: TypeAlias = Number | Schedule | PerLeaf | ValueTree | None
 """A fraction of zeros in [0, 1): a number, a schedule, `per_leaf`, or a tree of fractions by path."""
 
-Bits: TypeAlias = int | PerLeaf | Width | Tree | None
+Bits: TypeAlias = int | PerLeaf | Width | ValueTree | None
 """A bit width, 1 to 16: a number, `per_leaf`, a tree from `choose_bits`, or a rule; None for unbounded codes."""
 
 StepSize: TypeAlias = Number | Step

@@ -187,3 +187,15 @@ def test_power_of_two_stays_within_the_reach():
     tx = clipjax.fake_quantize(2, step=steps.power_of_two(steps.absmax()))
     _, state = tx.update({"kernel": jnp.zeros((1, 2))}, tx.init(params), params)
     assert float(state.projection.step["kernel"]) == 1.0
+
+
+def test_an_interval_takes_one_bit_among_others_where_it_has_both_signs():
+    """One bit has the levels -s and s, both inside; without room for both `init` says so."""
+    w = {"kernel": jnp.asarray(np.random.default_rng(0).choice([-0.5, 0.5], size=(8, 8)), jnp.float32)}
+    tx = clipjax.fake_quantize(clipjax.widths.sqnr(15.0, (1, 2, 3)), step=steps.interval(-0.5, 0.5))
+    updates, state = tx.update(jax.tree.map(jnp.zeros_like, w), tx.init(w), w)
+    assert int(state.projection.bits["kernel"]) == 1
+    np.testing.assert_array_equal(w["kernel"] + updates["kernel"], w["kernel"])
+    for bits in (1, clipjax.widths.sqnr(15.0, (1, 2, 3))):
+        with pytest.raises(ValueError, match="enclose 0 on both sides"):
+            clipjax.fake_quantize(bits, step=steps.interval(0.0, 1.0)).init(w)

@@ -105,6 +105,15 @@ def check_state(fits: bool, got: str) -> None:
         )
 
 
+def check_kind(state: object, kind: type) -> None:
+    """Raise for a state of another transformation, and for one that is no state."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"`state` must be the {kind.__name__} that `init` returned, got {type(state).__name__}. Restore a"
+            " checkpoint into `tx.init(params)`; states of other versions do not fit."
+        )
+
+
 def _is_array(x: object) -> bool:
     return hasattr(x, "dtype")
 

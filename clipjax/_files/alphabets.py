@@ -19,7 +19,7 @@ _REPEATED = 1 / 16  # the part of the sample that repeated values must cover
 
 
 class Alphabet(NamedTuple):
-    """What the symbols of an array mean.
+    """The meaning of the symbols of an array.
 
     Attributes:
       grid: the first symbols are its codes; None where values are not on one.

@@ -62,7 +62,7 @@ class Cursor:
 
     @property
     def left(self) -> int:
-        """How many bytes are still there."""
+        """The number of bytes that are left."""
         return len(self._data) - self._at
 
 

@@ -66,7 +66,7 @@ def read(cursor: byte_stream.Cursor, dtype: np.dtype, shape: tuple[int, ...], mo
 
 
 def describe(cursor: byte_stream.Cursor, dtype: np.dtype, shape: tuple[int, ...]) -> str:
-    """How the array stands that `read` would read, in words."""
+    """The form in which the array is stored, in words."""
     form = cursor.take(1)[0] if math.prod(shape) > 1 else _RAW
     if form == _PAYLOAD:
         return leaf_codec.describe(cursor.take(cursor.whole(cursor.left)), np.dtype(f"u{dtype.itemsize}"), shape)

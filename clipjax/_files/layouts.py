@@ -99,7 +99,7 @@ def _name(path: tuple[str, ...]) -> str:
 
 
 def _nested(names: list[str]) -> Any:
-    """Nested dicts of leaf numbers, as the names tell them."""
+    """Nested dicts of leaf numbers, from the names of the leaves."""
     tree: dict[str, Any] = {}
     for i, name in enumerate(names):
         name = "__metadata__" if name == _RESERVED else name

@@ -31,7 +31,7 @@ DTYPES = {
 
 
 class Payload(NamedTuple):
-    """What stands for one array.
+    """The stored form of one array.
 
     Attributes:
       data: the bytes; None where the array goes into the file as it is.
@@ -106,7 +106,7 @@ def entropy(x: np.ndarray) -> int:
 
 
 def describe(data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...]) -> str:
-    """How a payload stands for its array, in words."""
+    """The form of a payload, in words."""
     cursor = byte_stream.Cursor(data)
     head = _read_head(cursor, dtype, shape)
     parts = [f"{head.grid.step.size} step{'s' * (head.grid.step.size > 1)}"] if head.grid else []
@@ -127,7 +127,7 @@ def _read(
 
 
 def _head(alphabet: alphabets.Alphabet) -> bytes:
-    """What stands between the checksum and the code."""
+    """The part between the checksum and the code."""
     found, book, escapes = alphabet
     flags = _GRID * (found is not None) | _BOOK * bool(book.size) | _ESCAPES * bool(escapes.size)
     parts = [bytes([flags])]
@@ -143,7 +143,7 @@ def _head(alphabet: alphabets.Alphabet) -> bytes:
 
 
 class _Head(NamedTuple):
-    """What stands before the code."""
+    """The bytes before the code."""
 
     checksum: int
     grid: step_search.StepGrid | None

@@ -103,7 +103,7 @@ class StoredLeaf(NamedTuple):
         return quantized_leaves.from_values(found) if isinstance(found, leaf_codec.CodesAndSteps) else found
 
     def how(self, reader: container.Reader) -> str:
-        """What stands for the array, in words."""
+        """The form in which the array is stored, in words."""
         if self.quantized:
             return quantized_leaves.describe(self.data(reader), self.shape)
         return leaf_codec.describe(self.data(reader), self.dtype, self.shape) if self.form == _CODED else "raw"

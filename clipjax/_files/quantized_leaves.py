@@ -73,7 +73,7 @@ def unpack(data: byte_stream.Buffer, shape: tuple[int, ...]) -> Quantized:
 
 
 def describe(data: byte_stream.Buffer, shape: tuple[int, ...]) -> str:
-    """How a payload stands for its weights, in words."""
+    """The form of a payload, in words."""
     cursor = byte_stream.Cursor(data)
     fields = quantized_fields.read(cursor, shape)
     step = integer_arrays.read(cursor, fields.stored(1), fields.step, _most(shape))
@@ -125,7 +125,7 @@ def _expected(whole: np.ndarray, shape: tuple[int, ...], bits: int | None) -> np
 
 
 def _most(shape: tuple[int, ...]) -> int:
-    """How many steps, or zero points, need not stand raw: one for every code, and a few."""
+    """The largest number of steps, or zero points, that are looked at for repetition: one for every code, and a few."""
     return max(_FEW, math.prod(shape))
 
 

@@ -183,7 +183,12 @@ def _read(file: IO[bytes], like: Tree, sharding: Placement, dequantize: bool, ma
     # every leaf on a grid is one of integers.
     chosen = any(leaf.quantized for leaf in found.values())
 
-    def read(name: str, dtype: np.dtype | None = None) -> Any:
+    def read(name: str, dtype: np.dtype | None = None, template: object = None) -> Any:
+        if name not in found:  # a `Quantized` of the first version: an array for each field
+            arrays = {
+                field: place(name, found[f"{name}/{field}"].read(reader)) for field in ("codes", "step", "zero_point")
+            }
+            return dataclasses.replace(template, **arrays)  # type: ignore[type-var]
         leaf = found[name]
         plain = dequantize or (chosen and not leaf.quantized)
         return place(name, leaf.read(reader, dtype) if plain else leaf.read_codes(reader))
@@ -196,22 +201,25 @@ def _read(file: IO[bytes], like: Tree, sharding: Placement, dequantize: bool, ma
 def _like(like: Tree, found: dict[str, leaf_entries.StoredLeaf], read: Callable[..., Any]) -> Tree:
     """The leaves in the structure of a template, which must have the same ones."""
     names, templates, _ = layouts.flatten(like)
+    # The first version had no entry for a `Quantized`: an array stands for each of its fields.
+    split = {n for n, t in zip(names, templates, strict=True) if isinstance(t, Quantized) and f"{n}/codes" in found}
+    fields = {entry for entry in found for name in split if entry.startswith(f"{name}/")}
     wanted = {name: _described(template) for name, template in zip(names, templates, strict=True)}
     arrays = {name: described for name, described in wanted.items() if described is not None}
-    apart = sorted((set(arrays) - set(found)) | (set(found) - set(wanted)))
+    apart = sorted((set(arrays) - set(found) - split) | (set(found) - set(wanted) - fields))
     arguments.require(not apart, "like", "have the leaves of the file", apart[:8], "These are in one of them alone.")
     for name, (shape, dtype) in arrays.items():
-        have = found[name]
+        have = found[f"{name}/codes" if name in split else name]
         # Codes have no float dtype of their own: their values take the one of the template. A `Quantized` in the
         # template, of dtype None here, stands for any floats.
         free = have.quantized or dtype is None
         fits = free and all(x is None or jnp.issubdtype(x, jnp.floating) for x in (dtype, have.dtype))
         remedy = f"The file has {have.dtype.name}{list(have.shape)} at {name!r}."
         want = shape, "Quantized" if dtype is None else dtype.name
-        same = shape == have.shape and (fits or dtype == have.dtype)
+        same = shape == have.shape and (fits or dtype == have.dtype or name in split)
         arguments.require(same, "like", "have the file's shapes and dtypes", want, remedy)
     values = [
-        read(name, arrays[name][1] if name in arrays else None) if name in found else template
+        read(name, arrays[name][1] if name in arrays else None, template) if name in split.union(found) else template
         for name, template in zip(names, templates, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(like, is_leaf=lambda x: isinstance(x, Quantized)), values)

@@ -22,7 +22,7 @@ def strips(rows: int, columns: int) -> Iterator[slice]:
 
 
 def histogram(symbols: np.ndarray, size: int) -> np.ndarray:
-    """How often each symbol occurs: i64[size]."""
+    """The number of times that each symbol occurs: i64[size]."""
     counts = np.zeros(size, np.int64)
     for part in chunks(symbols):
         counts += np.bincount(part, minlength=size)

@@ -114,7 +114,7 @@ class _Blocks(NamedTuple):
         return cls((coarse[0], coarse[1]), depth, shares, tables, float(size))
 
     def head(self) -> bytes:
-        """What stands before the code."""
+        """The bytes before the code."""
         tables = b"".join(table[0] for table in self.tables)
         return bytes(self.depth) + tables + self.shares.astype("<u2").tobytes()
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipjax._arrays import elementwise
+from clipjax._arrays import elementwise, trees
 from clipjax._gradients import error_feedback, incoming, threshold_state
 from clipjax._maths import drawing, intervals
 from clipjax.typing import Selection, State, Threshold, Tree
@@ -85,6 +85,7 @@ def clip(
     def update_fn(
         updates: Tree, state: ClipState, params: Tree | None = None, **extra: object
     ) -> tuple[Tree, ClipState]:
+        trees.check_kind(state, ClipState)
         incoming.check_real(updates)
         total = feedback.add(updates, state.carry)
         chosen = drawing.choose(select, total, None, state.count)

@@ -122,6 +122,7 @@ def clip_norm(
     def update_fn(
         updates: Tree, state: ClipNormState, params: Tree | None = None, **extra: object
     ) -> tuple[Tree, ClipNormState]:
+        trees.check_kind(state, ClipNormState)
         incoming.check_real(updates)
         total = feedback.add(updates, state.carry)
         chosen = drawing.choose(select, total, None, state.count)

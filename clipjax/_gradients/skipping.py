@@ -90,6 +90,7 @@ def skip_spikes(
     def update_fn(
         updates: Tree, state: SkipState, params: Tree | None = None, **extra: object
     ) -> tuple[Tree, SkipState]:
+        trees.check_kind(state, SkipState)
         incoming.check_real(updates)
         named = trees.governed(updates)
         paths, leaves = [path for path, _ in named], [g for _, g in named]

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes
@@ -19,7 +20,7 @@ from clipjax.typing import Number
     data_fields=("codes", "step", "zero_point"),
     meta_fields=("bits", "axis", "group", "format"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Quantized:
     """The integers of one leaf: weight = (code - zero_point) * step, unless a format says otherwise.
 
@@ -157,6 +158,8 @@ def dequantize(
     given = isinstance(codes, Quantized)
     remedy = "Give the step of the codes; a `Quantized` has its own."
     arguments.require((step is None) == given, "step", "be given with codes alone", step, remedy)
+    own = not given or (arguments.known(zero_point) and not np.any(np.asarray(zero_point)))
+    arguments.require(own, "zero_point", "be given with codes alone", zero_point, "A `Quantized` has its own.")
     if isinstance(codes, Quantized):
         remedy = "Only codes of a grid, format None, are known to this version."
         arguments.require(codes.format is None, "format", "be known", codes.format, remedy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple, TypeAlias
 
@@ -52,7 +52,7 @@ def limit(x: jax.Array, low: Number, high: Number) -> jax.Array:
     return elementwise.where(x < low, low, x)
 
 
-Interval: TypeAlias = Number | tuple[Number, Number]
+Interval: TypeAlias = Number | Sequence[Number]
 """T for [-T, T], or a pair (lo, hi)."""
 
 
@@ -87,7 +87,7 @@ def resolve(bound: Bound) -> Bounds:
 
 def interval(bound: Interval) -> tuple[Number, Number]:
     """The interval that a bound means: (-T, T) for a number T, a pair as it is, checked where known."""
-    if isinstance(bound, tuple | list):
+    if isinstance(bound, Sequence):
         arguments.require(len(bound) == 2, "bound", "be a number or a pair (lo, hi)", bound, "Give T or (lo, hi).")
         low, high = bound
         for end in (low, high):

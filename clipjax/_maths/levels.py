@@ -18,7 +18,7 @@ from clipjax.typing import Levels, Number, Sides, Step
 
 Bits: TypeAlias = int | jax.Array
 
-_UNLIMITED = (jnp.inf, jnp.inf)
+UNLIMITED = (jnp.inf, jnp.inf)
 
 
 def resolve(step: Number | Step | None, default: Step) -> Step:
@@ -41,7 +41,7 @@ def given(step: Number) -> Step:
 
 
 def of(
-    rule: Step, x: jax.Array, bits: Bits, axes: tuple[int, ...], max_level: tuple[Number, Number] = _UNLIMITED
+    rule: Step, x: jax.Array, bits: Bits, axes: tuple[int, ...], max_level: tuple[Number, Number] = UNLIMITED
 ) -> Levels:
     """The levels of a rule for an array, fitted to its nonzero entries.
 

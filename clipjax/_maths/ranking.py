@@ -135,8 +135,8 @@ def _tie_ends(keys: Keys, cut: jax.Array, counts: jax.Array, surplus: jax.Array,
         bit, end = bit_and_end
         trial = end | bit
         at = jax.lax.optimization_barrier(cut)  # or XLA would store the ties of all arrays ahead of the loop
-        seen = [(key == c) & (_index(key.shape) < t) for key, c, t in zip(keys, at, trial, strict=True)]
-        return bit >> 1, jnp.where(_counts(seen) <= quota, trial, end)
+        ties = [(key == c) & (_index(key.shape) < t) for key, c, t in zip(keys, at, trial, strict=True)]
+        return bit >> 1, jnp.where(_counts(ties) <= quota, trial, end)
 
     split = jnp.any((removed > 0) & (quota > 0))
     start = (jnp.where(split, jnp.uint32(1 << 31), 0).astype(jnp.uint32), jnp.zeros_like(quota))

@@ -14,11 +14,11 @@ class Window(NamedTuple):
     """The last norms.
 
     Attributes:
-      seen: i32, how many norms were added, modulo the window once that is full: from `window` to 2 `window` - 1.
+      added: i32, how many norms were added, modulo the window once that is full: from `window` to 2 `window` - 1.
       norms: f32[window], the k-th norm at k mod window; infinite where not filled yet.
     """
 
-    seen: jax.Array
+    added: jax.Array
     norms: jax.Array
 
 
@@ -42,9 +42,9 @@ def empty(size: int) -> Window:
 def push(state: Window, norm: jax.Array) -> Window:
     """The window with its oldest norm replaced."""
     size = state.norms.size
-    here = jnp.arange(size) == state.seen % size
-    seen = jnp.where(state.seen >= 2 * size - 1, state.seen - size + 1, state.seen + 1)  # never overflows
-    return Window(seen, jnp.where(here, norm, state.norms))
+    here = jnp.arange(size) == state.added % size
+    added = jnp.where(state.added >= 2 * size - 1, state.added - size + 1, state.added + 1)  # never overflows
+    return Window(added, jnp.where(here, norm, state.norms))
 
 
 def insert(state: Sorted, norm: jax.Array) -> Sorted:
@@ -55,7 +55,7 @@ def insert(state: Sorted, norm: jax.Array) -> Sorted:
     # Which of several equal norms is removed makes no difference.
     window, ordered = state
     index, last = jnp.arange(ordered.size), ordered.size - 1
-    oldest = at(window.norms, window.seen % ordered.size)
+    oldest = at(window.norms, window.added % ordered.size)
     rest = jnp.where(index < jnp.sum(ordered < oldest), ordered, jnp.roll(ordered, -1))  # its last place is free
     rank = jnp.sum((rest < norm) & (index < last))
     ordered = jnp.where(index < rank, rest, jnp.where(index == rank, norm, jnp.roll(rest, 1)))
@@ -64,7 +64,7 @@ def insert(state: Sorted, norm: jax.Array) -> Sorted:
 
 def percentile(state: Sorted, q: Number) -> jax.Array:
     """The q-th percentile of the norms, interpolated linearly between the two next to it."""
-    last = jnp.minimum(state.window.seen, state.ordered.size) - 1
+    last = jnp.minimum(state.window.added, state.ordered.size) - 1
     place = last.astype(jnp.float32) * jnp.asarray(q, jnp.float32)  # in hundredths: exact where q is whole
     low = jnp.floor(place / 100).astype(jnp.int32)
     below, above = (at(state.ordered, i) for i in (low, jnp.minimum(low + 1, last)))

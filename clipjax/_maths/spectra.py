@@ -1,4 +1,4 @@
-"""What each width would do to an array: the squared error and the step on the grid of every allowed width."""
+"""The squared error of an array, and its step, on the grid of every allowed width."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def spectrum(
     rule: Step,
     axes: tuple[int, ...],
     allowed: tuple[int, ...],
-    max_level: tuple[Number, Number] = (jnp.inf, jnp.inf),
+    max_level: tuple[Number, Number] = levels.UNLIMITED,
     sensitivity: jax.Array | None = None,
 ) -> Spectrum:
     """The spectrum of an array whose zeros are no weights, by one loop over all widths above 1.

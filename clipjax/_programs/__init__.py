@@ -1,1 +1,1 @@
-"""What belongs together in a model: groups of units, shrinking."""
+"""Groups of units that live and die together in a model, and shrinking."""

@@ -60,7 +60,7 @@ def _place(arrays: Mapping[int, jax.Array], like: Tree) -> Tree:
 
 
 class _Reduction(NamedTuple):
-    """How many scores become one.
+    """The way in which many scores become one.
 
     Attributes:
       along: the entries of an array, along one or more axes.

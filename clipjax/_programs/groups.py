@@ -176,7 +176,7 @@ def _repeats(leaf: GroupLeaf, first: GroupLeaf) -> int:
 
 
 def units_of(leaf: GroupLeaf) -> int:
-    """How many units its group has."""
+    """The number of units of its group."""
     return int(leaf.leaf.shape[leaf.axis]) // leaf.repeats
 
 

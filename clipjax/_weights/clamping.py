@@ -91,5 +91,5 @@ def clamp_weights(
         new = trees.map_with_path(clamped, target, chosen, context.params)
         return new, ClampState(jnp.stack([jnp.asarray(end, jnp.float32) for end in bounds.shared(context.count)]))
 
-    constraint = Constraint(Projection(init_fn, apply_fn))
+    constraint = Constraint(Projection(init_fn, apply_fn), ClampState)
     return projecting.constrain(constraint, carry=False, inner=None, start=0, where=where, key=None)

@@ -15,6 +15,7 @@ class Constraint(NamedTuple):
 
     Attributes:
       projection: what users may give.
+      state: the class of its state.
       kept: `kept(target, before, after) -> masks` that broadcast to the target, from the projection's states before and
         after the update; for a projection that keeps these entries and sets all others to 0.
       surely_zero: `surely_zero(target, state) -> bool tree`, True only where the target is projected to 0: a cheaper
@@ -24,6 +25,7 @@ class Constraint(NamedTuple):
     """
 
     projection: Projection
+    state: type = object
     kept: Callable[[Tree, State, State], Tree] | None = None
     surely_zero: Callable[[Tree, State], Tree] | None = None
     tolerance: float = 0.0

@@ -99,13 +99,23 @@ def check(plan: Plan, path: str, leaf: Leaf) -> None:
     least, smallest = min(plan.allowed, default=plan.rule.min_bits), plan.rule.min_bits
     remedy = "An affine grid has levels on both sides of 0: use `steps.mse()`, whose one-bit step is mean|w|."
     arguments.require(least >= smallest, "bits", f"be at least {smallest} for an affine grid", least, remedy)
+    if least == 1:  # a rule may refuse one bit, as an interval without levels on both sides of 0 does
+        like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+        jax.eval_shape(lambda x: plan.rule.fit(step_groups.view(x, plan.groups), 1, plan.groups.axes), like)
+
+
+def check_fits(plan: Plan, path: str, grid: LeafGrid) -> None:
+    """Refuse the state of another rule of steps."""
+    sides = 1 if plan.rule.sides is None else 2
+    fits = grid.max_level.shape == (sides, *grid.step.shape)
+    trees.check_state(fits, f"another rule's grid of {path!r}")
 
 
 def begin(plan: Plan, leaf: Leaf) -> LeafGrid:
     """The grid before the first refresh."""
     like = jax.eval_shape(lambda x: step_groups.view(x, plan.groups), jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
     step = fitting.given(1.0, like, plan.groups.axes)
-    sides = 1 if plan.rule.sides is None else len(jax.eval_shape(plan.rule.sides, like))
+    sides = 1 if plan.rule.sides is None else 2
     max_level = jnp.full((sides, *step.shape), jnp.inf, jnp.float32)
     width = max(plan.allowed, default=0)
     top = 0.0 if plan.unbounded else float(grids.top(width))
@@ -161,7 +171,7 @@ def fit(plan: Plan, measured: Measured) -> LeafGrid:
 
 
 def spectrum(plan: Plan, measured: Measured) -> spectra.Spectrum:
-    """What each allowed width would do to the leaf."""
+    """The error of the leaf on the grid of each allowed width."""
     limits = (measured.max_level[0], measured.max_level[-1])
     return spectra.spectrum(measured.values, plan.rule, plan.groups.axes, plan.allowed, limits)
 

@@ -129,11 +129,10 @@ def constrain(
     ) -> tuple[Tree, ProjectState]:
         if params is None:
             raise ValueError(arguments.NO_PARAMS)
-        if not isinstance(state, ProjectState):
-            raise TypeError(
-                f"`state` must be the state that `init` returned, got {type(state).__name__}. Restore a checkpoint into"
-                " `tx.init(params)`; states of other versions do not fit."
-            )
+        trees.check_kind(state, ProjectState)
+        trees.check_kind(state.projection, constraint.state)
+        latent_free = isinstance(state.carry, tuple) and not state.carry
+        trees.check_state(carry or latent_free, "latent weights although `carry` is False")
         picks = picking.pick(where, params)
         narrow = picking.restrict(params, picks)
         weights = jax.tree.map(dtypes.widened, narrow)

@@ -152,7 +152,9 @@ def prune_mask(
     else:
         amount = sparsities.resolve(sparsity, structure, scope)
         if amount.scheduled:
-            arguments.require(stop is not None, "stop", "be given with a schedule", stop, "It is the last refresh.")
+            arguments.require(
+                stop is not None, "stop", "be given with a schedule", stop, "It is the update of the last refresh."
+            )
             cycle = cycle._replace(every=100 if every is None else every)
         where = picking.resolve(where, picking.weights)
         exchange = None if regrow is None else arguments.schedule(regrow)
@@ -230,7 +232,7 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
     def frozen_fn(target: Tree, state: PruneState, context: Context) -> Tree:
         return _zeroed(target, kept(target, state, state))
 
-    return Constraint(Projection(init_fn, apply_fn, frozen_fn), kept=kept)
+    return Constraint(Projection(init_fn, apply_fn, frozen_fn), PruneState, kept)
 
 
 def _refreshed(
@@ -304,7 +306,7 @@ def _given(mask: Tree) -> Constraint:
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
         return frozen_fn(target, state, context), state
 
-    return Constraint(Projection(init_fn, apply_fn, frozen_fn), kept=kept)
+    return Constraint(Projection(init_fn, apply_fn, frozen_fn), PruneState, kept)
 
 
 def _masked_leaves(mask: Tree, where: Where | None) -> Where:

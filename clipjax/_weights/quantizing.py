@@ -136,6 +136,8 @@ def fake_quantize(
         by_path = plans(target)
         if not by_path:
             return target, state
+        for path, plan in by_path.items():
+            leaf_grid.check_fits(plan, path, leaf_grid.at(state, path))
 
         def refresh(target: Tree, landed: Tree) -> QuantizeState:
             values, given, shown = (dict(trees.governed(tree)) for tree in (target, landed, context.params))
@@ -169,7 +171,9 @@ def fake_quantize(
 
     # Values between levels come from sums and quotients, which two compiled programs may round differently.
     tolerance = 0.0 if soften is None else 2.0**-16
-    constraint = Constraint(Projection(init_fn, apply_fn, frozen_fn), surely_zero=surely_zero, tolerance=tolerance)
+    constraint = Constraint(
+        Projection(init_fn, apply_fn, frozen_fn), Grid, surely_zero=surely_zero, tolerance=tolerance
+    )
     tx = projecting.constrain(constraint, carry=carry, inner=inner, start=start, where=where, key=key)
 
     def checked_init(params: Tree) -> projecting.ProjectState:
@@ -251,6 +255,7 @@ def _integers(leaf: jax.Array, grid: leaf_grid.LeafGrid) -> integers.Quantized:
     group = leaf.shape[-2] // grid.step.shape[-3] if grouped else None
     step, zero = (jnp.squeeze(x, -2) if grouped else x for x in (grid.step, grid.zero_point))
     kept = tuple(i for i, n in enumerate(step.shape) if n > 1 and not (grouped and i == leaf.ndim - 2))
+    kept = (leaf.ndim - 2,) if grouped and not kept else kept
     axis = None if not kept and not step.ndim else kept[0] if len(kept) == 1 else kept
     zero = zero if bool(jnp.any(zero != 0)) else jnp.zeros((), jnp.int32)
     ratio = jnp.round(dtypes.widened(leaf) / blocks.spread(step, leaf.shape).astype(dtypes.wide(leaf.dtype)))

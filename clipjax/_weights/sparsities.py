@@ -1,4 +1,4 @@
-"""How many units of each leaf go: the one reading of `sparsity` and `scope`, and the exact counts that follow."""
+"""The number of units of each leaf that go: the one reading of `sparsity` and `scope`, and the exact counts that follow."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ def resolve(sparsity: Sparsity, structure: Structure, scope: str) -> Amount:
         arguments.require(sparsity is None, "sparsity", "be None for n_of_m", sparsity, remedy)
         return Amount(scope == "global", False, lambda owners: None, lambda count, sizes, owners: [])
     arguments.require(sparsity is not None, "sparsity", "be given for this structure", sparsity, _REMEDY)
-    if arguments.is_tree(
-        sparsity
-    ):  # `per_leaf` too: what is given leaf by leaf leaves nothing to compare across leaves
+    if arguments.is_tree(sparsity):  # also `per_leaf`, a tuple: with own fractions no leaves are compared with others
         return _leaf_by_leaf(sparsity)
     scheduled = arguments.is_schedule(sparsity)
     if not scheduled and arguments.known(sparsity):

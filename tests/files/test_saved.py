@@ -65,3 +65,22 @@ def test_codes_and_steps_are_found_in_it():
     assert (q.bits, q.axis, q.group, q.step.shape) == (4, -1, 32, (4, 24))
     assert bits(clipjax.dequantize(q)) == bits(expected["groups"])
     assert bits(back["book"]) == bits(expected["book"])
+
+
+@pytest.mark.parametrize("dequantize", [True, False])
+def test_integers_of_the_first_version_load_into_a_template(dequantize):
+    """That version wrote an array for each field of a `Quantized`; `like` says that they belong together."""
+    with np.load(SAVED / "integers.npz") as arrays:
+        params = {
+            "a": {"bias": np.ones(12, np.float32), "kernel": arrays["a.kernel"]},
+            "b": {"kernel": arrays["b.kernel"]},
+        }
+    group = clipjax.per_leaf(lambda path, leaf: 4 if path == "a/kernel" else None)
+    tx = clipjax.fake_quantize(4, axis=-1, group=group)
+    _, state = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+    like = clipjax.quantized(params, state)
+    loaded = clipjax.load(SAVED / "integers.safetensors", like=like, dequantize=dequantize)
+    assert loaded["a"]["kernel"].group == 4 and loaded["b"]["kernel"].bits == 4
+    for layer in "ab":
+        np.testing.assert_array_equal(clipjax.dequantize(loaded[layer]["kernel"]), params[layer]["kernel"])
+    assert clipjax.load(SAVED / "integers.safetensors")["a"]["kernel"]["codes"].dtype == jnp.int8

@@ -322,11 +322,21 @@ def test_states_that_do_not_fit_say_so():
         (quantize, state._replace(projection=flat)),
         (prune, prune.init(params)._replace(projection=prune.init(params).projection._replace(mask=()))),
         (master, clipjax.project(clipjax.projections.identity()).init(params)),
+        (clipjax.project(clipjax.projections.identity()), master.init(params)),
+        (quantize, clipjax.fake_quantize(4, step=clipjax.steps.minmax()).init(params)),
     ):
         with pytest.raises(ValueError, match="`state` must belong to these params"):
             tx.update(zeros, wrong, params)
     for carry in (True, False):
         with pytest.raises(ValueError, match="`state` must belong to these params"):
             clipjax.clip(1.0, carry=carry).update(params, clipjax.clip(1.0, carry=not carry).init(params))
-    with pytest.raises(TypeError, match="`state` must be the state that `init` returned, got dict"):
-        prune.update(zeros, {"count": 0}, params)
+    for tx, wrong, kind in (
+        (prune, {"count": 0}, "ProjectState"),
+        (prune, state, "PruneState"),
+        (quantize, prune.init(params), "Grid"),
+        (clipjax.clip(1.0), (), "ClipState"),
+        (clipjax.clip_norm(1.0), clipjax.clip(1.0).init(params), "ClipNormState"),
+        (clipjax.skip_spikes(optax.sgd(1.0), 1.0), {}, "SkipState"),
+    ):
+        with pytest.raises(TypeError, match=f"`state` must be the {kind} that `init` returned"):
+            tx.update(zeros, wrong, params)
