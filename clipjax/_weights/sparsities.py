@@ -1,4 +1,4 @@
-"""The number of units of each leaf that go: the one reading of `sparsity` and `scope`, and the exact counts that follow."""
+"""The number of units of each leaf that go: the one reading of `sparsity` and `scope`, and the exact counts."""
 
 from __future__ import annotations
 
