@@ -1,5 +1,7 @@
 """What the tests share: eight host devices, programs that are compiled once a run, strict promotion, real data."""
 
+import contextlib
+import functools
 import gc
 import os
 import pathlib
@@ -28,6 +30,7 @@ def pytest_configure(config):
     for name, value in KEPT.items():
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)
+    config.pluginmanager.register(OneFile())
 
 
 def pytest_unconfigure(config):
@@ -36,12 +39,43 @@ def pytest_unconfigure(config):
         del os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def programs_of_one_module():
-    """A worker holds the compiled programs of one module at a time; what the next needs of them is read from disk."""
-    yield
-    jax.clear_caches()
-    gc.collect()
+class OneFile:
+    """A plugin, as a fixture of this folder would not reach the examples in clipjax/ and docs/."""
+
+    # It trains 48 networks to compare optimizers; nothing in it depends on how they are compiled.
+    quick = ("clipping.md",)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item, nextitem):
+        """A worker holds the compiled programs of one file at a time; what the next needs of them is on disk."""
+        with unoptimized() if item.path.name in self.quick else contextlib.nullcontext():
+            done = yield
+        if nextitem is None or nextitem.path != item.path:
+            jax.clear_caches()
+            gc.collect()
+        return done
+
+
+@contextlib.contextmanager
+def unoptimized():
+    """Whatever is compiled in this context is compiled as fast as can be."""
+    from contract_row import QUICK  # which imports clipjax: not before its modules are collected
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """For a file of which compiling is most of the time, and in which no rounding or layout is the matter.
+
+    What must be exact after optimization (landing, norms, passes over memory) does not use it.
+    """
+    with unoptimized():
+        yield
 
 
 @pytest.fixture(scope="module")

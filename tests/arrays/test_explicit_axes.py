@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 import clipjax
 from clipjax import roundings, scores, selections, steps, structures, widths
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
 FLAT = P(("data", "model"), None)
 CHAINS = {

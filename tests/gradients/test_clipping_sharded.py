@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import clipjax
 from clipjax import thresholds
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 RULES = {
     "constant": 0.7,
     "zscore": thresholds.zscore(0.5, warmup=2),

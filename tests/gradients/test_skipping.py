@@ -16,6 +16,8 @@ from contract_row import QUICK
 import clipjax
 from clipjax import thresholds
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 RNG = np.random.default_rng(7)
 jit = functools.partial(jax.jit, compiler_options=QUICK)  # compiling dominates
 

@@ -13,7 +13,7 @@ from contract_row import QUICK
 import clipjax
 from clipjax import thresholds
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "quick")
 
 
 def u_clip(grads, limit, per):

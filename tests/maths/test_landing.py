@@ -122,7 +122,11 @@ cases = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("form", FORMS)
+# The chain and the inner form have all three constraints at once; each alone compiles programs of its own.
+TOGETHER = [pytest.param(form, marks=[] if form in ("chain", "inner") else pytest.mark.slow) for form in FORMS]
+
+
+@pytest.mark.parametrize("form", TOGETHER)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=cases)
 def test_constraints_hold_after_every_step(form, case):

@@ -12,6 +12,8 @@ import clipjax
 from clipjax import scores, selections
 from clipjax.structures import unit
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 RNG = np.random.default_rng(0)
 FIRST = {"a/kernel": -1, "a/bias": 0, "bn/scale": 0, "bn/mean": 0, "batch_stats/bn/var": 0, "b/kernel": 2}
 SECOND = {"b/kernel": -1, "params/out/kernel": 0}

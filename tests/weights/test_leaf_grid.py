@@ -228,7 +228,7 @@ def test_budget_inside_the_run_is_kept_and_spent(budget, seed):
     w = {k: jnp.asarray(rng.normal(size=s) * rng.uniform(0.1, 2), jnp.float32) for k, s in shapes.items()}
     allowed = (2, 3, 4, 6, 8)
     tx = clipjax.fake_quantize(widths.budget(budget, allowed), step=ABSMAX)
-    state = tx.update(jax.tree.map(jnp.zeros_like, w), tx.init(w), w)[1]
+    ((_, state),) = run(tx, w, [still])
     found = {name: int(b) for name, b in state.projection.bits.items()}
     spent, total = sum(found[k] * w[k].size for k in w), sum(x.size for x in w.values())
     assert spent <= budget * total

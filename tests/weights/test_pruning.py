@@ -13,7 +13,7 @@ from contract_row import QUICK
 import clipjax
 from clipjax import scores, selections, structures
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "quick")
 
 RNG = np.random.default_rng(0)
 PARAMS = {

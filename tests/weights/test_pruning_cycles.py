@@ -16,6 +16,8 @@ from contract_row import QUICK
 import clipjax
 from clipjax import scores, structures
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 RNG = np.random.default_rng(0)
 PARAMS = {
     "a": {"kernel": jnp.asarray(RNG.normal(size=(10, 12)), jnp.float32), "bias": jnp.zeros(12)},
