@@ -17,10 +17,10 @@ notebook: $(VENV)/.test
 	$(BIN)/python tests/test_notebook.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
