@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+import pytest
 
 import clipjax
 
@@ -52,3 +53,42 @@ def op_by_op():
             yield
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+# A rule that runs op by op compiles every operation of a row, and one that runs a program of its own compiles that.
+# There one row stands for each code path; these rows take the path of the row named, with another number, schedule,
+# norm or rule for a number in it, and run in `make slow`. Rules that trace, and the reference run of
+# `test_contract.py`, which is jitted, donated and lands exactly, have every row in `make test`.
+ALIKE = {
+    "clip_schedule": "clip",
+    "clip_leaves": "clip_random",
+    "clip_largest": "clip_random",
+    "clip_carry": "clip_spam_carry",
+    "clip_spam": "clip_spam_carry",
+    "clip_norm_schedule": "clip_norm",
+    "clip_norm_zscore_mean": "clip_norm_zscore",
+    "clip_norm_zscore_fixed": "clip_norm_zscore",
+    "clip_norm_mean_sigma": "clip_norm_zscore",
+    "clip_norm_quantile_track": "clip_norm_zscore",
+    "clip_norm_percentile": "clip_norm_zscore",
+    "clip_norm_ema_ratio_leaf": "clip_norm_percentile_leaf",
+    "clip_norm_random": "clip_norm_largest",
+    "skip_spikes": "skip_spikes_zscore",
+    "clamp_pair": "clamp",
+    "clamp_schedule": "clamp",
+    "clamp_per_leaf": "clamp",
+    "prune_once": "prune",
+    "prune_schedule": "prune",
+    "prune_erk": "prune_leaf",
+    "prune_gradient": "prune_taylor",
+    "prune_random": "prune_select",
+    "quantize_binary": "quantize",
+    "quantize_d4": "quantize_no_carry",
+    "quantize_axis": "quantize_groups",
+    "project": "project_norm",
+}
+
+
+def paths(rows):
+    """The rows as cases, those that are ALIKE another one marked as slow."""
+    return [pytest.param(m, id=m.name, marks=[pytest.mark.slow] if m.name in ALIKE else []) for m in rows]

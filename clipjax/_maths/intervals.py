@@ -87,6 +87,8 @@ def resolve(bound: Bound) -> Bounds:
 
 def interval(bound: Interval) -> tuple[Number, Number]:
     """The interval that a bound means: (-T, T) for a number T, a pair as it is, checked where known."""
+    if isinstance(bound, str):  # also a sequence
+        arguments.numeric(bound, "bound", "Give T or (lo, hi).")
     if isinstance(bound, Sequence):
         arguments.require(len(bound) == 2, "bound", "be a number or a pair (lo, hi)", bound, "Give T or (lo, hi).")
         low, high = bound

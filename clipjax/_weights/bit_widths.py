@@ -45,7 +45,7 @@ def resolve(bits: Bits, step: Step) -> Widths:
         return Widths(lambda tree: _same(bits.allowed, tree), bits.choose)
     if bits is None:
         remedy = "Unbounded codes need a number: `step=0.05`."
-        arguments.require(step.levels is levels.as_given, "step", "be a number when `bits` is None", None, remedy)
+        arguments.require(step.levels is levels.as_given, "step", "be a number when `bits` is None", step, remedy)
         return Widths(lambda tree: _same((), tree))
     if isinstance(bits, bool | int | float | str | np.number):
         arguments.bits(bits)

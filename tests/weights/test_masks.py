@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_pruning_cycles import erdos_renyi
+from erdos_renyi_reference import erdos_renyi
 
 import clipjax
 from clipjax import selections, steps, structures

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from contract_row import QUICK
+from erdos_renyi_reference import erdos_renyi
 
 import clipjax
 from clipjax import scores, structures
@@ -118,25 +119,6 @@ def train(tx, steps=STEPS, params=PARAMS):
 
     run = jax.jit(functools.partial(jax.lax.scan, step), compiler_options=QUICK)
     return run((params, tx.init(params)), gradients(steps))[1]
-
-
-def erdos_renyi(sparsity, shapes, sizes):
-    """Evci et al., rigl/sparse_utils.py `get_sparsities_erdos_renyi`: dense layers one by one, then one epsilon."""
-    dense = set()
-    while True:
-        divisor, rhs, raw = 0.0, 0.0, {}
-        for name, shape in shapes.items():
-            if name in dense:
-                rhs -= sizes[name] * sparsity
-            else:
-                rhs += sizes[name] * (1 - sparsity)
-                raw[name] = sum(shape) / np.prod(shape)
-                divisor += raw[name] * sizes[name]
-        epsilon = rhs / divisor
-        if max(raw.values()) * epsilon <= 1:
-            break
-        dense |= {name for name, p in raw.items() if p == max(raw.values())}
-    return {name: 0.0 if name in dense else 1 - epsilon * raw[name] for name in shapes}
 
 
 def unit_counts(structure):
