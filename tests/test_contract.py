@@ -78,6 +78,11 @@ def test_jit_donation_one_trace_and_landing(member):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), start, params)))
 
 
+def options(member):
+    """Those of the reference run where an optimizer works in bf16: how often XLA rounds there depends on the level."""
+    return {} if member.side == "inner" else QUICK
+
+
 def scan(tx):
     """Params and state after all steps but the last, which `lax.cond` around the update skips."""
 
@@ -102,7 +107,7 @@ def test_scan_with_cond_traces(member):
 @every_path
 def test_scan_with_cond_equals_the_loop(member):
     tx, params = member.tx(), members.params()
-    run = jax.jit(scan(tx), compiler_options=QUICK)
+    run = jax.jit(scan(tx), compiler_options=options(member))
     same(run(params, tx.init(params)), reference(member.name)[-2], rtol=1e-6)
 
 
@@ -142,7 +147,7 @@ def test_one_vmap_traces(member):
 def test_one_vmap_is_one_sweep(member):
     """Lane 0 is the reference run, lane 1 the member built with the other values."""
     run, lanes = sweep(member)
-    swept = jax.jit(run, compiler_options=QUICK)(lanes)
+    swept = jax.jit(run, compiler_options=options(member))(lanes)
     same(members.at(swept, 0), reference(member.name)[-1], rtol=1e-6)
     grads, other = members.gradients(), {k: values[1] for k, values in member.numbers.items()}
     with op_by_op():
