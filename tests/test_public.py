@@ -8,6 +8,8 @@ import pytest
 
 import clipjax
 
+# Without what the families held beside their factories (`steps.fit`, `selections.choose`, …), and the second path to
+# `clipjax.choose_step` and `clipjax.choose_bits` through them.
 OLD = json.loads((pathlib.Path(__file__).parent / "signatures.json").read_text())
 
 FAMILIES = ("projections", "roundings", "scores", "selections", "steps", "structures", "thresholds", "widths")

@@ -55,7 +55,7 @@ def at(state: QuantizeState, path: str) -> LeafGrid:
 def gathered(grids: dict[str, LeafGrid]) -> QuantizeState:
     """The state of the grids of all leaves."""
     # Without leaves each field is one array all the same, see `trees.by_path`.
-    return Grid(*(trees.by_path({path: grid[i] for path, grid in grids.items()}) for i in range(6)))
+    return Grid(*(trees.by_path({path: grid[i] for path, grid in grids.items()}) for i in range(len(Grid._fields))))
 
 
 class Plan(NamedTuple):
@@ -85,6 +85,11 @@ class Plan(NamedTuple):
         """True where the width does not follow from the weights."""
         return len(self.allowed) == 1
 
+    @property
+    def sides(self) -> int:
+        """The numbers of `max_level` for each group: one for a symmetric grid, else two."""
+        return 1 if self.rule.sides is None else 2
+
     def binary(self, grid: LeafGrid) -> bool | jax.Array | None:
         """True where the grid has one bit, a traced bool where it may, None where it never has."""
         return None if 1 not in self.allowed else True if self.fixed else grid.bits == 1
@@ -106,8 +111,7 @@ def check(plan: Plan, path: str, leaf: Leaf) -> None:
 
 def check_fits(plan: Plan, path: str, grid: LeafGrid) -> None:
     """Refuse the state of another rule of steps."""
-    sides = 1 if plan.rule.sides is None else 2
-    fits = grid.max_level.shape == (sides, *grid.step.shape)
+    fits = grid.max_level.shape == (plan.sides, *grid.step.shape)
     trees.check_state(fits, f"another rule's grid of {path!r}")
 
 
@@ -115,8 +119,7 @@ def begin(plan: Plan, leaf: Leaf) -> LeafGrid:
     """The grid before the first refresh."""
     like = jax.eval_shape(lambda x: step_groups.view(x, plan.groups), jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
     step = fitting.given(1.0, like, plan.groups.axes)
-    sides = 1 if plan.rule.sides is None else 2
-    max_level = jnp.full((sides, *step.shape), jnp.inf, jnp.float32)
+    max_level = jnp.full((plan.sides, *step.shape), jnp.inf, jnp.float32)
     width = max(plan.allowed, default=0)
     top = 0.0 if plan.unbounded else float(grids.top(width))
     low, high = (jnp.full(step.shape, end, jnp.float32) for end in (-top, top))

@@ -6,22 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from same_bits import bits, same
 
 import clipjax
 
 SAVED = pathlib.Path(__file__).parent / "saved"
-
-
-def bits(x):
-    """Shape, dtype and bytes."""
-    x = np.asarray(x)
-    return x.shape, x.dtype.name, x.tobytes()
-
-
-def same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert bits(x) == bits(y)
 
 
 def chain():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from same_bits import bits, same
 
 import clipjax
 from clipjax._files import leaf_codec
@@ -26,19 +27,6 @@ pytestmark = pytest.mark.usefixtures("quick")
 DTYPES = list(leaf_codec.DTYPES.values())
 Pair = collections.namedtuple("Pair", "first second")
 RNG = np.random.default_rng(0)
-
-
-def bits(x):
-    """Shape, dtype and bytes."""
-    x = np.asarray(x)
-    return x.shape, x.dtype.name, x.tobytes()
-
-
-def same(a, b):
-    """Two trees with the same structure and the same bits."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert bits(x) == bits(y)
 
 
 def round_trip(tree, **kwargs):
