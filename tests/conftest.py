@@ -1,7 +1,6 @@
 """What the tests share: eight host devices, programs that are compiled once a run, strict promotion, real data."""
 
 import contextlib
-import functools
 import gc
 import os
 import pathlib
@@ -10,10 +9,13 @@ import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+import compiling
 import jax
+import jax.monitoring
 import pytest
 
 MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
+HELD = 600  # programs in memory before they are dropped: a third of a megabyte each
 COMPILED = pytest.StashKey[str]()
 # Every program, however small, is kept: reading one takes a fifth of the time of compiling it.
 KEPT = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1}
@@ -30,6 +32,7 @@ def pytest_configure(config):
     for name, value in KEPT.items():
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)
+    compiling.install()
     config.pluginmanager.register(OneFile())
 
 
@@ -42,40 +45,28 @@ def pytest_unconfigure(config):
 class OneFile:
     """A plugin, as a fixture of this folder would not reach the examples in clipjax/ and docs/."""
 
-    # It trains 48 networks to compare optimizers; nothing in it depends on how they are compiled.
-    quick = ("clipping.md",)
+    def __init__(self):
+        self.programs = 0
+        jax.monitoring.register_event_duration_secs_listener(self.count)
+
+    def count(self, event, *_, **__):
+        self.programs += event == "/jax/core/compile/backend_compile_duration"
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item, nextitem):
-        """A worker holds the compiled programs of one file at a time; what the next needs of them is on disk."""
-        with unoptimized() if item.path.name in self.quick else contextlib.nullcontext():
+        """A worker holds some hundred compiled programs at a time; what a test needs of the others is on disk."""
+        with compiling.optimized() if _optimized(item) else contextlib.nullcontext():
             done = yield
-        if nextitem is None or nextitem.path != item.path:
+        many = self.programs > HELD and (nextitem is None or nextitem.path != item.path)
+        if many or _optimized(item) != _optimized(nextitem):  # programs in memory do not know how they were compiled
+            self.programs = 0
             jax.clear_caches()
             gc.collect()
         return done
 
 
-@contextlib.contextmanager
-def unoptimized():
-    """Whatever is compiled in this context is compiled as fast as can be."""
-    from contract_row import QUICK  # which imports clipjax: not before its modules are collected
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def quick():
-    """For a file of which compiling is most of the time, and in which no rounding or layout is the matter.
-
-    What must be exact after optimization (landing, norms, passes over memory) does not use it.
-    """
-    with unoptimized():
-        yield
+def _optimized(item):
+    return item is not None and item.get_closest_marker("optimized") is not None
 
 
 @pytest.fixture(scope="module")

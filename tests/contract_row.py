@@ -1,6 +1,5 @@
 """A row of the contract's table: how a member is built, what of it may be traced, what holds after every step."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,28 +36,8 @@ def row(name, side, build, holds=None, gradient=False, **numbers):
 
 KEY = (jax.random.key(1), jax.random.key(7))
 
-# For tests of which compiling is most of the time; what must be exact after optimization runs at the default level.
-# The older jaxlib compiles twice as fast without its fusion emitters; newer ones have no such option.
-QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    QUICK |= {"xla_cpu_use_fusion_emitters": False}
-
-
-@contextlib.contextmanager
-def op_by_op():
-    """Every operation alone, compiled without optimization: it has nothing to be fused with."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with jax.disable_jit():
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
-# A rule that runs op by op compiles every operation of a row, and one that runs a program of its own compiles that.
-# There one row stands for each code path; these rows take the path of the row named, with another number, schedule,
-# norm or rule for a number in it, and run in `make slow`. Rules that trace, and the reference run of
-# `test_contract.py`, which is jitted, donated and lands exactly, have every row in `make test`.
+# One row stands for each code path: these rows take the path of the row named, with another number, schedule, norm or
+# rule for a number in it. They run in `make slow`.
 ALIKE = {
     "clip_schedule": "clip",
     "clip_leaves": "clip_random",

@@ -1,5 +1,6 @@
 """Contract rules 1 and 6: every member is pure, of static shape, sweepable, and lands exactly."""
 
+import contextlib
 import functools
 
 import chex
@@ -9,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_row import QUICK, op_by_op
+from compiling import optimized
 
 import clipjax
 
-every_member = pytest.mark.parametrize("member", members.ALL, ids=members.name_of)
 every_path = pytest.mark.parametrize("member", members.paths(members.ALL))
 SWEPT = [m for m in members.ALL if m.numbers]
 
@@ -48,7 +48,8 @@ def reference(name):
     path = []
     for i in range(members.STEPS):
         before = jax.tree.map(jnp.copy, params)
-        params, updates, state = compiled(members.at(grads, i), params, state)
+        with optimized():
+            params, updates, state = compiled(members.at(grads, i), params, state)
         if member.holds:
             member.holds(params, state)
             member.holds(optax.apply_updates(before, updates), state)
@@ -61,7 +62,7 @@ def test_every_code_path_has_a_row_that_runs_always():
     assert set(members.ALIKE) <= names and set(members.ALIKE.values()) <= names - set(members.ALIKE)
 
 
-@every_member
+@every_path
 def test_state_of_eager_init_shares_no_buffer(member):
     """Donation: XLA refuses a buffer that is given twice."""
     params = members.params()
@@ -69,7 +70,7 @@ def test_state_of_eager_init_shares_no_buffer(member):
     assert len(pointers) == len(set(pointers))
 
 
-@every_member
+@every_path
 def test_jit_donation_one_trace_and_landing(member):
     """Rule 6 inside `reference`; a second trace or a refused donation raises there; and every leaf learns."""
     params, state = reference(member.name)[-1]
@@ -78,9 +79,9 @@ def test_jit_donation_one_trace_and_landing(member):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), start, params)))
 
 
-def options(member):
-    """Those of the reference run where an optimizer works in bf16: how often XLA rounds there depends on the level."""
-    return {} if member.side == "inner" else QUICK
+def compiling(member):
+    """As the reference is where an optimizer works in bf16: how often XLA rounds there depends on the level."""
+    return optimized() if member.side == "inner" else contextlib.nullcontext()
 
 
 def scan(tx):
@@ -97,7 +98,7 @@ def scan(tx):
     return run
 
 
-@every_member
+@every_path
 def test_scan_with_cond_traces(member):
     """`lax.scan` refuses a carry, and `lax.cond` a branch, of another structure, shape or dtype."""
     tx, params = member.tx(), members.params()
@@ -107,11 +108,12 @@ def test_scan_with_cond_traces(member):
 @every_path
 def test_scan_with_cond_equals_the_loop(member):
     tx, params = member.tx(), members.params()
-    run = jax.jit(scan(tx), compiler_options=options(member))
-    same(run(params, tx.init(params)), reference(member.name)[-2], rtol=1e-6)
+    with compiling(member):
+        last = jax.jit(scan(tx))(params, tx.init(params))
+    same(last, reference(member.name)[-2], rtol=1e-6)
 
 
-@every_member
+@every_path
 def test_eval_shape_of_init(member):
     """`jax.eval_shape(init)` on ShapeDtypeStructs is what eager init gives, with no zero-size array of ours."""
     tx, params = member.tx(), members.params()
@@ -135,7 +137,7 @@ def sweep(member):
     return jax.vmap(run), lanes
 
 
-@pytest.mark.parametrize("member", SWEPT, ids=members.name_of)
+@pytest.mark.parametrize("member", members.paths(SWEPT))
 def test_one_vmap_traces(member):
     """Every traceable argument, and nothing else, gets the axis of the lanes."""
     swept, lanes = sweep(member)
@@ -147,14 +149,16 @@ def test_one_vmap_traces(member):
 def test_one_vmap_is_one_sweep(member):
     """Lane 0 is the reference run, lane 1 the member built with the other values."""
     run, lanes = sweep(member)
-    swept = jax.jit(run, compiler_options=options(member))(lanes)
+    with compiling(member):
+        swept = jax.jit(run)(lanes)
     same(members.at(swept, 0), reference(member.name)[-1], rtol=1e-6)
     grads, other = members.gradients(), {k: values[1] for k, values in member.numbers.items()}
-    with op_by_op():
-        tx, params = member.tx(**other), members.params()
-        state = tx.init(params)
+    tx, params = member.tx(**other), members.params()
+    state = tx.init(params)
+    with compiling(member):
+        step = jax.jit(functools.partial(members.step, tx))
         for i in range(members.STEPS):
-            params, state = members.step(tx, params, state, members.at(grads, i))
+            params, state = step(params, state, members.at(grads, i))
     same(members.at(swept, 1), (params, state), rtol=1e-6)
 
 
@@ -184,7 +188,7 @@ def test_traced_static_argument_says_how_to_keep_it_out(case):
         jax.eval_shape(trace, jnp.asarray(arguments[name]))
 
 
-@pytest.mark.parametrize("member", SWEPT, ids=members.name_of)
+@pytest.mark.parametrize("member", members.paths(SWEPT))
 def test_traced_values_never_raise(member):
     """Rule 9: what would be refused as a Python number is computed with when traced; state keeps its shape."""
     params, grads = members.params(), members.at(members.gradients(), 0)

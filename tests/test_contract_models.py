@@ -1,5 +1,7 @@
 """The contract inside real models: every member lands in every container, the whole chain trains in every framework."""
 
+import functools
+
 import chex
 import contract_members as members
 import contract_models as models
@@ -10,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_row import op_by_op
 from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
@@ -43,7 +44,7 @@ def check(params, state):
 
 
 @every_model
-@pytest.mark.parametrize("member", members.MEMBERS, ids=members.name_of)
+@pytest.mark.parametrize("member", members.paths(members.MEMBERS))
 def test_every_member_keeps_every_container(model, member):
     """Traced: updates fit the params, the state keeps structure, shapes and dtypes (raw paths in it would not)."""
     params, _ = models.MODELS[model]()
@@ -63,15 +64,14 @@ WHOLE_CHAIN_ONLY = {"scanned": "20 s of op-by-op compiles", "vit": "20 s of op-b
 @pytest.mark.parametrize("model", [m for m in models.MODELS if m not in WHOLE_CHAIN_ONLY])
 @pytest.mark.parametrize("member", members.paths(m for m in members.MEMBERS if m.holds))
 def test_every_member_lands_in_every_container(model, member):
-    """Two updates, op by op."""
+    """Two updates."""
     params, _ = models.MODELS[model]()
     rng = np.random.default_rng(2)
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.1, p.dtype), params)
     tx = member.tx(optax.sgd(0.25))
-    with op_by_op():
-        state = tx.init(params)
-        for _ in range(2):
-            params, state = members.step(tx, params, state, grads)
+    state, step = jax.jit(tx.init)(params), jax.jit(functools.partial(members.step, tx))
+    for _ in range(2):
+        params, state = step(params, state, grads)
     member.holds(params, state)
 
 
@@ -127,7 +127,7 @@ def test_chain_trains_in_equinox():
         check(params, state)
 
 
-@pytest.mark.parametrize("member", members.MEMBERS, ids=members.name_of)
+@pytest.mark.parametrize("member", members.paths(members.MEMBERS))
 def test_partition_spec_of_a_boxed_state(member):
     """Rule 8: arrays of a param's shape keep its box and its spec, all others are replicated."""
     params, _ = models.boxed()
@@ -146,7 +146,7 @@ def test_report_and_quantized_read_a_boxed_state():
     """Telemetry and integers come out of boxed params as out of plain ones."""
     params, _ = models.boxed()
     tx = clipjax.fake_quantize(4)
-    with op_by_op():
+    with jax.disable_jit():
         params, state = members.step(tx, params, tx.init(params), params)
     found = clipjax.quantized(params, state)
     is_grid = lambda x: isinstance(x, clipjax.Quantized)

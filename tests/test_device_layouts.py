@@ -20,8 +20,6 @@ from jax.sharding import PartitionSpec as P
 import clipjax
 from clipjax import steps, thresholds
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 STEPS = 4
 MOVES = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter", " sort(", " gather(", " scatter(")
 SHAPES = {

@@ -21,6 +21,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks" / "programs"
 sys.path.insert(0, str(BENCHMARKS))
 compiled = pytest.importorskip("compiled", reason="the benchmarks are not here")
 
+pytestmark = pytest.mark.optimized
 SIDE = 1024
 LEAVES = ("first", "second")
 PARAMS = len(LEAVES) * SIDE * SIDE

@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,4 +79,5 @@ def test_resume_in_a_fresh_process_is_bit_equal(name, tmp_path):
 
 
 if __name__ == "__main__":
+    compiling.install()
     resume(sys.argv[1], pathlib.Path(sys.argv[2]))

@@ -8,7 +8,7 @@ import pytest
 from clipjax import scores
 from clipjax.typing import Context
 
-pytestmark = pytest.mark.usefixtures("strict", "quick")
+pytestmark = pytest.mark.usefixtures("strict")
 
 RNG = np.random.default_rng(0)
 W = {k: RNG.normal(size=s).astype(np.float32) for k, s in (("a", (3, 4)), ("b", (5, 2)))}

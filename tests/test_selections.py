@@ -10,7 +10,7 @@ from clipjax import selections
 from clipjax._maths import drawing
 from clipjax.typing import Selection
 
-pytestmark = pytest.mark.usefixtures("strict", "quick")
+pytestmark = pytest.mark.usefixtures("strict")
 
 RNG = np.random.default_rng(0)
 TREE = {"a": RNG.normal(size=(60, 50)).astype(np.float32), "b": RNG.normal(size=1000).astype(np.float32)}

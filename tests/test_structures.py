@@ -7,7 +7,7 @@ import pytest
 from clipjax import structures
 from clipjax._maths import ranking
 
-pytestmark = pytest.mark.usefixtures("strict", "quick")
+pytestmark = pytest.mark.usefixtures("strict")
 
 X = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
 

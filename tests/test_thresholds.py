@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import clipjax
 from clipjax import thresholds
 
-pytestmark = pytest.mark.usefixtures("strict", "quick")
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def zclip(norms, z=2.5, decay=0.97, warmup=25, eps=1e-6, mode="adaptive"):

@@ -11,13 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_row import QUICK
 from jax.sharding import PartitionSpec as P
 
 import clipjax
 from clipjax import roundings, scores, selections, steps, structures, widths
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
 FLAT = P(("data", "model"), None)
@@ -47,7 +44,7 @@ def trained(member, mesh=None, spec=None):
     if mesh is not None:
         params = jax.device_put(params, jax.NamedSharding(mesh, spec))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(params, state):
         def step(carry, _):
             params, state = carry

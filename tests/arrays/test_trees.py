@@ -112,6 +112,7 @@ def test_widened_is_at_least_f32(dtype):
     assert dtypes.widened(jnp.ones(1, dtype)).dtype == jnp.float32
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float32])
 def test_narrowed_is_the_conversion_there_and_back(dtype):
     """Every value of 16 bits, the middle to the next one, and both neighbours of that in f32."""

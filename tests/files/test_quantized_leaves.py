@@ -10,8 +10,6 @@ from clipjax import Quantized
 from clipjax._files import quantized_leaves
 from clipjax._maths.grids import short
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 RNG = np.random.default_rng(0)
 
 

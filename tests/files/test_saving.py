@@ -22,8 +22,6 @@ import clipjax
 from clipjax._files import leaf_codec
 from clipjax._maths.grids import short
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 DTYPES = list(leaf_codec.DTYPES.values())
 Pair = collections.namedtuple("Pair", "first second")
 RNG = np.random.default_rng(0)

@@ -16,8 +16,6 @@ import clipjax
 from clipjax import Quantized, __main__, steps
 from clipjax._files import alphabets, step_search
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 RNG = np.random.default_rng(0)
 
 

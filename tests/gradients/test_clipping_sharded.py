@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_row import QUICK
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import clipjax
 from clipjax import thresholds
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 RULES = {
     "constant": 0.7,
@@ -28,9 +25,6 @@ SPECS = {"split": P("data"), "both": P(("data", "model")), "whole": P()}
 AXES = ("data", "model")
 STEPS = 5
 MOVES = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter", " sort(", "gather(")
-
-
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def gradients(step):
@@ -67,9 +61,9 @@ def assert_same(got, expected):
 @pytest.mark.parametrize("name", RULES)
 def test_jit_with_sharded_gradients_equals_one_device(name, per):
     tx = clipjax.clip_norm(RULES[name], per=per)
-    expected = run(jit(tx.update), tx.init(gradients(0)))
+    expected = run(jax.jit(tx.update), tx.init(gradients(0)))
     assert any(bool(jnp.any(jnp.isfinite(limit) & (norm > limit))) for _, limit, norm, _ in expected), "nothing clipped"
-    assert_same(run(jit(tx.update), tx.init(sharded(gradients(0))), sharded), expected)
+    assert_same(run(jax.jit(tx.update), tx.init(sharded(gradients(0))), sharded), expected)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -94,8 +88,8 @@ def test_shard_map_with_axis_name_adds_up_what_is_sharded(check_vma, per, ord):
     specs = (SPECS, jax.tree.map(lambda _: P(), state))
     update = jax.shard_map(inside.update, mesh=mesh(), in_specs=specs, out_specs=specs, check_vma=check_vma)
     outside = clipjax.clip_norm(0.7, per=per, ord=ord)
-    expected = run(jit(outside.update), outside.init(gradients(0)))
-    assert_same(run(jit(update), state, sharded), expected)
+    expected = run(jax.jit(outside.update), outside.init(gradients(0)))
+    assert_same(run(jax.jit(update), state, sharded), expected)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -104,7 +98,7 @@ def test_shard_map_with_a_rule(name):
     state = inside.init(gradients(0))
     specs = (SPECS, jax.tree.map(lambda _: P(), state))
     update = jax.shard_map(inside.update, mesh=mesh(), in_specs=specs, out_specs=specs)
-    assert_same(run(jit(update), state, sharded), run(jit(outside.update), outside.init(gradients(0))))
+    assert_same(run(jax.jit(update), state, sharded), run(jax.jit(outside.update), outside.init(gradients(0))))
 
 
 def test_shard_map_without_types_takes_every_leaf_as_sharded():

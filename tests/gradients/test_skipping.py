@@ -11,15 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_row import QUICK
 
 import clipjax
 from clipjax import thresholds
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 RNG = np.random.default_rng(7)
-jit = functools.partial(jax.jit, compiler_options=QUICK)  # compiling dominates
 
 
 def tree(scale, dtype=jnp.float32):
@@ -80,7 +76,7 @@ def skipping(name, limit=LIMIT):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, updates
 
-    return tx, jit(step)
+    return tx, jax.jit(step)
 
 
 def train(tx_step, grads, params=PARAMS, state=None):
@@ -117,7 +113,7 @@ def test_training_after_bad_steps_goes_on_as_if_they_had_not_been(name):
 def test_without_bad_steps_it_is_the_inner_optimizer(name):
     tx = OPTIMIZERS[name]()
     params, state = PARAMS, tx.init(PARAMS)
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     for g in GOOD:
         updates, state = update(g, state, params)
         params = optax.apply_updates(params, updates)
@@ -139,7 +135,7 @@ def test_first_step_may_be_bad(bad):
 def test_zero_empty_none_and_masked_gradients_are_not_skipped():
     tx = clipjax.skip_spikes(optax.adam(0.1), 0.0)
     grads = {"z": jnp.zeros(3), "e": jnp.zeros((0, 2)), "n": None, "m": optax.MaskedNode(), "s": jnp.float32(0)}
-    updates, state = jit(tx.update)(grads, tx.init(grads), grads)
+    updates, state = jax.jit(tx.update)(grads, tx.init(grads), grads)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
     assert (int(state.skipped), int(optax.tree.get(state.inner, "count")), float(state.norm_pre)) == (0, 1, 0.0)
 
@@ -163,7 +159,7 @@ def test_norm_of_the_threshold_itself_is_kept_and_zero_skips_all():
     grads = jnp.array([3.0, 4.0])
     for limit, kept in ((5.0, True), (np.nextafter(np.float32(5), np.float32(0)), False), (0.0, False)):
         tx = clipjax.skip_spikes(optax.sgd(1.0), limit)
-        updates, state = jit(tx.update)(grads, tx.init(grads))
+        updates, state = jax.jit(tx.update)(grads, tx.init(grads))
         np.testing.assert_array_equal(updates, -grads if kept else [0, 0])
         assert int(state.skipped) == (not kept) and float(state.norm_pre) == 5
 
@@ -177,7 +173,7 @@ def test_huge_norm_is_measured_where_its_square_is_no_float():
     tx = clipjax.skip_spikes(optax.sgd(1.0), 1e30)
     for scale, kept in ((1e20, True), (1e30, False)):
         grads = jnp.array([3.0, 4.0]) * scale
-        _, state = jit(tx.update)(grads, tx.init(grads))
+        _, state = jax.jit(tx.update)(grads, tx.init(grads))
         np.testing.assert_allclose(state.norm_pre, 5 * scale, rtol=1e-6)
         assert int(state.skipped) == (not kept)
 
@@ -187,7 +183,7 @@ def test_schedule_counts_skipped_steps_too():
     tx = clipjax.skip_spikes(optax.sgd(1.0), lambda count: jnp.asarray(limits)[count])
     state, left_out = tx.init(PARAMS), []
     for g in GOOD:
-        updates, after = jit(tx.update)(g, state)
+        updates, after = jax.jit(tx.update)(g, state)
         left_out.append(int(after.skipped) > int(state.skipped))
         state = after
     assert left_out == reference_skips(map(norm, GOOD), limits) == [False, False, True, True, False]
@@ -212,7 +208,7 @@ def test_rule_sees_every_finite_norm_and_decides(name):
     rule = RULES[name]()
     tx = clipjax.skip_spikes(optax.sgd(1.0), rule)
     grads = [*GOOD[:4], SPIKE, NAN, GOOD[0], LARGER, GOOD[1]]
-    update, advance, state, history = jit(tx.update), jit(rule.update), tx.init(PARAMS), rule.init()
+    update, advance, state, history = jax.jit(tx.update), jax.jit(rule.update), tx.init(PARAMS), rule.init()
     kept = []
     for g in grads:
         updates, after = update(g, state)
@@ -254,7 +250,7 @@ def test_scan_is_the_loop_and_the_state_keeps_its_shape(name):
     stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
     state = tx.init(PARAMS)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, PARAMS), state)
-    run = jit(lambda carry: jax.lax.scan(lambda c, g: (step.__wrapped__(g, *c)[:2], None), carry, stacked)[0])
+    run = jax.jit(lambda carry: jax.lax.scan(lambda c, g: (step.__wrapped__(g, *c)[:2], None), carry, stacked)[0])
     params, last = run((PARAMS, state))
     path, looped, _ = train(skipping(name), grads)
     chex.assert_trees_all_close((params, last._replace(inner=())), (path[-1], looped._replace(inner=())), rtol=1e-5)
@@ -286,7 +282,7 @@ def test_vmap_over_thresholds_is_a_sweep():
         tx = clipjax.skip_spikes(optax.sgd(1.0), limit)
         return tx.update(GOOD[0], tx.init(PARAMS))
 
-    updates, state = jit(jax.vmap(swept))(jnp.array([0.1, 10.0]))
+    updates, state = jax.jit(jax.vmap(swept))(jnp.array([0.1, 10.0]))
     np.testing.assert_array_equal(state.skipped, [1, 0])
     np.testing.assert_array_equal(updates["bias"], jnp.stack([jnp.zeros(6), -GOOD[0]["bias"]]))
 
@@ -340,7 +336,7 @@ def test_constraints_outside_hold_after_skipped_steps_too():
 
 def test_report_names_what_was_skipped_and_the_members_inside():
     _, state, _ = train(skipping("constrained"), [GOOD[0], SPIKE, NAN])
-    entries = jit(clipjax.report)(state)
+    entries = jax.jit(clipjax.report)(state)
     own = [f"skip_spikes/{k}" for k in ("norm_pre", "threshold", "skipped", "fraction_skipped", "nonfinite")]
     assert {k for k in entries if k.startswith("skip_spikes/")} == set(own)
     assert entries["skip_spikes/skipped"] == 2 and entries["skip_spikes/nonfinite"] == 1

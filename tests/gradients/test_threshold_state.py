@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_row import QUICK
 
 import clipjax
 from clipjax import thresholds
 
-pytestmark = pytest.mark.usefixtures("strict", "quick")
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def u_clip(grads, limit, per):
@@ -46,7 +45,6 @@ SCALARS = sorted(set(RULES) - {"percentile", "mean_sigma"})  # can follow every 
 every_rule = pytest.mark.parametrize("rule", RULES)
 per_what = pytest.mark.parametrize("per", ["global", "leaf"])
 
-jit = functools.partial(jax.jit, compiler_options=QUICK)  # compiling dominates
 RNG = np.random.default_rng(5)
 SPIKES = np.array([1, 1.2, 0.8, 9, 1, 0.1, 5, 1.1])
 
@@ -72,7 +70,7 @@ def member(kind, rule):
         "entry_carry": lambda: clipjax.clip(made, carry=True),
         "skip": lambda: clipjax.skip_spikes(optax.sgd(1.0), made),
     }[kind]()
-    return tx, jit(tx.update)
+    return tx, jax.jit(tx.update)
 
 
 MEMBERS = [("global", rule) for rule in RULES]
@@ -166,12 +164,12 @@ def test_empty_gradients_enter_no_history(rule, per):
 def test_rule_threshold_that_is_not_positive_clips_nothing(value):
     rule = clipjax.Rule(lambda: jnp.zeros(()), lambda norm, state: (jnp.full_like(norm, value), norm))
     for tx in (clipjax.clip_norm(rule), clipjax.clip_norm(rule, per="leaf"), clipjax.clip(rule)):
-        updates, state = follow((tx, jit(tx.update)), GRADS[:2])
+        updates, state = follow((tx, jax.jit(tx.update)), GRADS[:2])
         same(updates, GRADS[:2])
         assert int(getattr(state, "clipped", 0)) == 0
         assert np.isnan(state.threshold).all() if not hasattr(state, "clipped") else np.isinf(state.threshold).all()
     tx = clipjax.skip_spikes(optax.identity(), rule)
-    updates, state = follow((tx, jit(tx.update)), [GRADS[0], spoiled(GRADS[1], "a", np.nan), GRADS[2]])
+    updates, state = follow((tx, jax.jit(tx.update)), [GRADS[0], spoiled(GRADS[1], "a", np.nan), GRADS[2]])
     same(updates, [GRADS[0], ZERO, GRADS[2]])
     assert (int(state.skipped), int(state.nonfinite)) == (1, 1)
 
@@ -179,7 +177,7 @@ def test_rule_threshold_that_is_not_positive_clips_nothing(value):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_rule_reads_nan_and_inf_as_the_largest_float(bad):
     tx = clipjax.clip_norm(clipjax.Rule(lambda: jnp.zeros(()), lambda norm, state: (norm, state)))
-    _, state = follow((tx, jit(tx.update)), [jnp.array([bad, 1.0])])
+    _, state = follow((tx, jax.jit(tx.update)), [jnp.array([bad, 1.0])])
     assert state.threshold == jnp.finfo(jnp.float32).max and not np.isfinite(state.norm_pre)
 
 
@@ -215,7 +213,7 @@ def test_entry_window_is_refused_or_keeps_its_shape(factory):
         tx = clipjax.clip(factory(window=1))
     except ValueError:
         return
-    _, state = follow((tx, jit(tx.update)), [jnp.arange(3.0)] * 2)
+    _, state = follow((tx, jax.jit(tx.update)), [jnp.arange(3.0)] * 2)
     chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(jnp.arange(3.0)), state)
 
 
@@ -237,7 +235,7 @@ def summed(*trees):
 def test_carry_emits_what_u_clip_emits(kind):
     limit = 1.5 if kind == "entry" else 4.0
     tx = LIMITED[kind](limit)
-    updates, state = follow((tx, jit(tx.update)), TWENTY)
+    updates, state = follow((tx, jax.jit(tx.update)), TWENTY)
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
     jax.tree.map(close, (updates, state.carry), u_clip(TWENTY, limit, kind))
 
@@ -249,7 +247,7 @@ def test_carry_and_all_that_was_emitted_add_up_to_the_gradients(kind, dtype):
     by_rule = {"spam": member("entry_carry", "spam")[0], "zscore": member("norm_carry", "zscore")[0]}
     tx = by_rule.get(kind) or LIMITED[kind](1.5)
     grads = jax.tree.map(lambda x: x.astype(dtype), TWENTY)
-    updates, state = follow((tx, jit(tx.update)), grads)
+    updates, state = follow((tx, jax.jit(tx.update)), grads)
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5)
     jax.tree.map(close, summed(*updates, state.carry), summed(*grads))
     assert any(np.abs(c).max() > 0 for c in jax.tree.leaves(state.carry))
@@ -260,7 +258,7 @@ def test_carry_and_all_that_was_emitted_add_up_to_the_gradients(kind, dtype):
 @pytest.mark.parametrize("kind", LIMITED)
 def test_carry_stays_where_a_step_is_nan_or_inf(kind, bad):
     tx = LIMITED[kind](1.5)
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     _, state = follow((tx, update), TWENTY[:5])
     (updates,), after = follow((tx, update), [spoiled(TWENTY[5], "b", bad)], state)
     _, clean = follow((tx, update), [TWENTY[5]], state)
@@ -273,7 +271,7 @@ def test_carry_stays_where_a_step_is_nan_or_inf(kind, bad):
 def test_carry_f16_limit_beyond_the_dtype_is_its_largest_value():
     """As without a carry: 60000 cut to 1 and 60000 more are 119999, of which 65504 can be emitted."""
     tx = clipjax.clip(lambda count: jnp.where(count < 1, 1.0, 1e6), carry=True)
-    updates, state = follow((tx, jit(tx.update)), [jnp.array([6e4, -6e4], jnp.float16)] * 2)
+    updates, state = follow((tx, jax.jit(tx.update)), [jnp.array([6e4, -6e4], jnp.float16)] * 2)
     np.testing.assert_array_equal(np.asarray(updates[1], np.float32), [65504, -65504])
     np.testing.assert_array_equal(state.carry, [119999 - 65504, 65504 - 119999])
 
@@ -300,8 +298,8 @@ def test_vmap_over_the_numbers_of_a_rule_is_one_sweep(name):
         return jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(ZERO), grads)
 
     numbers = jnp.array([0.25, 0.8, 1.5])
-    swept = jit(jax.vmap(trained))(numbers)
-    lanes = map(jit(trained), numbers)
+    swept = jax.jit(jax.vmap(trained))(numbers)
+    lanes = map(jax.jit(trained), numbers)
     chex.assert_trees_all_close(swept, jax.tree.map(lambda *x: jnp.stack(x), *lanes), rtol=1e-6)
     assert len(np.unique(np.asarray(swept[1]["a"]), axis=0)) == 3
 
@@ -327,13 +325,13 @@ def test_state_keeps_structure_shape_and_dtype_through_jit_and_scan_without_a_re
     state = tx.init(grads)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, grads), state)
     chex.clear_trace_counter()
-    update = jit(chex.assert_max_traces(lambda g, s: tx.update(g, s), 1))
+    update = jax.jit(chex.assert_max_traces(lambda g, s: tx.update(g, s), 1))
     after = state
     for _ in range(3):
         updates, after = update(grads, after)
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-    last, _ = jit(lambda s: jax.lax.scan(lambda s, _: (tx.update(grads, s)[1], None), s, length=3))(state)
+    last, _ = jax.jit(lambda s: jax.lax.scan(lambda s, _: (tx.update(grads, s)[1], None), s, length=3))(state)
     chex.assert_trees_all_close(last, after, rtol=1e-6)
 
 
@@ -341,8 +339,8 @@ def test_state_keeps_structure_shape_and_dtype_through_jit_and_scan_without_a_re
 def test_masked_leaves_are_left_out_of_norm_and_history(per):
     plain, _ = member(per, "ema_ratio")
     tx = optax.masked(plain, {"a": True, "b": False, "c": False})
-    updates, state = follow((tx, jit(tx.update)), GRADS)
-    expected, alone = follow((plain, jit(plain.update)), [{"a": g["a"]} for g in GRADS])
+    updates, state = follow((tx, jax.jit(tx.update)), GRADS)
+    expected, alone = follow((plain, jax.jit(plain.update)), [{"a": g["a"]} for g in GRADS])
     same([u["a"] for u in updates], [u["a"] for u in expected])
     same([u["b"] for u in updates], [g["b"] for g in GRADS])
     same(jax.tree.leaves(state.inner_state.rule), jax.tree.leaves(alone.rule))

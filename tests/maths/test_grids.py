@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import clipjax
 from clipjax._maths import grids, step_groups
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimized]
 
 RNG = np.random.default_rng(0)
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]

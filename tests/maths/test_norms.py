@@ -58,6 +58,7 @@ def test_norm_is_numpys_at_every_scale(order, scale):
     check([np.float32(s) * np.float32(scale) for s in shares], order)
 
 
+@pytest.mark.optimized
 @every_order
 def test_norm_of_random_arrays_is_numpys(order):
     rng, shapes = np.random.default_rng(11), [(100,), (17, 3), (2, 3, 4), (), (1,), (1, 1)]
@@ -78,6 +79,7 @@ def test_norm_of_a_lone_entry_is_its_magnitude(order, scale):
         np.testing.assert_allclose(compiled(order)([padded, jnp.zeros((2, 2))]), abs(value), rtol=1e-6)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("order", ORDERS)
 def test_norm_of_mixed_magnitudes(order):
     for values in ([1e-36, 3e38], [1e-25, 1e-20, 1e-19], [3e38, 1e38], [1e-22, 1e20], [1e-30, 1.0, 1e30]):
@@ -146,6 +148,7 @@ def test_vmap_is_a_loop(order):
 # Narrow dtypes.
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @every_order
 def test_bf16_and_f16_entries_and_600_leaves_accumulate_in_f32(order, dtype):

@@ -8,7 +8,7 @@ import pytest
 
 import clipjax
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimized]
 
 RNG = np.random.default_rng(0)
 

@@ -6,13 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_row import QUICK
 
 import clipjax
 from clipjax import scores, selections
 from clipjax.structures import unit
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 RNG = np.random.default_rng(0)
 FIRST = {"a/kernel": -1, "a/bias": 0, "bn/scale": 0, "bn/mean": 0, "batch_stats/bn/var": 0, "b/kernel": 2}
@@ -150,7 +147,7 @@ def run(tx, tree, steps=6):
     start = (tree, tx.init(tree))
 
     keys = jax.random.split(jax.random.key(3), steps)
-    return jax.jit(lambda: jax.lax.scan(step, start, keys), compiler_options=QUICK)()[1]
+    return jax.jit(lambda: jax.lax.scan(step, start, keys))()[1]
 
 
 def build(cycle, optimizer):

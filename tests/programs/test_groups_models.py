@@ -13,8 +13,6 @@ from flax.training.train_state import TrainState
 import clipjax
 from clipjax.structures import unit
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 RNG = np.random.default_rng(0)
 
 

@@ -14,8 +14,6 @@ import clipjax
 from clipjax import structures
 from clipjax._programs.shrinking import Shrunk, shrink
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 RNG = np.random.default_rng(0)
 IMAGES = jnp.asarray(RNG.normal(size=(16, 12, 12, 3)), jnp.float32)
 

@@ -9,7 +9,7 @@ import pytest
 import clipjax
 from clipjax import projections, structures, thresholds
 
-pytestmark = pytest.mark.usefixtures("strict", "quick")
+pytestmark = pytest.mark.usefixtures("strict")
 
 PARAMS = {"a": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "b": {"w": jnp.array([[5.0, 0.5]])}}
 GRADS = jax.tree.map(lambda p: jnp.full_like(p, 3.0), PARAMS)

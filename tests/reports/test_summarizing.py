@@ -9,7 +9,7 @@ import pytest
 import clipjax
 from clipjax import steps, structures
 
-pytestmark = pytest.mark.usefixtures("strict", "quick")
+pytestmark = pytest.mark.usefixtures("strict")
 
 WIDTHS = (2, 3, 4, 5, 8)
 FACTS = ("sigma", "max_sigma", "kurtosis", *(f"sqnr_db_{b}" for b in WIDTHS))

@@ -8,7 +8,7 @@ import pytest
 import clipjax
 from clipjax import steps
 
-pytestmark = pytest.mark.usefixtures("strict", "quick")
+pytestmark = pytest.mark.usefixtures("strict")
 
 RNG = np.random.default_rng(0)
 PARAMS = {

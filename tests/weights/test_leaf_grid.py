@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_row import QUICK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +19,7 @@ ABSMAX = steps.absmax()  # one rule, so that compiled functions are shared
 
 def run(tx, params, gradients):
     """Params and state after each update, jitted."""
-    update, state = jax.jit(tx.update, compiler_options=QUICK), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     for g in gradients:
         updates, state = update(jax.tree.map(lambda p, g=g: g(p), params), state, params)
         params = optax.apply_updates(params, updates)

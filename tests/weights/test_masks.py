@@ -9,7 +9,7 @@ from erdos_renyi_reference import erdos_renyi
 import clipjax
 from clipjax import selections, steps, structures
 
-pytestmark = pytest.mark.usefixtures("strict", "quick")
+pytestmark = pytest.mark.usefixtures("strict")
 
 # LeNet-300-100, LeNet-5, and a tree with a leaf so small that it has to be dense.
 NETS = {

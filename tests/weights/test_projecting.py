@@ -13,7 +13,7 @@ from clipjax._maths.landing import land
 from clipjax._weights.refreshing import Cycle, refreshed
 from clipjax.typing import Context, Projection
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimized]
 
 RNG = np.random.default_rng(0)
 W = {"w": jnp.asarray(RNG.normal(size=(4, 5)), jnp.float32)}

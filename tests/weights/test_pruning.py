@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_row import QUICK
 
 import clipjax
 from clipjax import scores, selections, structures
 
-pytestmark = pytest.mark.usefixtures("strict", "quick")
+pytestmark = pytest.mark.usefixtures("strict")
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -40,7 +39,7 @@ def kernels(tree):
 
 def run(tx, count, gradient=None, params=PARAMS, **extra):
     """Yields the params after each of `count` jitted updates; `gradient(i)` gives the incoming updates."""
-    update = jax.jit(functools.partial(tx.update, **extra), compiler_options=QUICK)
+    update = jax.jit(functools.partial(tx.update, **extra))
     state = tx.init(params)
     for i in range(count):
         updates, state = update(ZEROS if gradient is None else gradient(i), state, params)

@@ -11,13 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_row import QUICK
 from erdos_renyi_reference import erdos_renyi
 
 import clipjax
 from clipjax import scores, structures
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -117,7 +114,7 @@ def train(tx, steps=STEPS, params=PARAMS):
         params = optax.apply_updates(params, updates)
         return (params, state), (params, state)
 
-    run = jax.jit(functools.partial(jax.lax.scan, step), compiler_options=QUICK)
+    run = jax.jit(functools.partial(jax.lax.scan, step))
     return run((params, tx.init(params)), gradients(steps))[1]
 
 

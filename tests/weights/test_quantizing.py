@@ -77,6 +77,7 @@ def test_biases_pass_untouched():
         chex.assert_trees_all_equal(clipjax.quantized(params, state)["a"]["bias"], params["a"]["bias"])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_integers_give_the_weights_back_bit_for_bit(bits, dtype):
@@ -170,6 +171,7 @@ def test_chain_member_never_passes_what_members_before_landed_on():
         assert all(np.abs(p).max() <= 0.5 for p in (params["a"]["kernel"], params["b"]["kernel"]))
 
 
+@pytest.mark.optimized
 def test_interval_step_keeps_every_unit_inside_on_its_grid():
     """D0: every node's values lie in a given interval, also an asymmetric one."""
     tx = clipjax.fake_quantize(4, step=steps.interval(-0.25, 0.75), inner=optax.identity())

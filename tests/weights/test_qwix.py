@@ -11,8 +11,6 @@ from clipjax import steps
 
 qwix = pytest.importorskip("qwix")
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def qarray(q):
     """A `Quantized` as Qwix holds it: steps and zero points of the rank of the codes, 4-bit codes as int4."""

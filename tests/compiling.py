@@ -1,0 +1,42 @@
+"""How tests compile: as fast as can be, but in the files whose matter is what optimization does to the numbers.
+
+Most of a test's time is XLA's. A file that is marked `optimized` compiles as a user's program does; one test in it, or
+one run, may do so in `with optimized():`.
+"""
+
+import contextlib
+
+import jax
+from jax._src import compiler  # the one place that all programs pass, those of single operations too
+
+# The older jaxlib compiles twice as fast without its fusion emitters; newer ones have no such option.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,  # the other core has tests of its own
+}
+if jax.__version_info__ < (0, 11):
+    QUICK |= {"xla_cpu_use_fusion_emitters": False}
+
+_users_options = compiler.get_compile_options
+_overrides = dict(QUICK)
+
+
+def _options(*args, env_options_overrides=None, **kwargs):
+    return _users_options(*args, env_options_overrides=_overrides | (env_options_overrides or {}), **kwargs)
+
+
+def install():
+    """From here on, programs are compiled quickly."""
+    compiler.get_compile_options = _options
+
+
+@contextlib.contextmanager
+def optimized():
+    """What is compiled in this context is compiled as a user's program is."""
+    global _overrides
+    kept, _overrides = _overrides, {}
+    try:
+        yield
+    finally:
+        _overrides = kept
