@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -143,6 +144,16 @@ def test_contributing_draws_the_rooms():
         for room, names in rooms.items():
             for place in [f"{room}/"] if room else [f"{name}.py" for name in names.split()]:
                 assert any(line.startswith(f"| {level} |") and f"`{place}`" in line for line in drawn), place
+
+
+def test_rooms_lists_every_file_with_the_first_sentence_of_its_docstring():
+    listed = re.findall(r"^- `(\w+)\.py`: (.*)$", (PACKAGE.parent / "docs" / "rooms.md").read_text(), re.MULTILINE)
+    order = [(room, name) for rooms in LEVELS for room, names in rooms.items() for name in names.split()]
+    paths = [PACKAGE / room / f"{name}.py" for room, name in order]
+    docstrings = [ast.get_docstring(ast.parse(path.read_text())) for path in paths]
+    assert listed == [
+        (path.stem, " ".join(text.split("\n\n")[0].split())) for path, text in zip(paths, docstrings, strict=True)
+    ]
 
 
 BLOCKED = (

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from clipjax.typing import Count, Leaf, PerLeaf
+from clipjax.typing import Count, PerLeaf
 
 Value = TypeVar("Value")
 
@@ -187,11 +187,6 @@ def per_leaf(fn: Callable[[str, Any], Any]) -> PerLeaf:
       {'body': 0.5, 'head': 1.0}
     """
     return PerLeaf(fn)
-
-
-def resolve(value: Any, path: str, leaf: Leaf) -> Any:
-    """The value of an argument for one leaf."""
-    return value.fn(path, leaf) if isinstance(value, PerLeaf) else value
 
 
 def check_step(step: object) -> None:

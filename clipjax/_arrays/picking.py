@@ -38,6 +38,11 @@ def resolve(where: Where | None, default: Where) -> Where:
     return default if where is None else where
 
 
+def for_leaf(value: Any, path: str, leaf: Any) -> Any:
+    """The value of an argument for one leaf: that of its function where it is a `per_leaf`."""
+    return value.fn(path, leaf) if isinstance(value, PerLeaf) else value
+
+
 def pick(where: Where, tree: Tree) -> list[bool]:
     """Which leaves a transformation governs, aligned with `flatten`."""
     leaves, _ = trees.flatten(tree)

@@ -28,20 +28,21 @@ def save(path: str | os.PathLike[str], params: Tree) -> None:
     r"""Write a tree of arrays as a file that is as small as its values allow, without losing a bit.
 
     Each leaf takes the smallest of three forms: raw; a codebook of the bit patterns that repeat; or codes :math:`k`
-    where every value is :math:`k \cdot s`, with one step, one for each column or one for each group of rows. Codes are
-    packed or entropy coded; where rows and columns differ in how many zeros they have, the code uses that. The file is
-    a safetensors file: other tools list it. It replaces an old file at once, and only when all of it is on the disk.
+    where every value is :math:`k \cdot s`, with a step s for the array, for each column or for each group of rows.
+    Codes are packed or entropy coded; the entropy coder exploits that rows and columns differ in how many zeros they
+    have. The file is a safetensors file: other tools can list what it holds, and `load` decodes it. An existing file is
+    replaced atomically, after the new one is fully written.
 
     Args:
       path: where to write.
-      params: any tree of arrays of any dtype of JAX, outside of jit, and of `Quantized`: codes and steps of
-        `quantized(params, opt_state)` are written as they are. A tree with other leaves (functions in an Equinox
-        module) is split first: `eqx.filter(model, eqx.is_array)`.
+      params: a tree whose leaves are arrays of any dtype of JAX, or `Quantized` as `quantized(params, opt_state)` gives
+        them; the codes and steps of these are written as they are. `save` works outside of jit. A tree with other
+        leaves (functions in an Equinox module) is split first: `eqx.filter(model, eqx.is_array)`.
 
     Raises:
       TypeError: for a leaf that is no array, or a key that is no string or whole number.
       ValueError: for a `Quantized` whose step or zero point does not broadcast to its codes.
-      ImportError: where `constriction` is missing: `pip install 'clipjax[files]'`.
+      ImportError: where `constriction` is missing and a leaf is smallest entropy coded: `pip install 'clipjax[files]'`.
 
     Example:
       >>> import tempfile, os, jax.numpy as jnp

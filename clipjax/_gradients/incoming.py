@@ -8,7 +8,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import arguments, trees
+from clipjax._arrays import picking, trees
 from clipjax.typing import PerLeaf, Tree
 
 AxisName: TypeAlias = str | Sequence[str] | PerLeaf | None
@@ -32,7 +32,7 @@ def sharded_over(axis_name: AxisName, paths: list[str], leaves: list[jax.Array])
         return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
     if isinstance(axis_name, PerLeaf):
-        return [names(arguments.resolve(axis_name, path, x)) for path, x in zip(paths, leaves, strict=True)]
+        return [names(picking.for_leaf(axis_name, path, x)) for path, x in zip(paths, leaves, strict=True)]
     # `axis_index` differs along its axis by definition: where its type does not show it, check_vma=False tracks nothing
     tracked = {name for name in names(axis_name) if name in _varies(jax.lax.axis_index(name))}
     return [tuple(n for n in names(axis_name) if n not in tracked or n in _varies(x)) for x in leaves]

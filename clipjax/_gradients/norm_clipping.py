@@ -55,13 +55,13 @@ def clip_norm(
     .. math:: \tilde g = g \ \text{if}\ n \le C,\ \text{else}\ g \cdot C / (n + \epsilon),\quad n = \lVert g \rVert_p
 
     g is the whole gradient or one array of it (`per`), n its norm, and C the threshold. Where all entries are selected,
-    g keeps its direction. A g with n <= C is returned bit for bit; any other is multiplied by one factor, in f32 (f64
-    for f64 gradients), and cast back to its dtype. The norm is accumulated in f32 (f64) over all arrays, and no square
-    of an entry overflows or vanishes in it: it is right wherever a float can hold it.
+    g keeps its direction. A g of finite norm n <= C is returned bit for bit. A g of finite norm n > C is multiplied by
+    one factor, in f32 (f64 for f64 gradients), and cast back to its dtype. The norm is accumulated in f32 (f64), and
+    entries are scaled before they are squared: the norm is right wherever a float can hold it.
 
-    Where n is NaN or infinite, all selected entries become NaN, also for C = inf, and the state counts the update
+    A norm that is NaN or infinite makes all selected entries NaN, even with C = inf, and the state counts the update
     (`nonfinite` in `clipjax.report`). To leave such updates out instead, use `skip_spikes`. ``clip_norm(math.inf)``
-    clips nothing, and `clipjax.report` then gives the norms.
+    clips no finite gradient, and `clipjax.report` then gives the norms.
 
     Args:
       threshold: C >= 0, in the unit of the norm: a number (may be traced), a schedule count -> C, or a rule of
@@ -73,15 +73,17 @@ def clip_norm(
       ord: p > 0 in :math:`n = (\sum |g|^p)^{1/p}`; 2 is the Euclidean norm, `math.inf` the largest magnitude. Static.
       eps: ε >= 0, added to n where C is divided by it, so that the clipped norm falls short of C by about C ε / n. May
         be traced.
-      select: a selection of `clipjax.selections`, drawn anew at every update: n is the norm of the selected entries,
-        and only these are rescaled; the others pass unchanged. By default all are selected.
+      select: a selection of `clipjax.selections`, such as `largest(0.1)` or `bernoulli(0.5, key=key)`, evaluated at
+        every update: n is the norm of the selected entries, and only these are rescaled; the others pass unchanged. By
+        default all are selected.
       carry: True for error feedback: the state keeps the part of g that the clip removed and adds it to the next
-        gradient before that is measured, see `clip`. Costs 4 bytes a parameter. Static.
-      axis_name: needed inside `jax.shard_map` alone, where a device measures only its shard: the name or names of the
-        mesh axes that gradients are split over, across which n is then added up. An array is added up only over those
-        of them that `shard_map` knows it to vary over. With ``shard_map(check_vma=False)``, which knows nothing, all
-        count: then give `clipjax.per_leaf` a function that returns the names for each array, None or () for a
-        replicated one.
+        gradient before the next norm is computed, see `clip`. Costs 4 bytes a parameter. Static.
+      axis_name: only needed inside `jax.shard_map`, where a device holds only its shard: the name or names of the mesh
+        axes that gradients are split over. The sums behind n are then taken across these axes, for each array across
+        those of them over which `shard_map` knows the array to vary. ``shard_map(check_vma=False)`` does not know this
+        of any array: there every array is summed across all names, and a replicated one would count several times.
+        Then pass ``axis_name=clipjax.per_leaf(lambda path, leaf: names)`` with the names for each array, None or () for
+        a replicated one.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.

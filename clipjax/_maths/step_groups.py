@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import arguments, sharding
+from clipjax._arrays import arguments, picking, sharding
 from clipjax._maths import blocks
 from clipjax.typing import Axis, Leaf, PerLeaf
 
@@ -39,8 +39,8 @@ def resolve(axis: Axis | PerLeaf, group: int | PerLeaf | None, path: str, leaf: 
     Raises:
       ValueError: for an axis that does not exist, and for a group that does not divide axis -2.
     """
-    kept: Axis = arguments.resolve(axis, path, leaf)
-    size: int | None = arguments.resolve(group, path, leaf)
+    kept: Axis = picking.for_leaf(axis, path, leaf)
+    size: int | None = picking.for_leaf(group, path, leaf)
     if size is not None:
         arguments.whole(size, "group", low=1, remedy="Give the size of a group, e.g. 32.")
         remedy = f"Leaf {path!r} has shape {leaf.shape}: leave it out with `where`, or give `per_leaf` sizes or None."

@@ -49,24 +49,28 @@ def project(
 
     corrected so that :math:`p + u'` in floating point is the projected value itself. With ``carry=True`` the state
     keeps the weights before projection, the latent weights z in f32: :math:`z \leftarrow z + u,\ u' = P(z) - p`. Small
-    updates then add up in z although the params move in jumps. The stored z is used only if projecting it gives the
-    current parameter; otherwise (it was edited, or loaded from elsewhere) the parameter replaces z. A parameter of 0
-    keeps its z, as a mask may have set it to 0 and may let it go again.
+    updates then add up in z although the params move in jumps. The stored z is used only if the projection of the last
+    update (its state, its key) maps z to the current parameter. Otherwise the parameter was edited, or loaded from
+    elsewhere, and replaces z. A parameter of 0 keeps its z, as a mask may have set it to 0 and may let it go again.
 
     Args:
-      projection: a `Projection` or a plain function params -> params.
+      projection: a plain function params -> params, which is given the tree with None where `where` picks no leaf, in
+        f32 (f64 for f64 params). Or a `clipjax.Projection`, from `clipjax.projections` or your own, which may keep a
+        state.
       carry: keep latent weights in the state, 4 bytes a parameter. Static.
-      inner: a transformation, usually the optimizer. With `carry=True` it is given the latent weights as its params,
-        and the gradients in f32; without, the params as they are. Transformations chained before `project` are always
-        given the params.
+      inner: a transformation, usually the optimizer. With ``carry=True`` it is given the latent weights as its params,
+        and the gradients in f32; with ``carry=False`` it is given the params as they are. Transformations chained
+        before `project` are always given the params.
       start: the first update that projects; may be traced.
-      where: `where(path, leaf) -> bool`, which float leaves are projected; every one by default.
+      where: `where(path, leaf) -> bool` picks the float leaves that are projected; a path is a string such as
+        "dense/kernel". Every float leaf by default.
       key: PRNG key for projections that draw; folded with the count. `jax.random.key(0)` by default.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; its updates are f32 where parameters are narrower. Its `update` takes
-      two extra arguments: `grad`, see `with_gradient`; and `refresh`, a static bool: True forces a refresh of masks
-      and steps, False compiles an update that has none, None (the default) refreshes by count.
+      two extra arguments: `grad`, see `with_gradient`; and `refresh`, a static bool: True computes masks and
+      steps anew at this update, whatever its count; False compiles an update without the code for it; None (the
+      default) does it at the counts that `start`, `every` and `stop` of `prune_mask` and `fake_quantize` give.
 
     Raises:
       TypeError: for something that is no projection.

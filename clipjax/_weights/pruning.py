@@ -67,48 +67,50 @@ def prune_mask(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Hold the weights of lowest score at exactly zero: :math:`w \leftarrow m \odot w`, m being a 0-1 mask.
 
-    The mask is chosen at each *refresh*: at the updates c >= `start` with (c - start) divisible by `every`, and at
-    `stop`; a constant sparsity without `every` is applied once, at `start`. A refresh removes exactly round(sparsity *
-    n) of n units, those of lowest score; among equal scores the earlier position is kept. A unit is what `structure`
-    removes together: a single weight by default. It needs no sort and no gather, only a few counting passes over the
-    weights.
+    The mask is chosen at each *refresh*. Refreshes are the updates c from `start` to `stop` with (c - start) divisible
+    by `every`, and `stop` itself; without `every` a constant sparsity is applied at `start`, and at `stop` if that is
+    given. A refresh removes the round(sparsity * n) units of lowest score among n; of equal scores the earlier position
+    is kept. A unit is what `structure` removes together: a single weight by default. A refresh needs no sort and no
+    gather, only a few counting passes over the weights.
 
-    A removed weight stays removed, also where the sparsity falls, with two exceptions. With ``carry=True`` the state
-    keeps the float weights behind the mask, the *latent weights*: they go on learning, and a weight comes back when its
-    score is high enough again (straight-through pruning). With `regrow` each refresh exchanges a part of the kept
-    weights for removed ones.
+    A removed weight stays removed, so that there are more zeros than round(sparsity * n) where the sparsity falls.
+    There are two exceptions. With ``carry=True`` the state keeps the float weights behind the mask, the *latent
+    weights*: they go on learning, and a weight comes back when its score is high enough again (straight-through
+    pruning). With `regrow` each refresh exchanges a part of the kept weights for removed ones.
 
-    With `inner=optimizer` the moments of removed weights are set to 0, so that a weight that grows again starts at 0
-    without momentum: every array of the optimizer's state that has the shape of its param is cleared; factored moments
-    are not.
+    With `inner=optimizer` and without `carry` the moments of removed weights are set to 0, so that a weight that grows
+    again starts at 0 without momentum: every array of the optimizer's state that has the shape of its param is cleared;
+    factored moments are not.
 
     Args:
-      sparsity: the fraction of zeros, in [0, 1): a number (may be traced), a schedule count -> fraction, `per_leaf`, or
-        a tree of fractions at the paths of the leaves. None with `mask`, and for a structure that fixes it.
+      sparsity: the fraction of zeros, in [0, 1): a number (may be traced); a schedule count -> fraction;
+        ``clipjax.per_leaf(lambda path, leaf: fraction)``; or a tree like the params with a fraction at each leaf that
+        is pruned. None with `mask`, and for a structure that fixes it.
       score: how much each weight matters, `scores.magnitude()` by default; the lowest go first.
       structure: what is removed together, `structures.element()`, single weights, by default.
       scope: which weights are compared: "global" ranks the scores of all picked leaves together, without normalizing
-        them; "leaf" prunes each leaf to the sparsity; "erk" each to one that follows from its shape
-        (Erdős–Rényi-kernel): the density is in proportion to sum(shape) / prod(shape), at most 1, and all leaves
-        together keep 1 - sparsity.
-      where: `where(path, leaf) -> bool` picks the leaves; by default arrays of rank >= 2 that are not named bias, b,
-        scale or offset.
+        them; "leaf" prunes each leaf to the sparsity; "erk" (Erdős–Rényi-kernel) prunes each leaf to a sparsity of its
+        own, computed from its shape: its density is in proportion to sum(shape) / prod(shape), at most 1, and all
+        leaves together keep 1 - sparsity.
+      where: `where(path, leaf) -> bool` picks the leaves; a path is a string such as "dense/kernel". By default arrays
+        of rank >= 2 that are not named bias, b, scale or offset.
       start: the first update that prunes, counted from 0; may be traced.
       every: the number of updates between two refreshes; may be traced. None means 100 for a schedule, and a single
         refresh for a constant.
       stop: the update of the last refresh; may be traced. A schedule needs it; None refreshes for ever where `every` is
         given.
       carry: keep latent weights, 4 bytes a weight, so that a removed weight can come back at a refresh. Static.
-      inner: the optimizer, if it shall be given the latent weights as its params, or if its moments shall be cleared;
-        see `project`. The gradient that arrives at it also serves as the `grad` of scores, unless the caller passes
-        another.
+      inner: the optimizer. With `carry` it is given the latent weights as its params, see `project`; without, its
+        moments are cleared as above. The gradient that arrives at `inner` is also the one that gradient scores use,
+        unless `update` is given another as `grad`.
       regrow: the fraction of kept weights that each refresh exchanges, in [0, 1), a number or a schedule, e.g.
         `optax.cosine_decay_schedule(0.3, stop)`; needs `inner`. 0 exchanges none, but lets weights grow again when the
         sparsity falls (AC/DC).
       grow: with `regrow`, which removed weights grow first: those of highest `scores.gradient(decay=0.0)` by default
         (RigL); `scores.random()` gives SET.
-      select: a selection of candidates among the entries (units), drawn anew at each refresh; only these may be
-        removed, and sparsity counts only these.
+      select: a selection of `clipjax.selections`, evaluated at each refresh: only the units that it selects may be
+        removed then, and sparsity is a fraction of these. What earlier refreshes removed and this one does not select
+        stays as it is, so that several refreshes can remove more than `sparsity` of all.
       mask: a tree of bool arrays, True keeps, that is used from `start` on instead of a chosen mask; may be traced.
         Leaves without one, and those that `where` does not pick, are not pruned.
       key: PRNG key for random scores and selections; each update folds it with the count. `jax.random.key(0)` by
@@ -120,15 +122,17 @@ def prune_mask(
 
     Raises:
       ValueError: for a sparsity outside [0, 1), a schedule without `stop`, stop < start, every < 1, an unknown scope,
-        regrow without inner, with carry or n_of_m, both sparsity and mask, or neither where the structure does not fix
-        the sparsity; at init for a mask of the wrong shape, for 2**32 units or more in one array, or in all with scope
-        "global"; at update for missing `params`, or a missing `grad` of a gradient score.
+        `regrow` without `inner`, `regrow` together with `carry` or `structures.n_of_m`, both sparsity and mask, or
+        neither where the structure does not fix the sparsity; at init for a mask of the wrong shape, for 2**32 units or
+        more in one array, or in all with scope "global"; at update for missing `params`, or a
+        missing `grad` of a gradient score.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> tx = optax.chain(optax.sgd(0.5), prune_mask(0.5))
       >>> params = {"kernel": jnp.array([[1.0, -0.2], [0.3, -4.0]])}
-      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> grads = params  # of the loss sum(w ** 2) / 2
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
       >>> optax.apply_updates(params, updates)["kernel"].tolist()
       [[0.5, 0.0], [0.0, -2.0]]
 

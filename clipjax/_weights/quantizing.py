@@ -51,35 +51,37 @@ def fake_quantize(
     than half a step, so no weight would reach its next level. With ``carry=True`` the state therefore keeps the weights
     before rounding, the *latent weights*: they take every update in full, and the params are their rounded values.
 
-    A width of b bits has the codes :math:`-(2^{b-1} - 1), \dots, 2^{b-1} - 1`; b = 1 has the codes -1 and 1. The step s
-    follows from the latent weights at each *refresh*: at the updates c >= `start` with (c - start) divisible by
-    `every`, and at `stop`, after which it is frozen.
+    A width of b bits has the codes :math:`-(2^{b-1} - 1), \dots, 2^{b-1} - 1`; b = 1 has the codes -1 and 1. A *level*
+    is a code times s. The step s follows from the latent weights at each *refresh*. Refreshes are the updates c from
+    `start` to `stop` with (c - start) divisible by `every`, and `stop` itself, after which s is frozen.
 
-    In a chain, constraints of the transformations before this one still hold. In each leaf no level exceeds the largest
-    incoming \|params + updates\| of all refreshes so far, so a bound set by `clamp_weights` holds on the grid too. A
-    weight that `prune_mask` sets to 0 stays 0, even for b = 1, whose grid has no 0. Since the incoming params cap the
-    levels, a leaf that starts at zero grows only slowly: quantize it later (`start`), or give the optimizer as `inner`,
-    whose latent weights alone then decide step and levels.
+    In a chain, constraints of the transformations before this one still hold. For every width, no level of a leaf
+    exceeds the largest \|params + updates\| that arrived at any refresh so far, so a bound set by `clamp_weights` holds
+    on the grid too. A weight that `prune_mask` sets to 0 stays 0, even for b = 1, whose grid has no 0. Because of that
+    cap the levels of a leaf that starts at zero grow only slowly: quantize it later (`start`), or give the optimizer as
+    `inner`. Then the latent weights alone decide the step and the levels.
 
     Args:
-      bits: the width b, 1 to 16. Or `per_leaf`; or a tree from `choose_bits`, whose None leaves are left out; or a rule
-        of `clipjax.widths`, which chooses the width of each leaf from its weights at every refresh; or None for codes
-        of any size, which need a number as `step` (D4's formula). Static.
+      bits: the width b, 1 to 16. Or ``clipjax.per_leaf(lambda path, leaf: b)``; or a tree from `choose_bits`, whose
+        None leaves are left out; or a rule of `clipjax.widths`, which chooses the width of each leaf from its weights
+        at every refresh; or None, the default, for codes of any size, for which `step` must be a number (the formula
+        of D4). Static.
       step: how s follows from the weights: a rule of `clipjax.steps`, `mse()` by default, or a number, which may be
-        traced. With a number, floating point may keep a weight that moves by several levels at once one unit in the
-        last place off its level until the next update; its latent weight is then replaced by the param.
-      axis: the axis or axes whose entries have steps of their own: -1 gives one step per output unit of a Flax kernel,
-        None one step per leaf. Or `per_leaf`. Static.
-      group: g, which gives every g neighbours along axis -2, the input of Flax's Dense and Conv kernels, a step of
-        their own in each output unit (or each entry of `axis`). Or `per_leaf`. Static.
-      rounding: "nearest" (halves to even), "half_away" (halves away from zero, D4's), "stochastic", or a rule of
-        `clipjax.roundings`, which moves weights onto the grid gradually. Static.
-      where: `where(path, leaf) -> bool` picks the leaves; by default arrays of rank >= 2 that are not named bias, b,
-        scale or offset. A tree of bits picks its own.
+        traced. With a number, a weight that jumps over several levels in one update may land one unit in the last place
+        beside its level. The next update corrects this and starts its latent weight again at the param.
+      axis: the axis or axes along which each index has a step of its own: -1 gives one step per output unit of a Flax
+        kernel, None one step per leaf. Or `per_leaf`. Static.
+      group: the number g of neighbours along axis -2, the input of Flax's Dense and Conv kernels, that share a step;
+        each output unit (or each index along `axis`) has steps of its own. Or `per_leaf`. Static.
+      rounding: "nearest" (halves to even), "half_away" (halves away from zero, as in D4), "stochastic", or a rule of
+        `clipjax.roundings`, which moves weights onto the grid gradually: until it ends they lie between levels. Static.
+      where: `where(path, leaf) -> bool` picks the leaves; a path is a string such as "dense/kernel". By default arrays
+        of rank >= 2 that are not named bias, b, scale or offset. With a tree of bits, `where` is ignored.
       start: the first update that quantizes, counted from 0; may be traced.
-      every: the number of updates between two refreshes of the steps; may be traced. None refreshes once, at `start`.
+      every: the number of updates between two refreshes of the steps; may be traced. With None, refreshes are at
+        `start`, and at `stop` if that is given.
       stop: the update of the last refresh; may be traced. Weights are rounded after it too, with the last step. None
-        refreshes for ever.
+        sets no end.
       carry: keep latent weights, 4 bytes a weight. False rounds in place, which loses small updates. Static.
       inner: the optimizer, for steps and levels that follow the latent weights alone; it is given these as its params.
         See `project`.

@@ -103,8 +103,8 @@ def test_find_digs_through_any_optimizer_state():
 
 
 def test_per_leaf_resolves_and_other_values_stay():
-    assert arguments.resolve(arguments.per_leaf(lambda path, leaf: path + "!"), "a/b", None) == "a/b!"
-    assert arguments.resolve(3, "a", None) == 3
+    assert picking.for_leaf(arguments.per_leaf(lambda path, leaf: path + "!"), "a/b", None) == "a/b!"
+    assert picking.for_leaf(3, "a", None) == 3
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
