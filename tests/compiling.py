@@ -35,7 +35,7 @@ def install():
 def optimized():
     """What is compiled in this context is compiled as a user's program is."""
     global _overrides
-    kept, _overrides = _overrides, {}
+    kept, _overrides = _overrides, {"xla_cpu_parallel_codegen_split_count": 1}
     try:
         yield
     finally:

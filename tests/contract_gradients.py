@@ -7,7 +7,7 @@ from clipjax import selections, thresholds
 
 
 def ruled(name, rule, build=clipjax.clip_norm, **numbers):
-    """A member whose threshold follows a rule with these numbers."""
+    """A transformation whose threshold follows a rule with these numbers."""
     return row(name, "gradient", lambda _, **given: build(rule(**given)), **numbers)
 
 
@@ -19,7 +19,7 @@ def leaf_norms(rule):
     return clipjax.clip_norm(rule, per="leaf")
 
 
-GRADIENT_MEMBERS = [
+GRADIENT_SIDE = [
     row("clip", "gradient", lambda _, threshold: clipjax.clip(threshold), threshold=(0.05, 0.5)),
     row("clip_schedule", "gradient", lambda _: clipjax.clip(lambda count: 0.05 * (1 + count))),
     row(

@@ -1,4 +1,4 @@
-"""A row of the contract's table: how a member is built, what of it may be traced, what holds after every step."""
+"""A row of the contract's table: how it is built, what of it may be traced, what holds after every step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import pytest
 import clipjax
 
 
-class Member(NamedTuple):
+class Row(NamedTuple):
     name: str
     side: str  # "gradient": before the optimizer; "around" it; "weight": after it; "inner": after and around it
     build: Callable[..., Any]  # build(optimizer, **numbers)
@@ -19,7 +19,7 @@ class Member(NamedTuple):
     gradient: bool = False  # stands inside `with_gradient`
 
     def tx(self, optimizer=None, wrap=None, **numbers):
-        """The member beside or around its optimizer, `wrap` around the member alone."""
+        """The transformation beside or around its optimizer, `wrap` around the transformation alone."""
         numbers = {name: values[0] for name, values in self.numbers.items()} | numbers
         wrap = wrap or (lambda tx: tx)
         if self.side in ("inner", "around"):
@@ -31,7 +31,7 @@ class Member(NamedTuple):
 
 
 def row(name, side, build, holds=None, gradient=False, **numbers):
-    return Member(name, side, build, numbers, holds, gradient)
+    return Row(name, side, build, numbers, holds, gradient)
 
 
 KEY = (jax.random.key(1), jax.random.key(7))

@@ -29,7 +29,7 @@ def _step(tx, params, state, grads):
 
 
 def test_a_weight_pruned_later_is_zero_although_the_carry_lies_beyond_the_grid():
-    """The float weight 5 shows as the top level; when a member before sends it to 0, it stays there."""
+    """The float weight 5 shows as the top level; when a transformation before sends it to 0, it stays there."""
     mask = {"kernel": jnp.asarray(np.abs(WEIGHTS) < 4)}
     prune = clipjax.prune_mask(mask=mask, start=1)
     quantize = clipjax.fake_quantize(2, step=1.0, every=1)
@@ -45,7 +45,7 @@ def test_max_level_never_shrinks():
     assert float(first.projection.max_level["kernel"][0]) == float(second.projection.max_level["kernel"][0]) == 4.0
 
 
-def test_step_ignores_weights_that_members_before_put_at_zero():
+def test_step_ignores_weights_that_transformations_before_put_at_zero():
     """The carry of a pruned weight is kept where it shows as 0, and has no say in the step."""
     mask = {"kernel": jnp.asarray([[True, True, False, True]])}
     weights = np.float32([[1.0, -1.0, 1.25, 1.0]])

@@ -1,10 +1,10 @@
-"""The contract inside real models: every member lands in every container, the whole chain trains in every framework."""
+"""The contract in real models: every transformation lands in every container, the chain trains in each framework."""
 
 import functools
 
 import chex
-import contract_members as members
 import contract_models as models
+import contract_table as table
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import clipjax
 
 every_model = pytest.mark.parametrize("model", models.MODELS)
-CHECKS = (members.bounded(-0.25, 0.25), members.sparse(0.5), members.on_grid(4))
+CHECKS = (table.bounded(-0.25, 0.25), table.sparse(0.5), table.on_grid(4))
 STEPS = 3
 
 
@@ -44,35 +44,35 @@ def check(params, state):
 
 
 @every_model
-@pytest.mark.parametrize("member", members.paths(members.MEMBERS))
-def test_every_member_keeps_every_container(model, member):
+@pytest.mark.parametrize("row", table.paths(table.ROWS))
+def test_every_transformation_keeps_every_container(model, row):
     """Traced: updates fit the params, the state keeps structure, shapes and dtypes (raw paths in it would not)."""
     params, _ = models.MODELS[model]()
-    tx = member.tx(optax.sgd(0.25))
+    tx = row.tx(optax.sgd(0.25))
 
     def update(params):
         state = tx.init(params)
-        return (params, state), members.step(tx, params, state, params)
+        return (params, state), table.step(tx, params, state, params)
 
     chex.assert_trees_all_equal_shapes_and_dtypes(*jax.eval_shape(update, params))
 
 
-# Landing of each member alone, op by op, is left out where shapes are many: there the whole chain lands, below.
+# Landing of each transformation alone, op by op, is left out where shapes are many: there the whole chain lands, below.
 WHOLE_CHAIN_ONLY = {"scanned": "20 s of op-by-op compiles", "vit": "20 s of op-by-op compiles"}
 
 
 @pytest.mark.parametrize("model", [m for m in models.MODELS if m not in WHOLE_CHAIN_ONLY])
-@pytest.mark.parametrize("member", members.paths(m for m in members.MEMBERS if m.holds))
-def test_every_member_lands_in_every_container(model, member):
+@pytest.mark.parametrize("row", table.paths(m for m in table.ROWS if m.holds))
+def test_every_transformation_lands_in_every_container(model, row):
     """Two updates."""
     params, _ = models.MODELS[model]()
     rng = np.random.default_rng(2)
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.1, p.dtype), params)
-    tx = member.tx(optax.sgd(0.25))
-    state, step = jax.jit(tx.init)(params), jax.jit(functools.partial(members.step, tx))
+    tx = row.tx(optax.sgd(0.25))
+    state, step = jax.jit(tx.init)(params), jax.jit(functools.partial(table.step, tx))
     for _ in range(2):
         params, state = step(params, state, grads)
-    member.holds(params, state)
+    row.holds(params, state)
 
 
 @pytest.mark.parametrize("model", [m for m in models.MODELS if m not in ("nnx", "equinox")])
@@ -127,11 +127,11 @@ def test_chain_trains_in_equinox():
         check(params, state)
 
 
-@pytest.mark.parametrize("member", members.paths(members.MEMBERS))
-def test_partition_spec_of_a_boxed_state(member):
+@pytest.mark.parametrize("row", table.paths(table.ROWS))
+def test_partition_spec_of_a_boxed_state(row):
     """Rule 8: arrays of a param's shape keep its box and its spec, all others are replicated."""
     params, _ = models.boxed()
-    state = jax.eval_shape(member.tx().init, params)
+    state = jax.eval_shape(row.tx().init, params)
     is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
 
     def fits(leaf, spec):
@@ -147,7 +147,7 @@ def test_report_and_quantized_read_a_boxed_state():
     params, _ = models.boxed()
     tx = clipjax.fake_quantize(4)
     with jax.disable_jit():
-        params, state = members.step(tx, params, tx.init(params), params)
+        params, state = table.step(tx, params, tx.init(params), params)
     found = clipjax.quantized(params, state)
     is_grid = lambda x: isinstance(x, clipjax.Quantized)
     assert sum(map(is_grid, jax.tree.leaves(found, is_leaf=is_grid))) == 2

@@ -1,9 +1,9 @@
-"""Contract rule 2: every member is an Optax citizen, in every wrapper that Optax has for transformations."""
+"""Contract rule 2: every transformation is an Optax citizen, in every wrapper that Optax has for transformations."""
 
 import functools
 import inspect
 
-import contract_members as members
+import contract_table as table
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 
 import clipjax
 
-every_path = pytest.mark.parametrize("member", members.paths(members.ALL))
+every_path = pytest.mark.parametrize("row", table.paths(table.ALL))
 SGD = optax.sgd(0.25)  # a power of two: the same result fused or not
 
 
@@ -25,59 +25,59 @@ def equal(a, b):
 
 def run(tx, grads, params=None, state=None):
     """Params and state after each gradient of a list."""
-    params = members.params() if params is None else params
+    params = table.params() if params is None else params
     state = jax.jit(tx.init)(params) if state is None else state
-    step = jax.jit(functools.partial(members.step, tx))
+    step = jax.jit(functools.partial(table.step, tx))
     for g in grads:
         params, state = step(params, state, g)
     return params, state
 
 
 def each(n=3):
-    return [members.at(members.gradients(), i) for i in range(n)]
+    return [table.at(table.gradients(), i) for i in range(n)]
 
 
 @functools.cache
 def plain(name, n=3):
-    """The member in a bare chain with SGD."""
+    """The transformation in a bare chain with SGD."""
     return run(find(name).tx(SGD), each(n))
 
 
 def find(name):
-    return next(m for m in members.ALL if m.name == name)
+    return next(m for m in table.ALL if m.name == name)
 
 
 @every_path
-def test_is_a_transformation_with_extra_args(member):
-    """`update(updates, state, params=None, **extra)`; extra arguments of other members pass by."""
-    tx = member.build(SGD, **{k: v[0] for k, v in member.numbers.items()})
+def test_is_a_transformation_with_extra_args(row):
+    """`update(updates, state, params=None, **extra)`; extra arguments of other transformations pass by."""
+    tx = row.build(SGD, **{k: v[0] for k, v in row.numbers.items()})
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     assert inspect.signature(tx.update).parameters["params"].default is None
-    params = members.params()
+    params = table.params()
     jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, grad=p, value=jnp.float32(1), note=2), params)
 
 
 @every_path
-def test_masked_and_partition_equal_the_member_on_the_subtree(member):
+def test_masked_and_partition_equal_the_transformation_on_the_subtree(row):
     """Both hand over MaskedNodes; the gradient that `with_gradient` gives is the unmasked tree."""
     without = {"out": {"kernel": None}}
     half = [{"dense": g["dense"]} | without for g in each(2)]
-    expected, _ = run(member.tx(SGD), half, {"dense": members.params()["dense"]} | without)
-    masked = member.tx(SGD, wrap=lambda tx: optax.masked(tx, {"dense": True, "out": False}))
-    inside = member._replace(gradient=False).tx(SGD)
+    expected, _ = run(row.tx(SGD), half, {"dense": table.params()["dense"]} | without)
+    masked = row.tx(SGD, wrap=lambda tx: optax.masked(tx, {"dense": True, "out": False}))
+    inside = row._replace(gradient=False).tx(SGD)
     parts = optax.partition({"held": inside, "free": SGD}, {"dense": "held", "out": "free"})
-    for wrapped in (masked, clipjax.with_gradient(parts) if member.gradient else parts):
+    for wrapped in (masked, clipjax.with_gradient(parts) if row.gradient else parts):
         params, _ = run(wrapped, each(2))
         equal(params["dense"], expected["dense"])
 
 
 @every_path
-def test_multi_steps_from_the_first_emitted_update(member):
-    """Every second update is emitted; it is the member's on the mean of two gradients."""
-    wrapped = optax.MultiSteps(member.tx(SGD), every_k_schedule=2).gradient_transformation()
+def test_multi_steps_from_the_first_emitted_update(row):
+    """Every second update is emitted; it is the transformation's on the mean of two gradients."""
+    wrapped = optax.MultiSteps(row.tx(SGD), every_k_schedule=2).gradient_transformation()
     twice = [g for g in each(2) for _ in range(2)]  # the mean of two equal gradients is exact
     params, _ = run(wrapped, twice)
-    equal(params, plain(member.name, 2)[0])
+    equal(params, plain(row.name, 2)[0])
 
 
 INJECTED = {
@@ -95,10 +95,10 @@ INJECTED = {
 def test_inject_hyperparams(name):
     """Traced hyperparameters in the state give the same run; they can be changed there."""
     factory, arguments, static = INJECTED[name]
-    member = find(name)._replace(
+    row = find(name)._replace(
         build=lambda optimizer, **numbers: optax.inject_hyperparams(factory, static_args=static)(**arguments)
     )
-    params, state = run(member.tx(SGD), each())
+    params, state = run(row.tx(SGD), each())
     equal(params, plain(name)[0])
     for hyperparameter in set(arguments) - set(static) - {"rounding"}:
         assert optax.tree.get(state, hyperparameter, filtering=_in_hyperparams) is not None
@@ -111,32 +111,32 @@ def _in_hyperparams(path, value):
 def test_inject_hyperparams_without_static_args_says_what_to_do():
     """`bits` decides the program: it may not become a hyperparameter in the state."""
     with pytest.raises(TypeError, match=r"`bits`.*inject_hyperparams\(..., static_args=\('bits',\)"):
-        optax.inject_hyperparams(clipjax.fake_quantize)(4).init(members.params())
+        optax.inject_hyperparams(clipjax.fake_quantize)(4).init(table.params())
 
 
-@pytest.mark.parametrize("member", members.paths(members.WEIGHT))
-def test_apply_if_finite_around_the_optimizer_constraints_hold_on_skipped_steps(member):
-    """Weight members stand outside of `apply_if_finite`: the bad step is skipped, the params stay in the set."""
+@pytest.mark.parametrize("row", table.paths(table.WEIGHT))
+def test_apply_if_finite_around_the_optimizer_constraints_hold_on_skipped_steps(row):
+    """Weight constraints stand outside of `apply_if_finite`: the bad step is skipped, the params stay in the set."""
     good, bad, last = each(3)
     bad["dense"]["kernel"] = bad["dense"]["kernel"].at[0, 0].set(jnp.nan)
-    tx = member._replace(gradient=False).tx(optax.apply_if_finite(SGD, 5))
-    params = members.params()
+    tx = row._replace(gradient=False).tx(optax.apply_if_finite(SGD, 5))
+    params = table.params()
     with jax.disable_jit():
         state = tx.init(params)
         for g in (good, bad, last):
             calm = jax.tree.map(jnp.nan_to_num, g)  # a score hears of the gradient from its caller
             updates, state = tx.update(g, state, params, grad=calm)
             params = optax.apply_updates(params, updates)
-            if member.holds:
-                member.holds(params, state)
+            if row.holds:
+                row.holds(params, state)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
     assert int(optax.tree.get(state, "total_notfinite")) == 1
 
 
 @every_path
-def test_tree_map_params_visits_what_has_the_shape_of_the_params(member):
+def test_tree_map_params_visits_what_has_the_shape_of_the_params(row):
     """Arrays of a param's shape are mapped, every other array is left as it is; the structure survives."""
-    tx, params = member.tx(SGD), members.params()
+    tx, params = row.tx(SGD), table.params()
     state = tx.init(params)
     mapped = optax.tree_utils.tree_map_params(tx, lambda x: jnp.full_like(x, 1), state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
@@ -150,18 +150,18 @@ def test_tree_map_params_visits_what_has_the_shape_of_the_params(member):
 
 def test_orbax_resumes_bit_for_bit(tmp_path):
     """States of every path in one checkpoint: restored into a fresh template they continue as if never stopped."""
-    rows = [m for m in members.ALL if m.name not in members.ALIKE]
+    rows = [m for m in table.ALL if m.name not in table.ALIKE]
     halfway = {m.name: plain(m.name, 2) for m in rows}
-    template = {m.name: (members.params(), m.tx(SGD).init(members.params())) for m in rows}
+    template = {m.name: (table.params(), m.tx(SGD).init(table.params())) for m in rows}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "all", _storable(halfway))
         checkpointer.wait_until_finished()
         resumed = checkpointer.restore(tmp_path / "all", _storable(template))
-    for member in rows:
-        equal(resumed[member.name], halfway[member.name])
-    for member in (find("prune_select"), find("prune_taylor"), find("quantize_inner")):
+    for row in rows:
+        equal(resumed[row.name], halfway[row.name])
+    for row in (find("prune_select"), find("prune_taylor"), find("quantize_inner")):
         last = [each(3)[2]]
-        equal(run(member.tx(SGD), last, *resumed[member.name]), run(member.tx(SGD), last, *halfway[member.name]))
+        equal(run(row.tx(SGD), last, *resumed[row.name]), run(row.tx(SGD), last, *halfway[row.name]))
 
 
 def _storable(tree):

@@ -1,8 +1,8 @@
-"""Contract rules 7 and 8: on eight devices every member keeps shardings, moves scalars only, and decides the same."""
+"""Contract rules 7 and 8: on eight devices each transformation keeps shardings, moves scalars only, decides alike."""
 
 import functools
 
-import contract_members as members
+import contract_table as table
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 import clipjax
 
-every_path = pytest.mark.parametrize("member", members.paths(members.ALL))
+every_path = pytest.mark.parametrize("row", table.paths(table.ALL))
 SPECS = {"dense": {"kernel": P("data", "model"), "bias": P("model")}, "out": {"kernel": P("model", "data")}}
 MOVES = ("all-gather", "all-to-all", "collective-permute", " sort(", "custom-call")
 
 # What a partition may change: sums run in another order, so that steps and norms may differ in the last bits.
-ANOTHER_ORDER = {member.name: "the sum of powers" for member in members.GRADIENT if "norm" in member.name} | {
+ANOTHER_ORDER = {row.name: "the sum of powers" for row in table.GRADIENT if "norm" in row.name} | {
     "project_norm": "the sum of squares",
     "prune_units": "the mean of a unit",
     "prune_select": "the mean of a unit",
@@ -43,11 +43,11 @@ def shardings(devices=8):
 
 
 @every_path
-def test_sharded_state_update_and_decisions(member):
+def test_sharded_state_update_and_decisions(row):
     """Eager init shards like the params, the update keeps it, nothing but reductions moves, values are the same."""
-    tx, local = member.tx(optax.sgd(0.25)), members.params()
+    tx, local = row.tx(optax.sgd(0.25)), table.params()
     params = jax.device_put(local, shardings())
-    grads = jax.device_put(members.at(members.gradients(), 0), shardings())
+    grads = jax.device_put(table.at(table.gradients(), 0), shardings())
     state = tx.init(params)
     by_shape = {p.shape: p.sharding for p in jax.tree.leaves(params) if p.ndim > 1}
     for x in jax.tree.leaves(state):
@@ -65,8 +65,8 @@ def test_sharded_state_update_and_decisions(member):
             assert x.sharding.is_equivalent_to(by_shape[x.shape], x.ndim)
 
     with jax.disable_jit():
-        expected, _ = tx.update(members.at(members.gradients(), 0), tx.init(local), local)
-    rtol = 1e-4 if member.name in ANOTHER_ORDER else 0
+        expected, _ = tx.update(table.at(table.gradients(), 0), tx.init(local), local)
+    rtol = 1e-4 if row.name in ANOTHER_ORDER else 0
     for u, v in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(u), np.asarray(v), rtol=rtol, atol=rtol)
 
@@ -75,7 +75,7 @@ def test_sharded_state_update_and_decisions(member):
 def test_same_mask_on_any_number_of_devices(devices, scope):
     """Rule 7: ties, many of them on the boundary, break by position wherever the arrays live."""
     rng = np.random.default_rng(3)
-    scores = members.tree(lambda dtype, *shape: jnp.asarray(rng.integers(0, 4, shape), jnp.float32))
+    scores = table.tree(lambda dtype, *shape: jnp.asarray(rng.integers(0, 4, shape), jnp.float32))
     mask = jax.jit(functools.partial(clipjax.make_mask, sparsity=0.4, scope=scope))
     got = mask(jax.device_put(scores, shardings(devices)))
     flat = [np.asarray(x).ravel() for x in jax.tree.leaves(scores)]
@@ -90,10 +90,10 @@ def test_same_mask_on_any_number_of_devices(devices, scope):
 
 
 @every_path
-def test_same_key_same_result_other_count_other_draw(member):
+def test_same_key_same_result_other_count_other_draw(row):
     """Rule 7: two runs agree bit for bit, whatever was drawn in between."""
-    tx, params = member.tx(), members.params()
-    grads = members.at(members.gradients(), 0)
+    tx, params = row.tx(), table.params()
+    grads = table.at(table.gradients(), 0)
     init, update = jax.jit(tx.init), jax.jit(tx.update)
     first = update(grads, init(params), params)
     jax.random.normal(jax.random.key(9), (3,))
@@ -104,6 +104,6 @@ def test_same_key_same_result_other_count_other_draw(member):
 def test_a_partitioned_optimizer_state_is_replicated_where_it_is_scalar():
     """Rule 8: steps, norms and counts are plain arrays, everywhere the same."""
     tx = optax.chain(clipjax.clip_norm(1.0), optax.sgd(0.1), clipjax.fake_quantize(4, axis=-1))
-    state = tx.init(jax.device_put(members.params(), shardings()))
+    state = tx.init(jax.device_put(table.params(), shardings()))
     for x in jax.tree.leaves((state[0], state[2].projection)):
         assert x.sharding.is_fully_replicated

@@ -124,10 +124,10 @@ def test_d2_is_deterministic_under_ties():
 @pytest.mark.parametrize("clipped", ["weights", "gradients", "both"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_d3_each_clipping_alone_and_both(clipped, when):
-    members = [clipjax.clip(C)] * (clipped != "weights") + [optax.sgd(RATE)]
-    members += [clipjax.clamp_weights(T, when=when)] * (clipped != "gradients")
+    transformations = [clipjax.clip(C)] * (clipped != "weights") + [optax.sgd(RATE)]
+    transformations += [clipjax.clamp_weights(T, when=when)] * (clipped != "gradients")
     bound, limit = (np.float32(np.inf) if clipped == off else on for off, on in (("gradients", T), ("weights", C)))
-    for before, grads, after, _ in train(optax.chain(*members), PARAMS, 3):
+    for before, grads, after, _ in train(optax.chain(*transformations), PARAMS, 3):
         for p, g, new in zip(*map(jax.tree.leaves, (before, grads, after)), strict=True):
             step = np.float32(RATE) * sign_rule(g, limit)
             expected = sign_rule(p, bound) - step if when == "before" else sign_rule(p - step, bound)
@@ -157,10 +157,10 @@ def test_d3_strategies(strategy, clipped):
     """Clip at random positions, clip a random selection of arrays, or clip all."""
     select = STRATEGIES[strategy]
     gradients, weights = clipped != "weights", clipped != "gradients"
-    members = [clipjax.clip(C, select=select)] * gradients + [optax.sgd(RATE)]
-    members += [clipjax.clamp_weights(T, select=select)] * weights
+    transformations = [clipjax.clip(C, select=select)] * gradients + [optax.sgd(RATE)]
+    transformations += [clipjax.clamp_weights(T, select=select)] * weights
     drawn = []
-    for count, (before, grads, after, _) in enumerate(train(optax.chain(*members), PARAMS, 4)):
+    for count, (before, grads, after, _) in enumerate(train(optax.chain(*transformations), PARAMS, 4)):
         chosen = jax.tree.map(np.asarray, draw(strategy, count))
         drawn.append(np.concatenate([m.ravel() for m in jax.tree.leaves(chosen)]))
 
@@ -194,13 +194,13 @@ def test_d0_cuts_the_weakest_of_the_sampled_units_and_quantizes_the_rest_into_an
     tx = optax.chain(clipjax.clip(C), optax.sgd(RATE), prune, grid)
     results = list(train(tx, PARAMS, 5))
     before, grads, _, _ = results[0]
-    for layer, members in picked.items():
+    for layer, sampled in picked.items():
         w = before[layer]["kernel"] - np.float32(RATE) * np.clip(grads[layer]["kernel"], -C, C)
-        strength = np.where(members, np.abs(w).mean(0), np.inf)
-        cut = np.argsort(strength)[: round(0.5 * members.sum())]
+        strength = np.where(sampled, np.abs(w).mean(0), np.inf)
+        cut = np.argsort(strength)[: round(0.5 * sampled.sum())]
         for _, _, after, _ in results:
             kernel = after[layer]["kernel"]
-            assert set(cut) <= set(np.flatnonzero((kernel == 0).all(0))) and (kernel[:, ~members] != 0).any(0).all()
+            assert set(cut) <= set(np.flatnonzero((kernel == 0).all(0))) and (kernel[:, ~sampled] != 0).any(0).all()
             interval_grid(kernel, -0.6, 0.6, 4)
 
 
@@ -231,8 +231,8 @@ def test_d0_samples_units_at_random_from_every_layer():
 def test_d0_both_orders(order):
     """A quantized network quantizes on top of a pruned one; a pruned network prunes on top of a quantized one."""
     prune, grid = clipjax.prune_mask(0.5), clipjax.fake_quantize(4, step=0.125, rounding="half_away")
-    members = (prune, grid) if order == "prune, quantize" else (grid, prune)
-    results = list(train(optax.chain(optax.sgd(RATE), *members), PARAMS, 6))
+    transformations = (prune, grid) if order == "prune, quantize" else (grid, prune)
+    results = list(train(optax.chain(optax.sgd(RATE), *transformations), PARAMS, 6))
     before, grads, first, _ = results[0]
     target = [p - np.float32(RATE) * g for p, g in zip(kernels(before), kernels(grads), strict=True)]
     limits = [np.floor(np.abs(w).max() / 0.125) * 0.125 for w in target]

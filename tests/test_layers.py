@@ -117,7 +117,7 @@ READERS = {
 }
 """The one module that finds out what kind of argument it was given; all others work with what it returns."""
 
-ASKS = {"isinstance", "callable", "is_tree", "is_schedule", "resolve", "values", "schedule"}
+ASKS = {"isinstance", "callable", "is_tree", "is_schedule", "for_leaf", "values", "schedule"}
 
 
 def asked(path):
@@ -126,7 +126,9 @@ def asked(path):
         if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Name):
             function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             asker = ast.unparse(node.func)
-            private = isinstance(node.func, ast.Attribute) and not asker.startswith(("arguments.", "trees."))
+            private = isinstance(node.func, ast.Attribute) and not asker.startswith(
+                ("arguments.", "trees.", "picking.for_leaf")
+            )
             if function in ASKS and not private:
                 yield node.args[0].id
 

@@ -1,4 +1,4 @@
-"""No member adds a pass over memory: bytes, kernels and temporaries of the update, read from the compiled program.
+"""No transformation adds a pass over memory: bytes, kernels and temporaries of an update, from the compiled program.
 
 The counts are those of XLA's CPU backend, which writes one array a kernel: adam takes 40 bytes and 3 kernels where a
 TPU takes 28 and 1. Where `libtpu` is installed `benchmarks/programs/aot.py` compiles the same updates for a TPU.
@@ -37,8 +37,8 @@ def quantize(**options):
     return clipjax.fake_quantize(4, stop=100, **options)
 
 
-def chain(*members):
-    return optax.chain(clipjax.clip(0.01), adam, clipjax.clamp_weights(0.1), *members)
+def chain(*transformations):
+    return optax.chain(clipjax.clip(0.01), adam, clipjax.clamp_weights(0.1), *transformations)
 
 
 def norm(threshold, **options):
@@ -150,7 +150,7 @@ def test_a_leaf_costs_no_call(name):
 
 
 def test_an_added_pass_is_seen():
-    """A member that must have seen all updates before it can emit one: at least 4 bytes and a kernel more."""
+    """A transformation that must have seen all updates before it can emit one: at least 4 bytes and a kernel more."""
     tx, refresh, most, kernels, _ = LIMITS["whole_chain"]
     got = costs(build(optax.chain(tx, clipjax.clip_norm(1.0)), refresh))
     assert got[0] >= most + 4 and got[1] >= kernels + 1, got

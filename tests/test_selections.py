@@ -50,7 +50,7 @@ def test_leaves_pick_whole_arrays_with_probability_p(p):
 
 @pytest.mark.parametrize("make", [selections.bernoulli, selections.leaves])
 def test_random_selections_are_redrawn_by_count_and_reproducible(make):
-    """The selection's own key wins over the member's; arrays draw independently."""
+    """The selection's own key wins over the transformation's; arrays draw independently."""
     tree = {str(i): np.zeros(3, np.float32) for i in range(30)}
     own = make(0.5, key=jax.random.key(1))
     assert same(chosen(own, 3, tree=tree), chosen(own, 3, jax.random.key(9), tree))

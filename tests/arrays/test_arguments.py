@@ -143,7 +143,7 @@ def test_bad_value_names_argument_value_and_remedy(name):
     assert value in found[2], message
 
 
-WEIGHT_MEMBERS = {
+WEIGHT_SIDE = {
     "project": clipjax.project(projections.identity()),
     "clamp_weights": clipjax.clamp_weights(1.0),
     "prune_mask": clipjax.prune_mask(0.5),
@@ -152,9 +152,9 @@ WEIGHT_MEMBERS = {
 }
 
 
-@pytest.mark.parametrize("name", WEIGHT_MEMBERS)
+@pytest.mark.parametrize("name", WEIGHT_SIDE)
 def test_missing_params_raises_the_optax_message(name):
-    tx = WEIGHT_MEMBERS[name]
+    tx = WEIGHT_SIDE[name]
     with pytest.raises(ValueError, match=r"`params` when calling `update`.*tx\.update\(updates, state, params\)"):
         tx.update(PARAMS, tx.init(PARAMS))
 
@@ -202,12 +202,12 @@ def test_bad_type_names_argument_and_remedy(name):
         call()
 
 
-@pytest.mark.parametrize("member", [clipjax.clip(1.0), clipjax.clip_norm(1.0)])
+@pytest.mark.parametrize("row", [clipjax.clip(1.0), clipjax.clip_norm(1.0)])
 @pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
-def test_complex_or_integer_gradients_raise_type_error(member, dtype):
+def test_complex_or_integer_gradients_raise_type_error(row, dtype):
     grads = {"w": jnp.ones(3, dtype)}
     with pytest.raises(TypeError, match=rf"real floats, got {jnp.dtype(dtype).name} at 'w'.*(Split|mask)"):
-        member.update(grads, member.init(grads))
+        row.update(grads, row.init(grads))
 
 
 @pytest.mark.parametrize(
@@ -260,6 +260,6 @@ def test_where_that_picks_nothing_warns_once_and_passes_updates():
 
 @pytest.mark.parametrize("tree", [{}, {"empty": None}, ()])
 def test_tree_without_arrays_is_legal_and_silent(tree):
-    for tx in WEIGHT_MEMBERS.values():
+    for tx in WEIGHT_SIDE.values():
         updates, _ = tx.update(tree, tx.init(tree), tree)
         assert updates == tree

@@ -297,7 +297,7 @@ def test_extra_arguments_reach_the_inner_transformation():
     np.testing.assert_array_equal(updates["bias"], -2 * GOOD[0]["bias"])
 
 
-# Beside weight members.
+# Beside weight transformations.
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "constrained"])
@@ -334,7 +334,7 @@ def test_constraints_outside_hold_after_skipped_steps_too():
     assert int(optax.tree.get(state, "skipped")) == 3
 
 
-def test_report_names_what_was_skipped_and_the_members_inside():
+def test_report_names_what_was_skipped_and_the_transformations_inside():
     _, state, _ = train(skipping("constrained"), [GOOD[0], SPIKE, NAN])
     entries = jax.jit(clipjax.report)(state)
     own = [f"skip_spikes/{k}" for k in ("norm_pre", "threshold", "skipped", "fraction_skipped", "nonfinite")]

@@ -132,7 +132,7 @@ TOGETHER = [pytest.param(form, marks=[] if form == "chain" else pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=cases)
 def test_constraints_hold_after_every_step(form, case):
-    """D2, D3, D4: each member alone, all in one chain, and with `inner=`."""
+    """D2, D3, D4: each transformation alone, all in one chain, and with `inner=`."""
     for before, params, state in run(form, case):
         if form in ("clamp", "chain", "inner"):
             check_clamp(case, params)

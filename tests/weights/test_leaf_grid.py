@@ -257,7 +257,7 @@ def test_choose_bits_leaves_out_what_is_not_finite(target):
     assert clipjax.choose_bits(bad, **target) == clipjax.choose_bits(zero, **target)
 
 
-def test_quantized_of_a_member_that_governs_nothing_is_the_params():
+def test_quantized_of_a_transformation_that_governs_nothing_is_the_params():
     tx, w = clipjax.fake_quantize(4), {"kernel": jnp.ones((2, 2), jnp.int32), "bias": jnp.ones(2)}
     with pytest.warns(UserWarning, match="picks no float array"):
         state = tx.init(w)

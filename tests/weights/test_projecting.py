@@ -117,11 +117,11 @@ def test_what_a_projection_returns_may_broadcast(carry):
     jax.tree.map(np.testing.assert_array_equal, short, long)
 
 
-@pytest.mark.parametrize("member", [clipjax.clamp_weights(0.5), clipjax.prune_mask(0.5), clipjax.fake_quantize(4)])
-def test_updates_may_broadcast_as_in_apply_updates(member):
+@pytest.mark.parametrize("row", [clipjax.clamp_weights(0.5), clipjax.prune_mask(0.5), clipjax.fake_quantize(4)])
+def test_updates_may_broadcast_as_in_apply_updates(row):
     row, full = {"w": jnp.full((5,), 0.1)}, {"w": jnp.full((4, 5), 0.1)}
     with jax.numpy_rank_promotion("allow"):
-        (short, _), (long, _) = (next(iter(run(member, W, [updates]))) for updates in (row, full))
+        (short, _), (long, _) = (next(iter(run(row, W, [updates]))) for updates in (row, full))
     np.testing.assert_array_equal(short["w"], long["w"])
 
 
@@ -198,7 +198,7 @@ def test_carry_loses_to_an_edited_or_reloaded_weight():
     np.testing.assert_allclose(state.carry["w"], [0.8, 3.1, 0.3], rtol=1e-6)
 
 
-def test_carry_keeps_a_weight_at_zero_that_members_before_put_there():
+def test_carry_keeps_a_weight_at_zero_that_transformations_before_put_there():
     mask = {"w": jnp.array([False, True])}
     plus = clipjax.project(lambda p: jax.tree.map(lambda x: jnp.round(x) + 1, p), carry=True)
     tx = optax.chain(clipjax.prune_mask(mask=mask, where=lambda path, leaf: True), plus)

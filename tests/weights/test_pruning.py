@@ -266,7 +266,7 @@ def test_given_mask_is_held_and_may_be_traced():
 
 
 def test_with_gradient_hands_over_the_incoming_gradient_and_a_callers_own_wins():
-    """Behind SGD the member sees updates −η·g; the score must see |g|, or what the caller passes."""
+    """Behind SGD the transformation sees updates −η·g; the score must see |g|, or what the caller passes."""
     tx = clipjax.with_gradient(optax.chain(optax.sgd(0.5), clipjax.prune_mask(0.5, score=scores.gradient(0.0))))
     grads, other = noise(1), noise(2)
     for given, extra in ((grads, {}), (other, {"grad": other})):

@@ -326,13 +326,13 @@ def test_inner_whose_moments_cannot_be_found_is_refused_by_name():
 @pytest.mark.parametrize("wrap", ["multi_steps", "inject"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_pruned_weights_stay_zero_between_refreshes(optimizer, wrap):
-    """As a chain member behind every optimizer, with MultiSteps around and with an injected sparsity."""
+    """In a chain behind every optimizer, with MultiSteps around and with an injected sparsity."""
     if wrap == "inject":
         factory = optax.inject_hyperparams(clipjax.prune_mask, static_args=("every", "stop"))
         tx = optax.chain(OPTIMIZERS[optimizer](), factory(sparsity=0.5, every=3, stop=6))
     else:
-        member = clipjax.prune_mask(0.5, every=2, stop=2)
-        tx = optax.MultiSteps(optax.chain(OPTIMIZERS[optimizer](), member), every_k_schedule=2)
+        row = clipjax.prune_mask(0.5, every=2, stop=2)
+        tx = optax.MultiSteps(optax.chain(OPTIMIZERS[optimizer](), row), every_k_schedule=2)
         tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
     params, _ = train(tx)
     zero = [np.concatenate([np.ravel(params[name]["kernel"][i] == 0) for name in "ab"]) for i in range(STEPS)]

@@ -164,7 +164,7 @@ def test_refresh_argument_forces_or_forbids():
     np.testing.assert_allclose(found[True].projection.step["a/kernel"], largest / 7, rtol=1e-4)
 
 
-def test_chain_member_never_passes_what_members_before_landed_on():
+def test_levels_never_pass_what_transformations_before_landed_on():
     """A constant bound survives: no level exceeds the largest |weight| that was landed on."""
     tx = optax.chain(clipjax.clamp_weights(0.5), clipjax.fake_quantize(3, every=1))
     for params, _ in run(tx, 6, lambda i: jax.tree.map(lambda x: 20 * x, noise(i))):

@@ -1,4 +1,4 @@
-"""The members of the contract: every public transformation in each of its forms, one row each.
+"""The transformations of the contract: every public transformation in each of its forms, one row each.
 
 A row says how to build it, which numbers may be traced (the value used everywhere, and a second one for sweeps) and
 what holds of the params after every step. `tests/test_contract*.py` run each row through each rule.
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from contract_gradients import GRADIENT_MEMBERS
+from contract_gradients import GRADIENT_SIDE
 from contract_row import ALIKE as ALIKE
 from contract_row import KEY, row
 from contract_row import paths as paths
@@ -115,8 +115,8 @@ by_name = clipjax.per_leaf(lambda path, leaf: 0.2 if path.endswith("bias") else 
 
 PAIRS = clipjax.per_leaf(lambda path, leaf: None if leaf.shape[-2] % 2 else 2)
 
-MEMBERS = [
-    *GRADIENT_MEMBERS,
+ROWS = [
+    *GRADIENT_SIDE,
     row("clamp", "weight", lambda _, bound: clipjax.clamp_weights(bound), bounded(-0.2, 0.2), bound=(0.2, 0.1)),
     row("clamp_before", "weight", lambda _, bound: clipjax.clamp_weights(bound, when="before"), bound=(0.2, 0.1)),
     row(
@@ -294,7 +294,7 @@ GROUPED = row(
     dead_together,
     **HALF,
 )
-ALL = [*MEMBERS, GIVEN, GROUPED]
+ALL = [*ROWS, GIVEN, GROUPED]
 
 WEIGHT = [m for m in ALL if m.side in ("weight", "inner")]
 GRADIENT = [m for m in ALL if m.side == "gradient"]
