@@ -36,7 +36,7 @@ def save(path: str | os.PathLike[str], params: Tree) -> None:
     Args:
       path: where to write.
       params: a tree whose leaves are arrays of any dtype of JAX, or `Quantized` as `quantized(params, opt_state)` gives
-        them; the codes and steps of these are written as they are. `save` works outside of jit. A tree with other
+        them; their codes and steps are stored, not searched for again. `save` works outside of jit. A tree with other
         leaves (functions in an Equinox module) is split first: `eqx.filter(model, eqx.is_array)`.
 
     Raises:

@@ -55,19 +55,20 @@ def clip_norm(
     .. math:: \tilde g = g \ \text{if}\ n \le C,\ \text{else}\ g \cdot C / (n + \epsilon),\quad n = \lVert g \rVert_p
 
     g is the whole gradient or one array of it (`per`), n its norm, and C the threshold. Where all entries are selected,
-    g keeps its direction. A g of finite norm n <= C is returned bit for bit. A g of finite norm n > C is multiplied by
-    one factor, in f32 (f64 for f64 gradients), and cast back to its dtype. The norm is accumulated in f32 (f64), and
-    entries are scaled before they are squared: the norm is right wherever a float can hold it.
+    g keeps its direction. A g of finite norm n <= C is returned bit for bit. The selected entries of a g of finite norm
+    n > C are multiplied by one factor, in f32 (f64 for f64 gradients), and cast back to their dtype. The norm is
+    accumulated in f32 (f64), and entries are scaled before they are squared: the norm is right wherever a float can
+    hold it.
 
     A norm that is NaN or infinite makes all selected entries NaN, even with C = inf, and the state counts the update
     (`nonfinite` in `clipjax.report`). To leave such updates out instead, use `skip_spikes`. ``clip_norm(math.inf)``
-    clips no finite gradient, and `clipjax.report` then gives the norms.
+    clips no gradient of finite norm, and `clipjax.report` then gives the norms.
 
     Args:
       threshold: C >= 0, in the unit of the norm: a number (may be traced), a schedule count -> C, or a rule of
         `clipjax.thresholds` such as `zscore()`, which computes C from the norms before the clip. Norms that are 0 or
-        not finite are never added to a rule's history. A rule's C <= 0 clips nothing; a number or a schedule of 0 makes
-        every gradient 0.
+        not finite are never added to a rule's history. A rule's C <= 0 clips nothing; a C of 0 from a number or a
+        schedule makes the selected entries of every gradient of finite norm 0.
       per: "global": one norm and one factor for all arrays together. "leaf": one for each array, compared with the same
         C; a rule then keeps a state and computes a C for each array.
       ord: p > 0 in :math:`n = (\sum |g|^p)^{1/p}`; 2 is the Euclidean norm, `math.inf` the largest magnitude. Static.

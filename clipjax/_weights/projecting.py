@@ -51,7 +51,7 @@ def project(
     keeps the weights before projection, the latent weights z in f32: :math:`z \leftarrow z + u,\ u' = P(z) - p`. Small
     updates then add up in z although the params move in jumps. The stored z is used only if the projection of the last
     update (its state, its key) maps z to the current parameter. Otherwise the parameter was edited, or loaded from
-    elsewhere, and replaces z. A parameter of 0 keeps its z, as a mask may have set it to 0 and may let it go again.
+    elsewhere, and replaces z, unless it is 0: then a mask may have set it to 0, and may let it go again.
 
     Args:
       projection: a plain function params -> params, which is given the tree with None where `where` picks no leaf, in

@@ -91,12 +91,13 @@ def prune_mask(
       scope: which weights are compared: "global" ranks the scores of all picked leaves together, without normalizing
         them; "leaf" prunes each leaf to the sparsity; "erk" (Erdős–Rényi-kernel) prunes each leaf to a sparsity of its
         own, computed from its shape: its density is in proportion to sum(shape) / prod(shape), at most 1, and all
-        leaves together keep 1 - sparsity.
+        leaves together keep 1 - sparsity. Where `sparsity` gives leaves fractions of their own, each is pruned by
+        itself.
       where: `where(path, leaf) -> bool` picks the leaves; a path is a string such as "dense/kernel". By default arrays
         of rank >= 2 that are not named bias, b, scale or offset.
       start: the first update that prunes, counted from 0; may be traced.
-      every: the number of updates between two refreshes; may be traced. None means 100 for a schedule, and a single
-        refresh for a constant.
+      every: the number of updates between two refreshes; may be traced. None means 100 for a schedule; for a
+        constant, refreshes are then at `start`, and at `stop` if that is given.
       stop: the update of the last refresh; may be traced. A schedule needs it; None refreshes for ever where `every` is
         given.
       carry: keep latent weights, 4 bytes a weight, so that a removed weight can come back at a refresh. Static.

@@ -47,19 +47,20 @@ def fake_quantize(
     r"""Hold weights on a grid: :math:`w \leftarrow \mathrm{round}(w/s)\,s` (D4), while float weights learn behind it.
 
     After `optax.apply_updates` every picked weight is exactly code * s, rounded once to its dtype; the code is a whole
-    number, and s > 0 is the step. Rounding weights in place would stop the training: an update is usually much smaller
-    than half a step, so no weight would reach its next level. With ``carry=True`` the state therefore keeps the weights
-    before rounding, the *latent weights*: they take every update in full, and the params are their rounded values.
+    number, and s > 0 is the step. (`step` and `rounding` below name one exception each.) Rounding weights in place
+    would stop the training: an update is usually much smaller than half a step, so no weight would reach its next
+    level. With ``carry=True`` the state therefore keeps the weights before rounding, the *latent weights*: they take
+    every update in full, and the params are their rounded values.
 
     A width of b bits has the codes :math:`-(2^{b-1} - 1), \dots, 2^{b-1} - 1`; b = 1 has the codes -1 and 1. A *level*
     is a code times s. The step s follows from the latent weights at each *refresh*. Refreshes are the updates c from
     `start` to `stop` with (c - start) divisible by `every`, and `stop` itself, after which s is frozen.
 
-    In a chain, constraints of the transformations before this one still hold. For every width, no level of a leaf
-    exceeds the largest \|params + updates\| that arrived at any refresh so far, so a bound set by `clamp_weights` holds
-    on the grid too. A weight that `prune_mask` sets to 0 stays 0, even for b = 1, whose grid has no 0. Because of that
-    cap the levels of a leaf that starts at zero grow only slowly: quantize it later (`start`), or give the optimizer as
-    `inner`. Then the latent weights alone decide the step and the levels.
+    In a chain, constraints of the transformations before this one still hold. For every width of `bits`, codes are left
+    out whose levels exceed the largest \|params + updates\| of their leaf that arrived at any refresh so far, so a
+    bound set by `clamp_weights` holds on the grid too. A weight that `prune_mask` sets to 0 stays 0, even for b = 1,
+    whose grid has no 0. Because of that cap the levels of a leaf that starts at zero grow only slowly: quantize it
+    later (`start`), or give the optimizer as `inner`. Then the latent weights alone decide the step and the levels.
 
     Args:
       bits: the width b, 1 to 16. Or ``clipjax.per_leaf(lambda path, leaf: b)``; or a tree from `choose_bits`, whose
@@ -68,9 +69,9 @@ def fake_quantize(
         of D4). Static.
       step: how s follows from the weights: a rule of `clipjax.steps`, `mse()` by default, or a number, which may be
         traced. With a number, a weight that jumps over several levels in one update may land one unit in the last place
-        beside its level. The next update corrects this and starts its latent weight again at the param.
+        beside its level. The next update corrects this, and its latent weight starts again at the param.
       axis: the axis or axes along which each index has a step of its own: -1 gives one step per output unit of a Flax
-        kernel, None one step per leaf. Or `per_leaf`. Static.
+        kernel; None, without `group`, one step per leaf. Or `per_leaf`. Static.
       group: the number g of neighbours along axis -2, the input of Flax's Dense and Conv kernels, that share a step;
         each output unit (or each index along `axis`) has steps of its own. Or `per_leaf`. Static.
       rounding: "nearest" (halves to even), "half_away" (halves away from zero, as in D4), "stochastic", or a rule of
@@ -83,8 +84,8 @@ def fake_quantize(
       stop: the update of the last refresh; may be traced. Weights are rounded after it too, with the last step. None
         sets no end.
       carry: keep latent weights, 4 bytes a weight. False rounds in place, which loses small updates. Static.
-      inner: the optimizer, for steps and levels that follow the latent weights alone; it is given these as its params.
-        See `project`.
+      inner: the optimizer, for steps and levels that follow the latent weights alone; with ``carry=True`` it is given
+        these as its params. See `project`.
       key: PRNG key of stochastic rounding; each update folds it with the count. The default, `jax.random.key(0)`, draws
         the same numbers in every run and every transformation: give each its own key to have them differ.
 

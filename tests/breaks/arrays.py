@@ -9,7 +9,7 @@ MUTANTS = (
         "and leaf.size > 0",
         "",
         "contract_numbers",
-        "empty_scalar and (prune_carry or quantize_groups)",
+        "empty_scalar and quantize_affine",
     ),
     Mutant(
         "_arrays/dtypes.py",
