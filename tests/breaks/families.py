@@ -35,7 +35,7 @@ MUTANTS = (
         "absmax",
     ),
     Mutant("widths.py", "energy[:, None] >= ratio * noise", "energy[:, None] <= ratio * noise", "leaf_grid", "sqnr"),
-    Mutant("widths.py", "(cost <= left)", "(cost <= left + 99)", "leaf_grid", "budget"),
+    Mutant("widths.py", "(cost <= left)", "(cost < left)", "leaf_grid", "budget"),
     Mutant("roundings.py", "(sigmoid(t) - sigmoid(1.0))", "sigmoid(t)", "roundings", "parq_matches"),
     Mutant("roundings.py", "(1 - t) * ratio + t * code", "ratio", "roundings", "relax"),
     Mutant("thresholds.py", "clipped - new_mean, 1 - decay", "clipped - mean, 1 - decay", "thresholds", "zscore"),
