@@ -16,6 +16,7 @@ import pytest
 
 MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
 HELD = 600  # programs in memory before they are dropped: a third of a megabyte each
+TRAINING = ("clipping.md", "pruning.md", "quantizing.md")
 COMPILED = pytest.StashKey[str]()
 # Every program, however small, is kept: reading one takes a fifth of the time of compiling it.
 KEPT = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1}
@@ -66,6 +67,9 @@ class OneFile:
 
 
 def _optimized(item):
+    """Marked tests, and the examples whose output a reader compares; without those that train many networks."""
+    if isinstance(item, pytest.DoctestItem):
+        return item.path.name not in TRAINING
     return item is not None and item.get_closest_marker("optimized") is not None
 
 

@@ -118,7 +118,7 @@ MUTANTS = (
         "_zero_point(step, bits, extents), max_level)",
         "_zero_point(step, bits, max_level), max_level)",
         "leaf_grid",
-        "shrink",
+        "one_side_shrinks",
     ),
     Mutant(
         "_maths/levels.py",

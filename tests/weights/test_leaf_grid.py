@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import clipjax
@@ -87,6 +87,15 @@ def test_affine_grid_of_weights_that_shrink(group):
             assert (p[~np.asarray(mask["kernel"])] == 0).all()
             if i != 1:  # a weight that moves by more than half is on the grid one update later
                 assert np.abs(p - z).max() <= 0.5001 * np.max(clipjax.quantized(params, state)["kernel"].step)
+
+
+def test_affine_grid_of_weights_of_which_one_side_shrinks():
+    """Its 15 levels lie where the weights are now, from about -0.26 to 0.3, and leave none of them out."""
+    w = {"kernel": jnp.asarray(np.linspace(-1.0, 0.3, 16).reshape(8, 2), jnp.float32)}
+    shrink = lambda p: jnp.where(p < 0, -0.8 * p, 0)
+    *_, (params, state) = run(clipjax.fake_quantize(4, step=steps.minmax(), every=1), w, [still, shrink, still])
+    step = float(state.projection.step["kernel"])
+    assert 14 * step < 0.6 and abs(params["kernel"].max() - 0.3) < step and abs(params["kernel"].min() + 0.26) < step
 
 
 def test_interval_of_sixteen_bits_keeps_zero_on_its_end():
@@ -220,6 +229,7 @@ def test_widths_follow_the_distribution_until_stop():
 
 @settings(max_examples=10, deadline=None)
 @given(budget=st.floats(2, 8), seed=st.integers(0, 99))
+@example(budget=3.0, seed=0)  # which can be spent to the last bit
 def test_budget_inside_the_run_is_kept_and_spent(budget, seed):
     """The mean over all weights; no leaf's next width could still be paid for; the same as before the run."""
     rng = np.random.default_rng(seed)
