@@ -1,7 +1,7 @@
 """How tests compile: as fast as can be, but in the files whose matter is what optimization does to the numbers.
 
-Most of a test's time is XLA's. A file that is marked `optimized` compiles as a user's program does; one test in it, or
-one run, may do so in `with optimized():`.
+Most of a test's time is XLA's. A file or a test that is marked `optimized` compiles as a user's program does. Inside of
+other tests `with optimized():` does so for a function that is jitted there; what is in memory is not compiled again.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def install():
 
 @contextlib.contextmanager
 def optimized():
-    """What is compiled in this context is compiled as a user's program is."""
+    """A function that is jitted and called in this context is compiled as a user's program is."""
     global _overrides
     kept, _overrides = _overrides, {"xla_cpu_parallel_codegen_split_count": 1}
     try:

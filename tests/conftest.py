@@ -34,7 +34,7 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)
     compiling.install()
-    config.pluginmanager.register(OneFile())
+    config.pluginmanager.register(Programs())
 
 
 def pytest_unconfigure(config):
@@ -43,26 +43,32 @@ def pytest_unconfigure(config):
         del os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
-class OneFile:
+class Programs:
     """A plugin, as a fixture of this folder would not reach the examples in clipjax/ and docs/."""
 
     def __init__(self):
-        self.programs = 0
+        self.held = 0
+        self.optimized = False
         jax.monitoring.register_event_duration_secs_listener(self.count)
 
     def count(self, event, *_, **__):
-        self.programs += event == "/jax/core/compile/backend_compile_duration"
+        self.held += event == "/jax/core/compile/backend_compile_duration"
+
+    def drop(self):
+        self.held = 0
+        jax.clear_caches()
+        gc.collect()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item, nextitem):
         """A worker holds some hundred compiled programs at a time; what a test needs of the others is on disk."""
-        with compiling.optimized() if _optimized(item) else contextlib.nullcontext():
+        if _optimized(item) != self.optimized:  # programs in memory do not know how they were compiled
+            self.optimized = _optimized(item)
+            self.drop()
+        with compiling.optimized() if self.optimized else contextlib.nullcontext():
             done = yield
-        many = self.programs > HELD and (nextitem is None or nextitem.path != item.path)
-        if many or _optimized(item) != _optimized(nextitem):  # programs in memory do not know how they were compiled
-            self.programs = 0
-            jax.clear_caches()
-            gc.collect()
+        if self.held > HELD and (nextitem is None or nextitem.path != item.path):
+            self.drop()
         return done
 
 
@@ -70,7 +76,7 @@ def _optimized(item):
     """Marked tests, and the examples whose output a reader compares; without those that train many networks."""
     if isinstance(item, pytest.DoctestItem):
         return item.path.name not in TRAINING
-    return item is not None and item.get_closest_marker("optimized") is not None
+    return item.get_closest_marker("optimized") is not None
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,6 @@ KEY = (jax.random.key(1), jax.random.key(7))
 # rule for a number in it. They run in `make slow`.
 ALIKE = {
     "clip_schedule": "clip",
-    "clip_leaves": "clip_random",
     "clip_largest": "clip_random",
     "clip_carry": "clip_spam_carry",
     "clip_spam": "clip_spam_carry",
@@ -48,7 +47,6 @@ ALIKE = {
     "clip_norm_zscore_mean": "clip_norm_zscore",
     "clip_norm_zscore_fixed": "clip_norm_zscore",
     "clip_norm_mean_sigma": "clip_norm_zscore",
-    "clip_norm_quantile_track": "clip_norm_zscore",
     "clip_norm_percentile": "clip_norm_zscore",
     "clip_norm_ema_ratio_leaf": "clip_norm_percentile_leaf",
     "clip_norm_random": "clip_norm_largest",
@@ -58,11 +56,7 @@ ALIKE = {
     "clamp_per_leaf": "clamp",
     "prune_once": "prune",
     "prune_schedule": "prune",
-    "prune_erk": "prune_leaf",
     "prune_gradient": "prune_taylor",
-    "prune_random": "prune_select",
-    "quantize_binary": "quantize",
-    "quantize_d4": "quantize_no_carry",
     "quantize_axis": "quantize_groups",
     "project": "project_norm",
 }

@@ -1,7 +1,7 @@
 """The transformations of the contract: every public transformation in each of its forms, one row each.
 
 A row says how to build it, which numbers may be traced (the value used everywhere, and a second one for sweeps) and
-what holds of the params after every step. `tests/test_contract*.py` run each row through each rule.
+what holds of the params after every step. `tests/test_contract*.py` run the rows through the rules.
 """
 
 import operator

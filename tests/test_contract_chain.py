@@ -1,4 +1,4 @@
-"""What keeps a chain exact (DESIGN.md, "How the carry and the chain stay exact"), each rule on a case that needs it."""
+"""What keeps a chain exact, each rule on a case that needs it."""
 
 import jax
 import jax.numpy as jnp

@@ -89,15 +89,19 @@ def test_same_mask_on_any_number_of_devices(devices, scope):
     )
 
 
+def once(row, params, grads):
+    """An update of a transformation built, traced and compiled for it."""
+    tx = row.tx()
+    return jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
+
+
 @every_path
 def test_same_key_same_result_other_count_other_draw(row):
     """Rule 7: two runs agree bit for bit, whatever was drawn in between."""
-    tx, params = row.tx(), table.params()
-    grads = table.at(table.gradients(), 0)
-    init, update = jax.jit(tx.init), jax.jit(tx.update)
-    first = update(grads, init(params), params)
+    params, grads = table.params(), table.at(table.gradients(), 0)
+    first = once(row, params, grads)
     jax.random.normal(jax.random.key(9), (3,))
-    second = update(grads, init(params), params)
+    second = once(row, params, grads)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), first[0], second[0])
 
 

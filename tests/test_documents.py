@@ -28,7 +28,7 @@ import clipjax
 from clipjax import scores, selections, steps, structures
 from clipjax.typing import Selection
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.usefixtures("strict"), pytest.mark.optimized]
 
 # D1: g~ = clip(g, −α, α);  θ ← θ − η·g~
 

@@ -14,6 +14,8 @@ import clipjax
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 documents = pytest.importorskip("documents", reason="the examples' extra is not installed")
 
+pytestmark = pytest.mark.optimized
+
 RATE, BATCH, STEPS = np.float32(0.01), 2, 3
 
 

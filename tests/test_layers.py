@@ -127,7 +127,7 @@ def asked(path):
             function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             asker = ast.unparse(node.func)
             private = isinstance(node.func, ast.Attribute) and not asker.startswith(
-                ("arguments.", "trees.", "picking.for_leaf")
+                ("arguments.", "trees.", "picking.for_leaf", "picking.values")
             )
             if function in ASKS and not private:
                 yield node.args[0].id
@@ -148,7 +148,7 @@ def test_contributing_draws_the_rooms():
                 assert any(line.startswith(f"| {level} |") and f"`{place}`" in line for line in drawn), place
 
 
-def test_rooms_lists_every_file_with_the_first_sentence_of_its_docstring():
+def test_rooms_lists_every_file_with_the_first_paragraph_of_its_docstring():
     listed = re.findall(r"^- `(\w+)\.py`: (.*)$", (PACKAGE.parent / "docs" / "rooms.md").read_text(), re.MULTILINE)
     order = [(room, name) for rooms in LEVELS for room, names in rooms.items() for name in names.split()]
     paths = [PACKAGE / room / f"{name}.py" for room, name in order]

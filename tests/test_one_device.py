@@ -9,13 +9,15 @@ import pickle
 import subprocess
 import sys
 
-import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import clipjax
+
+pytestmark = pytest.mark.optimized
 
 STEPS = 16
 
@@ -76,5 +78,4 @@ def test_one_device_computes_what_eight_compute(tmp_path):
 
 
 if __name__ == "__main__":
-    compiling.install()
     pathlib.Path(sys.argv[1]).write_bytes(pickle.dumps((jax.device_count(), everything())))

@@ -4,7 +4,6 @@ import pathlib
 import subprocess
 import sys
 
-import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,8 @@ import pytest
 
 import clipjax
 from clipjax import scores
+
+pytestmark = pytest.mark.optimized
 
 STEPS, HALF = 12, 5
 RAMP = optax.polynomial_schedule(0.0, 0.8, 3, 9)
@@ -79,5 +80,4 @@ def test_resume_in_a_fresh_process_is_bit_equal(name, tmp_path):
 
 
 if __name__ == "__main__":
-    compiling.install()
     resume(sys.argv[1], pathlib.Path(sys.argv[2]))

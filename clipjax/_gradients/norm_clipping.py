@@ -57,8 +57,8 @@ def clip_norm(
     g is the whole gradient or one array of it (`per`), n its norm, and C the threshold. Where all entries are selected,
     g keeps its direction. A g of finite norm n <= C is returned bit for bit. The selected entries of a g of finite norm
     n > C are multiplied by one factor, in f32 (f64 for f64 gradients), and cast back to their dtype. The norm is
-    accumulated in f32 (f64), and entries are scaled before they are squared: the norm is right wherever a float can
-    hold it.
+    accumulated in f32 (f64), of scaled entries where their squares would overflow or vanish: it is right wherever a
+    float can hold it.
 
     A norm that is NaN or infinite makes all selected entries NaN, even with C = inf, and the state counts the update
     (`nonfinite` in `clipjax.report`). To leave such updates out instead, use `skip_spikes`. ``clip_norm(math.inf)``

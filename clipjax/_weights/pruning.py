@@ -110,8 +110,9 @@ def prune_mask(
       grow: with `regrow`, which removed weights grow first: those of highest `scores.gradient(decay=0.0)` by default
         (RigL); `scores.random()` gives SET.
       select: a selection of `clipjax.selections`, evaluated at each refresh: only the units that it selects may be
-        removed then, and sparsity is a fraction of these. What earlier refreshes removed and this one does not select
-        stays as it is, so that several refreshes can remove more than `sparsity` of all.
+        removed then, and sparsity is a fraction of these. Without `carry` and `regrow`, what earlier refreshes removed
+        stays removed, so that several refreshes can remove more than `sparsity` of all; with either, a unit that a
+        refresh does not select is kept by it.
       mask: a tree of bool arrays, True keeps, that is used from `start` on instead of a chosen mask; may be traced.
         Leaves without one, and those that `where` does not pick, are not pruned.
       key: PRNG key for random scores and selections; each update folds it with the count. `jax.random.key(0)` by

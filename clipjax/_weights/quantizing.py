@@ -57,10 +57,11 @@ def fake_quantize(
     `start` to `stop` with (c - start) divisible by `every`, and `stop` itself, after which s is frozen.
 
     In a chain, constraints of the transformations before this one still hold. For every width of `bits`, codes are left
-    out whose levels exceed the largest \|params + updates\| of their leaf that arrived at any refresh so far, so a
-    bound set by `clamp_weights` holds on the grid too. A weight that `prune_mask` sets to 0 stays 0, even for b = 1,
-    whose grid has no 0. Because of that cap the levels of a leaf that starts at zero grow only slowly: quantize it
-    later (`start`), or give the optimizer as `inner`. Then the latent weights alone decide the step and the levels.
+    out whose levels exceed the largest \|params + updates\| of their step group (below and above zero where the grid is
+    not symmetric) that arrived at any refresh so far, so a bound set by `clamp_weights` holds on the grid too. A weight
+    that `prune_mask` sets to 0 stays 0, even for b = 1, whose grid has no 0. Because of that cap the levels of a leaf
+    that starts at zero grow only slowly: quantize it later (`start`), or give the optimizer as `inner`. Then the latent
+    weights alone decide the step and the levels.
 
     Args:
       bits: the width b, 1 to 16. Or ``clipjax.per_leaf(lambda path, leaf: b)``; or a tree from `choose_bits`, whose

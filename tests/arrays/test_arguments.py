@@ -202,12 +202,12 @@ def test_bad_type_names_argument_and_remedy(name):
         call()
 
 
-@pytest.mark.parametrize("row", [clipjax.clip(1.0), clipjax.clip_norm(1.0)])
+@pytest.mark.parametrize("tx", [clipjax.clip(1.0), clipjax.clip_norm(1.0)])
 @pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
-def test_complex_or_integer_gradients_raise_type_error(row, dtype):
+def test_complex_or_integer_gradients_raise_type_error(tx, dtype):
     grads = {"w": jnp.ones(3, dtype)}
     with pytest.raises(TypeError, match=rf"real floats, got {jnp.dtype(dtype).name} at 'w'.*(Split|mask)"):
-        row.update(grads, row.init(grads))
+        tx.update(grads, tx.init(grads))
 
 
 @pytest.mark.parametrize(

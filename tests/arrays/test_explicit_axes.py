@@ -36,9 +36,9 @@ CHAINS = {
 USUAL = ("columns", "groups over shards", "random mask")
 
 
-def trained(row, mesh=None, spec=None):
+def trained(build, mesh=None, spec=None):
     """Params and state after three updates of one scan: it refuses a state whose types change."""
-    tx = optax.chain(clipjax.clip(0.1, select=selections.bernoulli(0.5)), optax.sgd(0.1), row())
+    tx = optax.chain(clipjax.clip(0.1, select=selections.bernoulli(0.5)), optax.sgd(0.1), build())
     fill = np.random.default_rng(0).integers(-99, 100, (64, 32)) / 100  # sums of absolute values are exact
     params = {"kernel": jnp.asarray(fill, jnp.float32)}
     if mesh is not None:

@@ -59,7 +59,7 @@ ZERO = jax.tree.map(jnp.zeros_like, GRADS[0])
 
 
 @functools.cache
-def row(kind, rule):
+def build(kind, rule):
     """A transformation with a rule, and its compiled update; traced once for each kind of tree."""
     made = RULES[rule]()
     tx = {
@@ -111,25 +111,25 @@ def history(state, name=None):
 @per_what
 @every_rule
 def test_nan_and_inf_norm_give_nan_are_counted_and_leave_the_history(rule, per):
-    clean, end = follow(row(per, rule), GRADS)
-    _, state = follow(row(per, rule), GRADS[:5])
+    clean, end = follow(build(per, rule), GRADS)
+    _, state = follow(build(per, rule), GRADS[:5])
     for bad in (np.nan, np.inf, -np.inf):
         for name in ("b", "c"):
-            (updates,), after = follow(row(per, rule), [spoiled(GRADS[5], name, bad)], state)
+            (updates,), after = follow(build(per, rule), [spoiled(GRADS[5], name, bad)], state)
             governed = updates if per == "global" else {name: updates[name]}
             assert all(np.isnan(u).all() for u in governed.values()) and int(after.nonfinite) == 1
             same(*(history(s, None if per == "global" else name) for s in (after, state)))
     if per == "global":
-        rest, after = follow(row(per, rule), GRADS[5:], after)
+        rest, after = follow(build(per, rule), GRADS[5:], after)
         same(rest, clean[5:])
         same(after.rule, end.rule)
 
 
 @every_rule
 def test_nan_of_one_leaf_touches_no_other_leaf(rule):
-    clean, end = follow(row("leaf", rule), GRADS)
+    clean, end = follow(build("leaf", rule), GRADS)
     grads = [spoiled(g, "b", np.nan) if i in (0, 4) else g for i, g in enumerate(GRADS)]
-    updates, after = follow(row("leaf", rule), grads)
+    updates, after = follow(build("leaf", rule), grads)
     for name in "ac":
         same([u[name] for u in updates], [u[name] for u in clean])
         same(history(after, name), history(end, name))
@@ -140,12 +140,12 @@ def test_nan_of_one_leaf_touches_no_other_leaf(rule):
 @every_rule
 def test_50_zero_steps_of_a_zero_head_never_were(rule, kind):
     """Zero-initialised heads: all of the warm-up may be zeros, and more may come later."""
-    clean, end = follow(row(kind, rule), GRADS)
-    zeros, state = follow(row(kind, rule), [ZERO] * 50)
+    clean, end = follow(build(kind, rule), GRADS)
+    zeros, state = follow(build(kind, rule), [ZERO] * 50)
     assert not any(u.any() for step in zeros for u in jax.tree.leaves(step))
-    first, state = follow(row(kind, rule), GRADS[:4], state)
-    _, state = follow(row(kind, rule), [ZERO] * 3, state)
-    rest, state = follow(row(kind, rule), GRADS[4:], state)
+    first, state = follow(build(kind, rule), GRADS[:4], state)
+    _, state = follow(build(kind, rule), [ZERO] * 3, state)
+    rest, state = follow(build(kind, rule), GRADS[4:], state)
     same(first + rest, clean)
     same(state.rule, end.rule)
     assert int(state.nonfinite) == 0
@@ -155,9 +155,9 @@ def test_50_zero_steps_of_a_zero_head_never_were(rule, kind):
 @every_rule
 def test_empty_gradients_enter_no_history(rule, per):
     for grads in ({"e": jnp.zeros((0, 3)), "n": None}, {}):
-        updates, state = follow(row(per, rule), [grads] * 5)
+        updates, state = follow(build(per, rule), [grads] * 5)
         same(updates[-1], grads)
-        same(state.rule, row(per, rule)[0].init(grads).rule)
+        same(state.rule, build(per, rule)[0].init(grads).rule)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan])
@@ -187,9 +187,9 @@ def test_rule_reads_nan_and_inf_as_the_largest_float(bad):
 @pytest.mark.parametrize("rule", SCALARS)
 def test_entry_nan_stays_inf_becomes_the_threshold_and_histories_stay(rule):
     grads = jnp.asarray(np.random.default_rng(6).uniform(0.5, 2.0, size=(8, 5)), jnp.float32)
-    _, state = follow(row("entry", rule), list(grads))
+    _, state = follow(build("entry", rule), list(grads))
     odd = jnp.array([np.nan, np.inf, -np.inf, 100.0, 1.0], jnp.float32)
-    (updates,), after = follow(row("entry", rule), [odd], state)
+    (updates,), after = follow(build("entry", rule), [odd], state)
     limit = jax.vmap(RULES[rule]().update)(jnp.full(5, 3.4e38, jnp.float32), state.rule)[0]
     np.testing.assert_array_equal(updates[:3], jnp.stack([odd[0], limit[1], -limit[2]]))
     same(*(jax.tree.map(lambda x: x[:3], s.rule) for s in (after, state)))
@@ -244,7 +244,7 @@ def test_carry_emits_what_u_clip_emits(kind):
 @pytest.mark.parametrize("kind", [*LIMITED, "spam", "zscore"])
 def test_carry_and_all_that_was_emitted_add_up_to_the_gradients(kind, dtype):
     """To f32 rounding also where 8 or 11 bits are emitted: the rounding error is part of the error feedback."""
-    by_rule = {"spam": row("entry_carry", "spam")[0], "zscore": row("norm_carry", "zscore")[0]}
+    by_rule = {"spam": build("entry_carry", "spam")[0], "zscore": build("norm_carry", "zscore")[0]}
     tx = by_rule.get(kind) or LIMITED[kind](1.5)
     grads = jax.tree.map(lambda x: x.astype(dtype), TWENTY)
     updates, state = follow((tx, jax.jit(tx.update)), grads)
@@ -308,7 +308,7 @@ def test_vmap_over_the_numbers_of_a_rule_is_one_sweep(name):
 @every_row
 def test_bf16_and_f16_gradients_keep_their_dtype_and_states_are_f32(kind, rule, dtype):
     grads = jax.tree.map(lambda x: x.astype(dtype), GRADS[3])
-    tx, _ = row(kind, rule)
+    tx, _ = build(kind, rule)
     updates, state = jax.eval_shape(lambda g: tx.update(g, tx.init(g)), grads)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
     assert {x.dtype.name for x in jax.tree.leaves(state)} <= {"float32", "int32"}
@@ -319,7 +319,7 @@ def test_bf16_and_f16_gradients_keep_their_dtype_and_states_are_f32(kind, rule, 
 
 @every_row
 def test_state_keeps_structure_shape_and_dtype_through_jit_and_scan_without_a_retrace(kind, rule):
-    tx, _ = row(kind, rule)
+    tx, _ = build(kind, rule)
     odd = {"none": None, "hole": optax.MaskedNode(), "empty": jnp.zeros((0, 3)), "in": [(jnp.float32(3.0),), {}]}
     grads = odd | {"deep": {"a": GRADS[3]["a"], "b": (GRADS[3]["b"],)}}
     state = tx.init(grads)
@@ -337,7 +337,7 @@ def test_state_keeps_structure_shape_and_dtype_through_jit_and_scan_without_a_re
 
 @per_what
 def test_masked_leaves_are_left_out_of_norm_and_history(per):
-    plain, _ = row(per, "ema_ratio")
+    plain, _ = build(per, "ema_ratio")
     tx = optax.masked(plain, {"a": True, "b": False, "c": False})
     updates, state = follow((tx, jax.jit(tx.update)), GRADS)
     expected, alone = follow((plain, jax.jit(plain.update)), [{"a": g["a"]} for g in GRADS])

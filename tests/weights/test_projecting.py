@@ -117,11 +117,11 @@ def test_what_a_projection_returns_may_broadcast(carry):
     jax.tree.map(np.testing.assert_array_equal, short, long)
 
 
-@pytest.mark.parametrize("row", [clipjax.clamp_weights(0.5), clipjax.prune_mask(0.5), clipjax.fake_quantize(4)])
-def test_updates_may_broadcast_as_in_apply_updates(row):
+@pytest.mark.parametrize("tx", [clipjax.clamp_weights(0.5), clipjax.prune_mask(0.5), clipjax.fake_quantize(4)])
+def test_updates_may_broadcast_as_in_apply_updates(tx):
     row, full = {"w": jnp.full((5,), 0.1)}, {"w": jnp.full((4, 5), 0.1)}
     with jax.numpy_rank_promotion("allow"):
-        (short, _), (long, _) = (next(iter(run(row, W, [updates]))) for updates in (row, full))
+        (short, _), (long, _) = (next(iter(run(tx, W, [updates]))) for updates in (row, full))
     np.testing.assert_array_equal(short["w"], long["w"])
 
 

@@ -331,8 +331,8 @@ def test_pruned_weights_stay_zero_between_refreshes(optimizer, wrap):
         factory = optax.inject_hyperparams(clipjax.prune_mask, static_args=("every", "stop"))
         tx = optax.chain(OPTIMIZERS[optimizer](), factory(sparsity=0.5, every=3, stop=6))
     else:
-        row = clipjax.prune_mask(0.5, every=2, stop=2)
-        tx = optax.MultiSteps(optax.chain(OPTIMIZERS[optimizer](), row), every_k_schedule=2)
+        prune = clipjax.prune_mask(0.5, every=2, stop=2)
+        tx = optax.MultiSteps(optax.chain(OPTIMIZERS[optimizer](), prune), every_k_schedule=2)
         tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
     params, _ = train(tx)
     zero = [np.concatenate([np.ravel(params[name]["kernel"][i] == 0) for name in "ab"]) for i in range(STEPS)]
