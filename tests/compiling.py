@@ -9,17 +9,15 @@ import contextlib
 import jax
 from jax._src import compiler  # the one place that all programs pass, those of single operations too
 
-# The older jaxlib compiles twice as fast without its fusion emitters; newer ones have no such option.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_parallel_codegen_split_count": 1,  # the other core has tests of its own
-}
+# Code is generated in one part, as the other core has tests of its own; that changes no number.
+ONE_PART = {"xla_cpu_parallel_codegen_split_count": 1}
+# The older jaxlib compiles faster without its fusion emitters; newer ones have no such option.
+QUICK = ONE_PART | {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):
     QUICK |= {"xla_cpu_use_fusion_emitters": False}
 
 _users_options = compiler.get_compile_options
-_overrides = dict(QUICK)
+_overrides = QUICK
 
 
 def _options(*args, env_options_overrides=None, **kwargs):
@@ -35,7 +33,7 @@ def install():
 def optimized():
     """A function that is jitted and called in this context is compiled as a user's program is."""
     global _overrides
-    kept, _overrides = _overrides, {"xla_cpu_parallel_codegen_split_count": 1}
+    kept, _overrides = _overrides, ONE_PART
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ import jax.monitoring
 import pytest
 
 MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
-HELD = 600  # programs in memory before they are dropped: a third of a megabyte each
+HELD = 600  # programs in memory before they are dropped
 TRAINING = ("clipping.md", "pruning.md", "quantizing.md")
 COMPILED = pytest.StashKey[str]()
 # Every program, however small, is kept: reading one takes a fifth of the time of compiling it.

@@ -4,8 +4,6 @@ A row says how to build it, which numbers may be traced (the value used everywhe
 what holds of the params after every step. `tests/test_contract*.py` run the rows through the rules.
 """
 
-import operator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -299,7 +297,6 @@ ALL = [*ROWS, GIVEN, GROUPED]
 WEIGHT = [m for m in ALL if m.side in ("weight", "inner")]
 GRADIENT = [m for m in ALL if m.side == "gradient"]
 
-name_of = operator.attrgetter("name")
 STEPS = 3
 
 

@@ -79,7 +79,7 @@ def test_jit_donation_one_trace_and_landing(row):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), start, params)))
 
 
-def compiling(row):
+def as_reference(row):
     """As the reference is where an optimizer works in bf16: how often XLA rounds there depends on the level."""
     return optimized() if row.side == "inner" else contextlib.nullcontext()
 
@@ -108,7 +108,7 @@ def test_scan_with_cond_traces(row):
 @every_path
 def test_scan_with_cond_equals_the_loop(row):
     tx, params = row.tx(), table.params()
-    with compiling(row):
+    with as_reference(row):
         last = jax.jit(scan(tx))(params, tx.init(params))
     same(last, reference(row.name)[-2], rtol=1e-6)
 
@@ -149,13 +149,13 @@ def test_one_vmap_traces(row):
 def test_one_vmap_is_one_sweep(row):
     """Lane 0 is the reference run, lane 1 the transformation built with the other values."""
     run, lanes = sweep(row)
-    with compiling(row):
+    with as_reference(row):
         swept = jax.jit(run)(lanes)
     same(table.at(swept, 0), reference(row.name)[-1], rtol=1e-6)
     grads, other = table.gradients(), {k: values[1] for k, values in row.numbers.items()}
     tx, params = row.tx(**other), table.params()
     state = tx.init(params)
-    with compiling(row):
+    with as_reference(row):
         step = jax.jit(functools.partial(table.step, tx))
         for i in range(table.STEPS):
             params, state = step(params, state, table.at(grads, i))

@@ -203,7 +203,7 @@ def test_missing_params_raise_the_optax_message(row):
         tx.update(params, tx.init(params))
 
 
-@pytest.mark.parametrize("row", [m for m in table.WEIGHT if m.gradient], ids=table.name_of)
+@pytest.mark.parametrize("row", table.paths(m for m in table.WEIGHT if m.gradient))
 def test_missing_gradient_says_how_to_pass_it(row):
     tx, params = row._replace(gradient=False).tx(), table.params()
     with pytest.raises(ValueError, match=r"`grad`.*with_gradient.*grad=grads"):
