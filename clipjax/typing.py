@@ -116,8 +116,10 @@ class Context(NamedTuple):
       grad: the incoming gradient where `with_gradient` or a caller's `grad=` provides it, else None.
       key: a PRNG key of this update.
       refresh: None to refresh by count; a static bool to force or forbid it.
-      again: `again() -> (target, landed)`, computed anew. A branch of `lax.cond` that calls it does not keep arrays
-        alive that the program would otherwise never store.
+      memory: `memory() -> target`: what would be projected if the updates were 0. It reads only what lies in memory
+        before the update, so that a branch of `lax.cond` that calls it does not make the program store the updates.
+      settle: `settle(tree) -> tree`: what the transformations of clipjax that are chained before make of other values
+        of the params, where that is known: they are bounded, or set to 0.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -126,7 +128,8 @@ class Context(NamedTuple):
     grad: Tree | None
     key: jax.Array
     refresh: bool | None = None
-    again: Callable[[], tuple[Tree, Tree]] | None = None
+    memory: Callable[[], Tree] | None = None
+    settle: Callable[[Tree], Tree] | None = None
 
 
 class Projection(NamedTuple):

@@ -38,13 +38,6 @@ def test_a_weight_pruned_later_is_zero_although_the_carry_lies_beyond_the_grid()
     assert float(second[0, 4]) == float(third[0, 4]) == 0.0
 
 
-def test_max_level_never_shrinks():
-    """No level exceeds the largest weight landed on since `start`: small weights do not ratchet it down."""
-    tx = clipjax.fake_quantize(4, step=clipjax.steps.absmax(), every=1, carry=False)
-    (_, first), (_, second) = run(tx, np.float32([[4.0, -2.0]]), [0.0, np.float32([[-3.5, 1.75]])])
-    assert float(first.projection.max_level["kernel"][0]) == float(second.projection.max_level["kernel"][0]) == 4.0
-
-
 def test_step_ignores_weights_that_transformations_before_put_at_zero():
     """The carry of a pruned weight is kept where it shows as 0, and has no say in the step."""
     mask = {"kernel": jnp.asarray([[True, True, False, True]])}

@@ -31,8 +31,8 @@ LEVELS = (
     {"": FAMILIES},
     {
         "_gradients": "incoming threshold_state error_feedback norm_clipping clipping skipping with_gradient",
-        "_weights": "refreshing constraints latents moments projecting clamping sparsities masks pruning bit_widths"
-        " leaf_grid quantizing choosing",
+        "_weights": "refreshing facts constraints latents moments projecting clamping sparsities masks zeros pruning"
+        " bit_widths leaf_grid quantizing choosing",
     },
     {
         "_files": "byte_stream symbol_counts ans zero_densities symbol_codes step_search alphabets leaf_codec"

@@ -15,7 +15,7 @@ from clipjax._gradients.skipping import SkipState
 from clipjax._weights.clamping import ClampState
 from clipjax._weights.leaf_grid import Grid
 from clipjax._weights.projecting import ProjectState
-from clipjax._weights.pruning import PruneState
+from clipjax._weights.zeros import PruneState
 from clipjax.typing import State
 
 Metrics: TypeAlias = dict[str, jax.Array]

@@ -16,7 +16,7 @@ from clipjax._files import leaf_codec
 from clipjax._reports import distributions
 from clipjax._weights.leaf_grid import Grid
 from clipjax._weights.projecting import ProjectState
-from clipjax._weights.pruning import PruneState
+from clipjax._weights.zeros import PruneState
 from clipjax.typing import State, Tree
 
 Row: TypeAlias = dict[str, Any]

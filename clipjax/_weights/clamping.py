@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from clipjax._arrays import arguments, elementwise, picking, trees
 from clipjax._maths import drawing, intervals
 from clipjax._weights import projecting
 from clipjax._weights.constraints import Constraint
+from clipjax._weights.facts import Settle
 from clipjax.typing import Bound, Context, Projection, Selection, Tree, Where
 
 
@@ -77,8 +79,7 @@ def clamp_weights(
 
     def apply_fn(target: Tree, state: ClampState, context: Context) -> tuple[Tree, ClampState]:
         def clamped(path: str, w: jax.Array, chosen: jax.Array, p: jax.Array) -> jax.Array:
-            ends = intervals.inside(bounds.of_leaf(path, p, context.count), p.dtype)
-            low, high = (end.astype(w.dtype) for end in ends)
+            low, high = (end.astype(w.dtype) for end in ends(path, p, context))
             if when == "after":
                 new = intervals.limit(w, low, high)
             else:  # the update is added to the clamped weight
@@ -91,5 +92,16 @@ def clamp_weights(
         new = trees.map_with_path(clamped, target, chosen, context.params)
         return new, ClampState(jnp.stack([jnp.asarray(end, jnp.float32) for end in bounds.shared(context.count)]))
 
-    constraint = Constraint(Projection(init_fn, apply_fn), ClampState)
+    def ends(path: str, p: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+        return intervals.inside(bounds.of_leaf(path, p, context.count), p.dtype)
+
+    def settles(target: Tree, before: ClampState, after: ClampState, context: Context) -> list[Settle]:
+        def settle(chosen: jax.Array, low: jax.Array, high: jax.Array, x: jax.Array) -> jax.Array:
+            return elementwise.where(chosen, intervals.limit(x, low.astype(x.dtype), high.astype(x.dtype)), x)
+
+        chosen = jax.tree.leaves(drawing.choose(select, target, None, context.count))
+        limits = [ends(path, p, context) for path, p in trees.governed(context.params)]
+        return [functools.partial(settle, c, *limit) for c, limit in zip(chosen, limits, strict=True)]
+
+    constraint = Constraint(Projection(init_fn, apply_fn), ClampState, settles=settles if when == "after" else None)
     return projecting.constrain(constraint, carry=False, inner=None, start=0, where=where, key=None)

@@ -23,9 +23,9 @@ class Grid(NamedTuple, Generic[Field]):
 
     Attributes:
       step: f32 per step group, the distance of two levels.
-      max_level: f32[sides] per step group, the largest |params + updates| that the transformations before gave at any
-        refresh; no level exceeds it. One side where the grid is symmetric, else two, below zero and above. Infinite
-        before the first refresh, 0 for unbounded codes.
+      max_level: f32[2] per step group, the largest magnitude below zero and above that the transformations before
+        allowed at the last refresh, the largest float where they bound nothing; no level exceeds it. 0 for unbounded
+        codes; -1 before the first refresh.
       zero_point: i32 per step group, the code of 0; 0 on symmetric grids.
       bits: i32, the width; 0 for unbounded codes.
       low: f32 per step group, the smallest multiple of the step that is a level; 0 for unbounded codes.
@@ -40,6 +40,8 @@ class Grid(NamedTuple, Generic[Field]):
     high: Field
 
 
+_NEVER = -1.0  # the largest level of a grid that was never fitted
+
 LeafGrid: TypeAlias = Grid[jax.Array]
 QuantizeState: TypeAlias = Grid[dict[str, jax.Array]]
 
@@ -48,8 +50,13 @@ def at(state: QuantizeState, path: str) -> LeafGrid:
     """The grid of one leaf."""
     trees.check_state(isinstance(state.step, dict) and path in state.step, f"no grid for {path!r}")
     grid = Grid(*(field[path] for field in state))
-    trees.check_state(grid.max_level.ndim == grid.step.ndim + 1, f"another layout of the grid of {path!r}")
+    trees.check_state(grid.max_level.shape == (2, *grid.step.shape), f"another layout of the grid of {path!r}")
     return grid
+
+
+def refreshed(grid: LeafGrid) -> bool:
+    """True where a known grid has been fitted to weights."""
+    return not bool(jnp.any(grid.max_level < 0))
 
 
 def gathered(grids: dict[str, LeafGrid]) -> QuantizeState:
@@ -85,11 +92,6 @@ class Plan(NamedTuple):
         """True where the width does not follow from the weights."""
         return len(self.allowed) == 1
 
-    @property
-    def sides(self) -> int:
-        """The numbers of `max_level` for each group: one for a symmetric grid, else two."""
-        return 1 if self.rule.sides is None else 2
-
     def binary(self, grid: LeafGrid) -> bool | jax.Array | None:
         """True where the grid has one bit, a traced bool where it may, None where it never has."""
         return None if 1 not in self.allowed else True if self.fixed else grid.bits == 1
@@ -109,17 +111,11 @@ def check(plan: Plan, path: str, leaf: Leaf) -> None:
         jax.eval_shape(lambda x: plan.rule.fit(step_groups.view(x, plan.groups), 1, plan.groups.axes), like)
 
 
-def check_fits(plan: Plan, path: str, grid: LeafGrid) -> None:
-    """Refuse the state of another rule of steps."""
-    fits = grid.max_level.shape == (plan.sides, *grid.step.shape)
-    trees.check_state(fits, f"another rule's grid of {path!r}")
-
-
 def begin(plan: Plan, leaf: Leaf) -> LeafGrid:
     """The grid before the first refresh."""
     like = jax.eval_shape(lambda x: step_groups.view(x, plan.groups), jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
     step = fitting.given(1.0, like, plan.groups.axes)
-    max_level = jnp.full((plan.sides, *step.shape), jnp.inf, jnp.float32)
+    max_level = jnp.full((2, *step.shape), _NEVER, jnp.float32)
     width = max(plan.allowed, default=0)
     top = 0.0 if plan.unbounded else float(grids.top(width))
     low, high = (jnp.full(step.shape, end, jnp.float32) for end in (-top, top))
@@ -138,27 +134,24 @@ class Measured(NamedTuple):
     max_level: jax.Array
 
 
-def measure(plan: Plan, x: jax.Array, landed: jax.Array, grid: LeafGrid, dtype: DTypeLike) -> Measured:
+def measure(plan: Plan, x: jax.Array, allowed: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> Measured:
     """The nonzero finite weights, limited to the largest level.
 
     Args:
       plan: of the leaf.
-      x: the targets, latent weights moved by the updates.
-      landed: params + updates: what the transformations before give; weights that they set to 0 are not counted.
-      grid: of the last refresh.
+      x: the weights, latent ones where there are some, as the transformations before leave them: 0 where they remove
+        one.
+      allowed: what these transformations make of the largest floats, negative and positive.
       dtype: of the params.
     """
-    x, landed = (step_groups.view(v, plan.groups).astype(jnp.float32) for v in (x, landed))
+    x, lowest, highest = (step_groups.view(v, plan.groups).astype(jnp.float32) for v in (x, *allowed))
     if plan.unbounded:
-        return Measured(x, jnp.zeros_like(grid.max_level))
-    alive = (landed != 0) & jnp.isfinite(x) & jnp.isfinite(landed)
-    shown = elementwise.where(alive, landed, jnp.zeros_like(landed))
-    largest = jnp.maximum(jnp.stack(levels.extent(plan.rule, shown, plan.groups.axes)), 0)
-    # A running maximum: were it the last one alone, each refresh could only lower it, as weights are on the grid then.
-    largest = elementwise.where(jnp.isinf(grid.max_level), largest, jnp.maximum(grid.max_level, largest))
-    max_level = intervals.toward(largest, dtype, up=False).astype(jnp.float32)
-    alive_x = elementwise.where(alive, x, jnp.zeros_like(x))
-    return Measured(intervals.limit(alive_x, -max_level[0], max_level[-1]), max_level)
+        shape = levels.extent(plan.rule, x, plan.groups.axes)[0].shape
+        return Measured(x, jnp.zeros((2, *shape)))
+    finite = elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+    reached = [fitting.over(jnp.max, side, plan.groups.axes) for side in (-lowest, highest)]
+    max_level = intervals.toward(jnp.maximum(jnp.stack(reached), 0), dtype, up=False).astype(jnp.float32)
+    return Measured(intervals.limit(finite, -max_level[0], max_level[1]), max_level)
 
 
 def fit(plan: Plan, measured: Measured) -> LeafGrid:
@@ -169,13 +162,13 @@ def fit(plan: Plan, measured: Measured) -> LeafGrid:
         zero = jnp.zeros_like(step)
         return Grid(step, measured.max_level, zero.astype(jnp.int32), jnp.zeros((), jnp.int32), zero, zero)
     (bits,) = plan.allowed
-    found = levels.of(plan.rule, measured.values, bits, axes, (measured.max_level[0], measured.max_level[-1]))
+    found = levels.of(plan.rule, measured.values, bits, axes, (measured.max_level[0], measured.max_level[1]))
     return _grid(found, measured, jnp.asarray(bits, jnp.int32))
 
 
 def spectrum(plan: Plan, measured: Measured) -> spectra.Spectrum:
     """The error of the leaf on the grid of each allowed width."""
-    limits = (measured.max_level[0], measured.max_level[-1])
+    limits = (measured.max_level[0], measured.max_level[1])
     return spectra.spectrum(measured.values, plan.rule, plan.groups.axes, plan.allowed, limits)
 
 

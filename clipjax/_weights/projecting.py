@@ -12,7 +12,7 @@ import optax
 
 from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
 from clipjax._maths import drawing, landing
-from clipjax._weights import latents, moments
+from clipjax._weights import facts, latents, moments
 from clipjax._weights.constraints import Constraint, Update
 from clipjax.projections import stateless
 from clipjax.typing import Context, Count, Projection, State, Tree, Where
@@ -145,6 +145,8 @@ def constrain(
 
         def current() -> Tree:
             """The latent weights that still belong to the params; without `carry` the params."""
+            # widened here, as a branch that calls this would else have the wide copies of narrow params stored for it
+            weights = jax.tree.map(dtypes.widened, narrow)
             if not carry:
                 return weights
             then = context._replace(count=state.count - 1, key=drawing.key_at(key, state.count - 1))
@@ -152,18 +154,15 @@ def constrain(
             return latents.current(constraint, state.carry, state.projection, weights, narrow, then, begun)
 
         floats, visible = current(), params
+        known = [() if inner else facts.of(u) for u in trees.flatten(updates)[0]]
         if carry and inner:
             visible, updates = picking.merge(params, floats, picks), _widened(updates, picks)
         updates, inner_state = inside.update(updates, state.inner, visible, **extra)
         steps = _aligned(updates, params, picks)
-
-        def moved(floats: Tree) -> tuple[Tree, Tree]:
-            """Target and landed."""
-            target = jax.tree.map(jnp.add, floats, steps)
-            return target, target if inner or not carry else jax.tree.map(jnp.add, weights, steps)
-
-        target, landed = moved(floats)
-        context = context._replace(landed=landed, again=lambda: moved(current()))
+        target = jax.tree.map(jnp.add, floats, steps)
+        landed = target if inner or not carry else jax.tree.map(jnp.add, weights, steps)
+        settle = functools.partial(facts.settled, known)
+        context = context._replace(landed=landed, memory=current, settle=settle)
         active = None if always else state.count >= start
         update = Update(narrow, weights, steps, floats, target, context, active)
         new, projected = projection.apply(target, state.projection, context)
@@ -178,10 +177,26 @@ def constrain(
                 inner_state = moments.cleared(inside, inner_state, params, alive, active)
         else:
             emitted = _projected(update, new)
+        if constraint.settles is not None:
+            _note(constraint.settles(target, state.projection, projected, context), active, emitted, known)
         count = optax.safe_increment(state.count)
         return picking.merge(updates, emitted, picks), ProjectState(count, latent, projected, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _note(
+    settles: list[facts.Settle], active: jax.Array | None, emitted: Tree, known: list[tuple[facts.Settle, ...]]
+) -> None:
+    """Leave a note about the emitted updates for the transformations behind."""
+    own = iter(settles)
+
+    def from_start(settle: facts.Settle, x: jax.Array) -> jax.Array:
+        return elementwise.keep(active, settle(x), x)
+
+    for update, before in zip(trees.flatten(emitted)[0], known, strict=True):
+        if update is not None:
+            facts.note(update, (*before, functools.partial(from_start, next(own))))
 
 
 def _latent(constraint: Constraint, update: Update, new: Tree, projected: State, *, chained: bool) -> tuple[Tree, Tree]:

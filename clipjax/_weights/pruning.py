@@ -15,8 +15,9 @@ from clipjax import scores as scoring
 from clipjax import structures
 from clipjax._arrays import arguments, picking, trees
 from clipjax._maths import counts, drawing
-from clipjax._weights import masks, projecting, refreshing, sparsities
+from clipjax._weights import masks, projecting, refreshing, sparsities, zeros
 from clipjax._weights.constraints import Constraint
+from clipjax._weights.zeros import NEVER, PruneState, settles, zeroed
 from clipjax.typing import (
     Context,
     Count,
@@ -31,20 +32,6 @@ from clipjax.typing import (
     Tree,
     Where,
 )
-
-
-class PruneState(NamedTuple):
-    """State of `prune_mask` inside its `ProjectState`.
-
-    Attributes:
-      mask: bool arrays, True keeps, one entry per unit (they broadcast to the weights); None at leaves not governed.
-      score: the state of the score.
-      grow: the state of the score by which removed weights grow again; () without `regrow`.
-    """
-
-    mask: Tree
-    score: State
-    grow: State
 
 
 def prune_mask(
@@ -154,7 +141,7 @@ def prune_mask(
     if mask is not None:
         remedy = "Give a fraction of zeros, or `mask=` to hold a given tree."
         arguments.require(sparsity is None, "sparsity", "be left out with `mask`", sparsity, remedy)
-        constraint, where = _given(mask), _masked_leaves(mask, where)
+        constraint, where = zeros.given(mask), zeros.masked_leaves(mask, where)
     else:
         amount = sparsities.resolve(sparsity, structure, scope)
         if amount.scheduled:
@@ -162,8 +149,11 @@ def prune_mask(
                 stop is not None, "stop", "be given with a schedule", stop, "It is the update of the last refresh."
             )
             cycle = cycle._replace(every=100 if every is None else every)
+            refreshing.check_ramp("sparsity", sparsity, cycle)  # type: ignore[arg-type]
         where = picking.resolve(where, picking.weights)
         exchange = None if regrow is None else arguments.schedule(regrow)
+        if callable(regrow):
+            refreshing.check_ramp("regrow", regrow, cycle)
         pruning = Pruning(structure, amount, score, grow, where, cycle, exchange, candidates, key)
         constraint, where = _pruned(pruning, carry), structure.holds or where
     return projecting.constrain(constraint, carry=carry, inner=inner, start=start, where=where, key=key)
@@ -206,11 +196,15 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
     def init_fn(params: Tree) -> PruneState:
         weights = scored(params)(params)
         structure.check(params, weights)
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights)
-        units = jax.tree.map(lambda u: u == 0, structure.reduce(zeros))
+        units = jax.tree.map(
+            lambda u: u == 0, structure.reduce(jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights))
+        )
         masks.check_sizes(units, structure, pruning.amount)
         pruning.amount.check(structure.owners(params))
-        return PruneState(_stored(structure, units), score.init(weights), () if regrow is None else grow.init(weights))
+        asked = jnp.full_like(pruning.amount.asked(structure.owners(params)), NEVER)
+        return PruneState(
+            _stored(structure, units), asked, score.init(weights), () if regrow is None else grow.init(weights)
+        )
 
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
         only = scored(context.params)
@@ -218,14 +212,20 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
         new_score = score.observe(only(target), state.score, here)
         new_grow = state.grow if regrow is None else grow.observe(only(target), state.grow, here)
 
-        def refresh(target: Tree, landed: Tree) -> Tree:
-            before = trees.place(state.mask, structure.owners(target))
-            kept = _refreshed(pruning, only(target), structure.owners(target), before, new_score, new_grow, here, carry)
-            return _stored(structure, kept)
+        # Schedules count from `start`, as the cycle does.
+        since = context.count - pruning.cycle.start
+        asked = pruning.amount.asked(structure.owners(target))
 
-        mask = refreshing.refreshed(pruning.cycle, context, refresh, state.mask)
-        new = PruneState(mask, new_score, new_grow)
-        return _zeroed(target, kept(target, state, new)), new
+        def refresh(target: Tree) -> tuple[Tree, jax.Array]:
+            before = trees.place(state.mask, structure.owners(target))
+            owners = structure.owners(target)
+            kept = _refreshed(pruning, only(target), owners, before, new_score, new_grow, here, since, carry)
+            return _stored(structure, kept), asked
+
+        old = state.mask, state.asked
+        mask, asked = refreshing.refreshed(pruning.cycle, context, refresh, old, target, jnp.any(asked != state.asked))
+        new = PruneState(mask, asked, new_score, new_grow)
+        return zeroed(target, kept(target, state, new)), new
 
     def kept(target: Tree, before: PruneState, after: PruneState) -> Tree:
         """Entries whose unit was kept before and is kept now: what grows again starts at 0, with moments of 0."""
@@ -236,9 +236,9 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
         return structure.expand(units, target)
 
     def frozen_fn(target: Tree, state: PruneState, context: Context) -> Tree:
-        return _zeroed(target, kept(target, state, state))
+        return zeroed(target, kept(target, state, state))
 
-    return Constraint(Projection(init_fn, apply_fn, frozen_fn), PruneState, kept)
+    return Constraint(Projection(init_fn, apply_fn, frozen_fn), PruneState, kept, settles=settles(kept))
 
 
 def _refreshed(
@@ -249,6 +249,7 @@ def _refreshed(
     score_state: State,
     grow_state: State,
     context: Context,
+    since: jax.Array,
     carry: bool,
 ) -> Tree:
     """The units that are kept from now on."""
@@ -259,12 +260,12 @@ def _refreshed(
         ready["chosen"] = drawing.choose(pruning.select, structure.reduce(values), pruning.key, context.count)
     # With latent weights a removed unit competes again by its score; without them it is 0, and stays removed.
     units = masks.pool(values, structure, before=None if carry else before, **ready)
-    removed = amount.removed(context.count, units.sizes, owners)
+    removed = amount.removed(since, units.sizes, owners)
     if pruning.regrow is None:
         kept = masks.cut(units, structure, amount, removed)
         return kept if carry else jax.tree.map(jnp.logical_and, kept, before)
     # Two cuts: the first removes more than asked, by score; the second fills up again, by the score of growth.
-    share = pruning.regrow(context.count)
+    share = pruning.regrow(since)
     stay = masks.cut(units, structure, amount, _before_growth(removed, units, before, share, amount.pooled))
     units = masks.pool(pruning.grow.score(target, grow_state, context), structure, safe=stay, **ready)
     return masks.cut(units, structure, amount, removed)
@@ -291,35 +292,6 @@ def _restricted(context: Context, only: Callable[[Tree], Tree]) -> Context:
 def _stored(structure: Structure, units: Tree) -> Tree:
     """Masks as the state keeps them: in the boxes of the params only where they have their shapes."""
     return units if structure.whole else trees.by_path(units)
-
-
-def _zeroed(target: Tree, kept: Tree) -> Tree:
-    return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, kept)
-
-
-def _given(mask: Tree) -> Constraint:
-    """The constraint to the zeros of a given mask."""
-
-    def init_fn(params: Tree) -> PruneState:
-        return PruneState(trees.map_with_path(masks.as_mask, params, trees.match(mask, params)), (), ())
-
-    def kept(target: Tree, before: PruneState, after: PruneState) -> Tree:
-        return trees.place(after.mask, target)
-
-    def frozen_fn(target: Tree, state: PruneState, context: Context) -> Tree:
-        return _zeroed(target, kept(target, state, state))
-
-    def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
-        return frozen_fn(target, state, context), state
-
-    return Constraint(Projection(init_fn, apply_fn, frozen_fn), PruneState, kept)
-
-
-def _masked_leaves(mask: Tree, where: Where | None) -> Where:
-    """The leaves for which a mask is given."""
-    given = {path for path, m in trees.governed(mask) if m is not True}
-    picked = picking.resolve(where, picking.everything)
-    return lambda path, leaf: path in given and picked(path, leaf)
 
 
 def _check_regrow(

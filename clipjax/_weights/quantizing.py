@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -140,13 +142,16 @@ def fake_quantize(
         by_path = plans(target)
         if not by_path:
             return target, state
-        for path, plan in by_path.items():
-            leaf_grid.check_fits(plan, path, leaf_grid.at(state, path))
+        settle = context.settle
+        assert settle is not None  # `project` always gives it
 
-        def refresh(target: Tree, landed: Tree) -> QuantizeState:
-            values, given, shown = (dict(trees.governed(tree)) for tree in (target, landed, context.params))
+        def refresh(target: Tree) -> QuantizeState:
+            largest = jnp.finfo(jnp.float32).max
+            ends = [jax.tree.map(functools.partial(jnp.full_like, fill_value=x), target) for x in (-largest, largest)]
+            low, high = (dict(trees.governed(settle(tree))) for tree in ends)
+            values, shown = dict(trees.governed(target)), dict(trees.governed(context.params))
             measured = {
-                path: leaf_grid.measure(plan, values[path], given[path], leaf_grid.at(state, path), shown[path].dtype)
+                path: leaf_grid.measure(plan, values[path], (low[path], high[path]), shown[path].dtype)
                 for path, plan in by_path.items()
             }
             if widths.choose is not None:
@@ -154,7 +159,7 @@ def fake_quantize(
                 return leaf_grid.gathered(_chosen(widths.choose, by_path, measured, sizes))
             return leaf_grid.gathered({path: leaf_grid.fit(plan, measured[path]) for path, plan in by_path.items()})
 
-        new = refreshing.refreshed(cycle, context, refresh, state)
+        new = refreshing.refreshed(cycle, context, refresh, state, target)
         return frozen_fn(target, new, context), new
 
     def frozen_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
@@ -245,8 +250,8 @@ def quantized(params: Tree, opt_state: State) -> Tree:
     states = [state for state in found if isinstance(state.step, dict)]  # those that govern a leaf
 
     def codes(path: str, leaf: jax.Array) -> jax.Array | integers.Quantized:
-        for state in states:  # the largest level is infinite before the first refresh
-            if path in state.step and not jnp.any(jnp.isinf(state.max_level[path])):
+        for state in states:
+            if path in state.step and leaf_grid.refreshed(leaf_grid.at(state, path)):
                 return _integers(leaf, leaf_grid.at(state, path))
         return leaf
 

@@ -28,6 +28,8 @@ class Amount(NamedTuple):
     Attributes:
       pooled: True where the units of all leaves are compared together.
       scheduled: True where it changes with the count.
+      asked: `asked(owners) -> f32`, the fraction, or one for each leaf, for which a mask would be made at any count; 0
+        for a schedule, and for a structure that fixes it.
       check: `check(owners)` raises where a leaf has no fraction, or a wrong one.
       removed: `removed(count, sizes, owners) -> u32 for each leaf`, how many units go: of each leaf, or where `pooled`
         of all together, every entry the same.
@@ -35,6 +37,7 @@ class Amount(NamedTuple):
 
     pooled: bool
     scheduled: bool
+    asked: Callable[[Tree], jax.Array]
     check: Callable[[Tree], object]
     removed: Callable[[jax.Array | None, Sizes, Tree], list[jax.Array]]
 
@@ -50,14 +53,20 @@ def resolve(sparsity: Sparsity, structure: Structure, scope: str) -> Amount:
     if structure.keep is not None:
         remedy = "This structure fixes the sparsity itself: leave it out."
         arguments.require(sparsity is None, "sparsity", "be None for n_of_m", sparsity, remedy)
-        return Amount(scope == "global", False, lambda owners: None, lambda count, sizes, owners: [])
+        return Amount(scope == "global", False, _nothing, lambda owners: None, lambda count, sizes, owners: [])
     arguments.require(sparsity is not None, "sparsity", "be given for this structure", sparsity, _REMEDY)
     if arguments.is_tree(sparsity):  # also `per_leaf`, a tuple: with own fractions no leaves are compared with others
         return _leaf_by_leaf(sparsity)
     scheduled = arguments.is_schedule(sparsity)
     if not scheduled and arguments.known(sparsity):
         arguments.fraction(sparsity, "sparsity", _REMEDY)
-    return Amount(scope == "global", scheduled, lambda owners: None, _uniform(arguments.schedule(sparsity), scope))
+    asked = _nothing if scheduled else lambda owners: jnp.asarray(sparsity, jnp.float32)
+    removed = _uniform(arguments.schedule(sparsity), scope)
+    return Amount(scope == "global", scheduled, asked, lambda owners: None, removed)
+
+
+def _nothing(owners: Tree) -> jax.Array:
+    return jnp.zeros(())
 
 
 def _uniform(schedule: Schedule, scope: str) -> Callable[[jax.Array | None, Sizes, Tree], list[jax.Array]]:
@@ -90,7 +99,10 @@ def _leaf_by_leaf(sparsity: Tree) -> Amount:
     def removed(count: jax.Array | None, sizes: Sizes, owners: Tree) -> list[jax.Array]:
         return [counts.of_fraction(f, n) for f, n in zip(fractions(owners), sizes, strict=True)]
 
-    return Amount(False, False, fractions, removed)
+    def asked(owners: Tree) -> jax.Array:
+        return jnp.asarray(fractions(owners) or 0.0, jnp.float32)
+
+    return Amount(False, False, asked, fractions, removed)
 
 
 def _erdos_renyi(sparsity: Number, shapes: list[tuple[int, ...]], sizes: Sizes) -> list[Number]:

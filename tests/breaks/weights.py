@@ -69,8 +69,8 @@ MUTANTS = (
     Mutant("_weights/masks.py", "[ranking.protect(x, ~f)", "[ranking.protect(x, f & False)", "pruning", "non_finite"),
     Mutant(
         "_weights/sparsities.py",
-        "Amount(False, False, fractions, removed)",
-        "Amount(True, False, fractions, removed)",
+        "Amount(False, False, asked, fractions, removed)",
+        "Amount(True, False, asked, fractions, removed)",
         "pruning",
         "scope_leaf",
     ),
@@ -80,9 +80,23 @@ MUTANTS = (
         "_weights/moments.py", "jnp.where(gone, jnp.zeros_like(moment), moment)", "moment", "pruning_cycles", "moments"
     ),
     Mutant("_weights/pruning.py", "structure.holds or where", "where", "groups", "reference"),
-    Mutant("_weights/leaf_grid.py", "jnp.maximum(grid.max_level, largest))", "largest)", "contract_chain", "max_level"),
     Mutant(
-        "_weights/leaf_grid.py", "(landed != 0) & jnp.isfinite(x)", "jnp.isfinite(x)", "contract_chain", "step_ignores"
+        "_weights/leaf_grid.py",
+        "for side in (-lowest, highest)",
+        "for side in (highest, highest)",
+        "quantizing",
+        "allow",
+    ),
+    Mutant("_weights/refreshing.py", "refresh(settle(weights))", "refresh(weights)", "refreshing", "same_update"),
+    Mutant("_weights/refreshing.py", "| (changed & (since >= 0))", "", "refreshing", "on_resume"),
+    Mutant("_weights/refreshing.py", "lambda: fresh(memory())", "lambda: fresh(target)", "refreshing", "memory"),
+    Mutant("_weights/facts.py", "and array() is update", "", "refreshing", "belongs"),
+    Mutant(
+        "_weights/pruning.py",
+        "since = context.count - pruning.cycle.start",
+        "since = context.count",
+        "pruning",
+        "freezes",
     ),
     Mutant("_weights/leaf_grid.py", "(w == 0) & binary", "w == 1e9", "quantizing", "one_bit"),
     Mutant(
@@ -113,8 +127,8 @@ MUTANTS = (
     Mutant("_weights/clamping.py", "elementwise.where(chosen, new, w)", "new", "documents", "d3_strategies"),
     Mutant(
         "_weights/refreshing.py",
-        "jax.tree.map(sharding.laid_as, refresh(*again()), old)",
-        "refresh(*again())",
+        "jax.tree.map(sharding.laid_as, refresh(settle(weights)), old)",
+        "refresh(settle(weights))",
         "explicit_axes",
     ),
 )

@@ -286,8 +286,9 @@ def test_master_weights_do_not_lose_a_thousand_small_steps():
 )
 def test_refreshes_are_due_at(start, every, stop, expected):
     def due(count):
-        context = Context(count, None, None, None, jax.random.key(0), again=lambda: (None, None))
-        return refreshed(Cycle(start, every, stop), context, lambda target, landed: True, False)
+        context = Context(count, None, None, None, jax.random.key(0), memory=lambda: None, settle=lambda tree: tree)
+        no, yes = (jnp.full((), value, bool) for value in (False, True))
+        return refreshed(Cycle(start, every, stop), context, lambda target: yes, no, None)
 
     got = jax.vmap(due)(jnp.arange(10))
     assert list(np.flatnonzero(got)) == expected
@@ -323,7 +324,6 @@ def test_states_that_do_not_fit_say_so():
         (prune, prune.init(params)._replace(projection=prune.init(params).projection._replace(mask=()))),
         (master, clipjax.project(clipjax.projections.identity()).init(params)),
         (clipjax.project(clipjax.projections.identity()), master.init(params)),
-        (quantize, clipjax.fake_quantize(4, step=clipjax.steps.minmax()).init(params)),
     ):
         with pytest.raises(ValueError, match="`state` must belong to these params"):
             tx.update(zeros, wrong, params)

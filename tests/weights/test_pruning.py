@@ -127,9 +127,8 @@ def test_make_mask_keeps_min_keep_units_of_every_leaf(min_keep, left):
 
 
 def test_prunes_the_lowest_once_and_holds_them():
-    """A constant sparsity without `every` fires once: masks stay while weights grow and shrink."""
-    target = jax.tree.map(jnp.add, PARAMS, noise(0))
-    expected = reference_mask(jax.tree.map(jnp.abs, kernels(target)), 0.7)
+    """A constant sparsity without `every` fires once, on the weights before the update: then masks stay."""
+    expected = reference_mask(jax.tree.map(jnp.abs, kernels(PARAMS)), 0.7)
     for params in run(clipjax.prune_mask(0.7), 4, noise):
         chex.assert_trees_all_equal(zeros(params), jax.tree.map(np.logical_not, expected))
         assert not np.any(np.asarray(params["a"]["bias"]) == 0)  # biases are not picked
@@ -142,12 +141,14 @@ def test_start_leaves_earlier_updates_alone():
 
 @pytest.mark.parametrize(("every", "stop", "refreshes"), [(2, 6, [1, 3, 5, 6]), (3, 7, [1, 4, 7]), (100, 5, [1, 5])])
 def test_schedule_refreshes_every_and_always_at_stop_then_freezes(every, stop, refreshes):
+    """The schedule counts from `start`, as the cycle does; `stop` is a count of the run."""
+
     def schedule(count):
         return 0.1 * (count.astype(jnp.float32) + 1)
 
     expected, now = [], 0
     for count in range(9):
-        now = round(float(np.float32(0.1) * np.float32(count + 1)) * 50) if count in refreshes else now
+        now = round(float(np.float32(0.1) * np.float32(count)) * 50) if count in refreshes else now
         expected.append(now)
     tx = clipjax.prune_mask(schedule, start=1, every=every, stop=stop)
     assert [count_zeros(p) for p in run(tx, 9, noise)] == expected

@@ -1,0 +1,76 @@
+"""The constraint to the zeros of a mask: its state, what it makes of any values, and masks that are given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipjax._arrays import picking, trees
+from clipjax._weights import masks
+from clipjax._weights.constraints import Constraint
+from clipjax._weights.facts import Settle
+from clipjax.typing import Context, Projection, State, Tree, Where
+
+
+class PruneState(NamedTuple):
+    """State of `prune_mask` inside its `ProjectState`.
+
+    Attributes:
+      mask: bool arrays, True keeps, one entry per unit (they broadcast to the weights); None at leaves not governed.
+      asked: f32, the constant sparsity that the mask was made for, or one for each leaf; -1 before the first refresh; 0
+        for a schedule and where no sparsity is asked for.
+      score: the state of the score.
+      grow: the state of the score by which removed weights grow again; () without `regrow`.
+    """
+
+    mask: Tree
+    asked: jax.Array
+    score: State
+    grow: State
+
+
+NEVER = -1.0  # the sparsity of a mask that was never chosen
+
+
+def zeroed(target: Tree, kept: Tree) -> Tree:
+    """Weights, 0 where they are not kept."""
+    return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, kept)
+
+
+def settles(kept: Callable[[Tree, State, State], Tree]) -> Callable[[Tree, State, State, Context], list[Settle]]:
+    """What a mask makes of any values: 0 where it removes the weight."""
+
+    def settle(target: Tree, before: State, after: State, context: Context) -> list[Settle]:
+        return [functools.partial(zeroed, kept=mask) for mask in jax.tree.leaves(kept(target, before, after))]
+
+    return settle
+
+
+def given(mask: Tree) -> Constraint:
+    """The constraint to the zeros of a given mask."""
+
+    def init_fn(params: Tree) -> PruneState:
+        masked = trees.map_with_path(masks.as_mask, params, trees.match(mask, params))
+        return PruneState(masked, jnp.zeros(()), (), ())
+
+    def kept(target: Tree, before: PruneState, after: PruneState) -> Tree:
+        return trees.place(after.mask, target)
+
+    def frozen_fn(target: Tree, state: PruneState, context: Context) -> Tree:
+        return zeroed(target, kept(target, state, state))
+
+    def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
+        return frozen_fn(target, state, context), state
+
+    return Constraint(Projection(init_fn, apply_fn, frozen_fn), PruneState, kept, settles=settles(kept))
+
+
+def masked_leaves(mask: Tree, where: Where | None) -> Where:
+    """The leaves for which a mask is given."""
+    given = {path for path, m in trees.governed(mask) if m is not True}
+    picked = picking.resolve(where, picking.everything)
+    return lambda path, leaf: path in given and picked(path, leaf)
