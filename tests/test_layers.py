@@ -22,7 +22,7 @@ FAMILIES = "projections selections roundings steps widths structures scores thre
 # those that stand before it; the rooms of one level do not know each other.
 LEVELS = (
     {"": "typing"},
-    {"_arrays": "arguments trees sharding elementwise dtypes picking"},
+    {"_arrays": "arguments trees sharding stacks elementwise dtypes picking"},
     {
         "_maths": "blocks counts drawing ring_buffers intervals norms ranking grids step_groups integers fitting levels"
         " spectra landing straight_through",
