@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import clipjax
-from clipjax import scores
+from clipjax import scores, structures
 
 pytestmark = pytest.mark.optimized
 
@@ -77,6 +78,35 @@ def test_resume_in_a_fresh_process_is_bit_equal(name, tmp_path):
         restored = checkpointer.restore(tmp_path / "end", expected)
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     assert int((half["kernel"] == 0).sum()) > 0 and int((new["kernel"] == 0).sum()) >= 102
+
+
+def grid_of(kernel):
+    return {"dense": {"kernel": kernel, "bias": jnp.zeros(4)}, "none": None}
+
+
+TREES = {
+    "nested": grid_of,
+    "one_array": lambda kernel: kernel,
+    "integers": lambda kernel: {0: grid_of(kernel), 1: [kernel + 1]},
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_state_survives_flat_keys_joined_by_slashes(name):
+    """Flax's way to a checkpoint of flat names: every array of ours comes back to its place."""
+    tx = optax.chain(
+        clipjax.clip_norm(clipjax.thresholds.zscore(), per="leaf"),
+        clipjax.skip_spikes(optax.adam(1e-2), 10.0),
+        clipjax.prune_mask(0.5, structure=structures.unit(), score=scores.movement(), every=2),
+        clipjax.fake_quantize(4, axis=-1),
+    )
+    tree = TREES[name](jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32))
+    _, state = jax.jit(tx.update)(tree, tx.init(tree), tree, grad=tree)
+    flat = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(state), keep_empty_nodes=True, sep="/")
+    nested = flax.traverse_util.unflatten_dict(flat, sep="/")
+    restored = flax.serialization.from_state_dict(tx.init(tree), nested)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,11 @@ def governed(tree: Tree) -> list[tuple[str, Any]]:
 
 
 def by_path(tree: Tree) -> Any:
-    """The governed leaves keyed by path: plain arrays of any shape, outside of the params' boxes."""
+    """The governed leaves in nested dicts, a level for each key of their paths: outside of the params' boxes.
+
+    No key has a "/", so that tools which join keys by it, as `flax.traverse_util.flatten_dict(sep="/")`, find them
+    again. Where a path goes on behind another leaf's ("a" and "a/b") the params have such keys themselves: it is one.
+    """
     named = governed(tree)
     if not named:  # one leaf all the same: `optax.tree.map_params` inits with a tree that has none
         return jnp.zeros(())
@@ -73,7 +77,24 @@ def by_path(tree: Tree) -> Any:
         raise ValueError(
             f"Leaf paths must differ, got {sorted(p for p, _ in named)}. Rename the keys that contain '/'."
         )
-    return found
+    stored: dict[str, Any] = {}
+    for path, leaf in named:
+        *outer, last = path.split("/")
+        behind_leaf = any("/".join(outer[: i + 1]) in found for i in range(len(outer)))
+        node = stored
+        for key in () if behind_leaf else outer:
+            node = node.setdefault(key, {})
+        node[path if behind_leaf else last] = leaf
+    return stored
+
+
+def look_up(stored: Any, path: str) -> Any:
+    """The leaf of one path in what `by_path` gave; None where it has none."""
+    if isinstance(stored, dict) and _is_array(stored.get(path)):
+        return stored[path]
+    for key in path.split("/"):
+        stored = stored.get(key) if isinstance(stored, dict) else None
+    return stored if _is_array(stored) else None
 
 
 def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -85,11 +106,12 @@ def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 
 def place(values: Tree, like: Tree) -> Tree:
-    """State arrays at the governed leaves of `like`: found by path in a dict of paths, else by position."""
+    """State arrays at the governed leaves of `like`: looked up by path in dicts, else by position."""
     leaves, treedef = flatten(like)
     names = [None if leaf is None else path for path, leaf in zip(paths(like), leaves, strict=True)]
-    if isinstance(values, dict) and all(name is None or _is_array(values.get(name)) for name in names):
-        return treedef.unflatten([None if name is None else values[name] for name in names])
+    found = [None if name is None else look_up(values, name) for name in names]
+    if all((x is None) == (name is None) for x, name in zip(found, names, strict=True)):
+        return treedef.unflatten(found)
     ordered, wanted = jax.tree.leaves(values), sum(name is not None for name in names)
     check_state(len(ordered) == wanted, f"{len(ordered)} arrays for {wanted} leaves")
     rest = iter(ordered)

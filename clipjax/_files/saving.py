@@ -40,7 +40,8 @@ def save(path: str | os.PathLike[str], params: Tree) -> None:
         leaves (functions in an Equinox module) is split first: `eqx.filter(model, eqx.is_array)`.
 
     Raises:
-      TypeError: for a leaf that is no array, or a key that is no string or whole number.
+      TypeError: for a leaf that is no array or a PRNG key (save its `jax.random.key_data`), and for a key of a dict
+        that is no string or whole number.
       ValueError: for a `Quantized` whose step or zero point does not broadcast to its codes.
       ImportError: where `constriction` is missing and a leaf is smallest entropy coded: `pip install 'clipjax[files]'`.
 
@@ -163,11 +164,16 @@ def _host(name: str, leaf: object) -> np.ndarray | Quantized:
     """A leaf as a NumPy array of a dtype that a file can hold, or a `Quantized` as it is."""
     if isinstance(leaf, Quantized):
         return leaf
-    known = isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
-    if not known or jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.extended):
+    if jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.extended):
+        raise TypeError(
+            f"Leaves must be arrays of numbers, got a PRNG key at {name!r}. Save the params alone, of an NNX model"
+            " `nnx.state(model, nnx.Param)`; or give `jax.random.key_data(key)`, an array that `save` takes and"
+            " `jax.random.wrap_key_data` makes a key again."
+        )
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
         raise TypeError(
             f"Leaves must be arrays, got {type(leaf).__name__} at {name!r}. Save the arrays alone, and give the whole"
-            " tree as `like` to `load`; keys go through `jax.random.key_data`."
+            " tree as `like` to `load`."
         )
     x = np.asarray(leaf)
     if x.dtype.name not in leaf_codec.DTYPES:

@@ -14,6 +14,7 @@ import numpy as np
 from clipjax._arrays import arguments, dtypes, picking, trees
 from clipjax._files import leaf_codec
 from clipjax._reports import distributions
+from clipjax._weights import leaf_grid
 from clipjax._weights.leaf_grid import Grid
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.zeros import PruneState
@@ -128,7 +129,7 @@ def summarize(params: Tree, opt_state: State = None, *, widths: tuple[int, ...] 
     """
     widths = () if isinstance(widths, tuple | list) and not widths else arguments.widths(widths, "widths")
     states = _project_states(opt_state)
-    grids = [g for g in trees.find(opt_state, Grid) if isinstance(g.step, dict)]
+    grids = trees.find(opt_state, Grid)
     latents = [dict(trees.governed(s.carry)) for s in states if isinstance(s.projection, Grid)]
     masks = [dict(trees.governed(s.projection.mask)) for s in states if isinstance(s.projection, PruneState)]
     leaves = [(path, leaf) for path, leaf in trees.governed(params) if not _is_key(leaf)]
@@ -168,7 +169,7 @@ def _row(
     widths: tuple[int, ...],
 ) -> Row:
     x = np.asarray(jnp.asarray(leaf).astype(dtypes.wide(leaf.dtype)) if picking.floating(leaf) else leaf)
-    grid = next((g for g in grids if path in g.step), None)
+    grid = next((leaf_grid.at(g, path) for g in grids if trees.look_up(g.step, path) is not None), None)
     own_masks = [m[path] for m in masks if path in m]
     picked = ["prune"] * bool(own_masks) + ["quantize"] * (grid is not None)
     z = next((z[path] for z in latents if path in z), None)
@@ -177,8 +178,8 @@ def _row(
         "picked": "+".join(picked),
         "shape": x.shape,
         "sparsity": float(np.mean(x == 0)) if x.size else 0.0,
-        "bits": (int(grid.bits[path]) or None) if grid else None,
-        "step": float(np.mean(grid.step[path])) if grid else None,
+        "bits": (int(grid.bits) or None) if grid else None,
+        "step": float(np.mean(grid.step)) if grid else None,
         "sqnr_db": _sqnr(x, z),
         **_sizes(np.asarray(leaf)),
         **_distribution(_surviving(leaf if z is None else z, own_masks), widths),

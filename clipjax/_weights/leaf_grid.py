@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, elementwise, trees
 from clipjax._maths import fitting, grids, intervals, levels, spectra, step_groups
-from clipjax.typing import Leaf, Levels, Step
+from clipjax.typing import Leaf, Levels, Step, Tree
 
 Field = TypeVar("Field")
 
@@ -19,7 +19,7 @@ Soften = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.A
 
 
 class Grid(NamedTuple, Generic[Field]):
-    """The grid of one leaf, or, with dicts by path as its fields, of all leaves: the state of `fake_quantize`.
+    """The grid of one leaf, or, with nested dicts by path as its fields, of all leaves: the state of `fake_quantize`.
 
     Attributes:
       step: f32 per step group, the distance of two levels.
@@ -43,13 +43,14 @@ class Grid(NamedTuple, Generic[Field]):
 _NEVER = -1.0  # the largest level of a grid that was never fitted
 
 LeafGrid: TypeAlias = Grid[jax.Array]
-QuantizeState: TypeAlias = Grid[dict[str, jax.Array]]
+QuantizeState: TypeAlias = Grid[Tree]
 
 
 def at(state: QuantizeState, path: str) -> LeafGrid:
     """The grid of one leaf."""
-    trees.check_state(isinstance(state.step, dict) and path in state.step, f"no grid for {path!r}")
-    grid = Grid(*(field[path] for field in state))
+    found = [trees.look_up(field, path) for field in state]
+    trees.check_state(all(x is not None for x in found), f"no grid for {path!r}")
+    grid = Grid(*found)
     trees.check_state(grid.max_level.shape == (2, *grid.step.shape), f"another layout of the grid of {path!r}")
     return grid
 

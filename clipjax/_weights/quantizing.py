@@ -247,11 +247,10 @@ def quantized(params: Tree, opt_state: State) -> Tree:
     found = trees.find(opt_state, Grid)
     remedy = "Pass the state of an optimizer with `clipjax.fake_quantize` in it."
     arguments.require(found, "opt_state", "hold a quantizer", type(opt_state).__name__, remedy)
-    states = [state for state in found if isinstance(state.step, dict)]  # those that govern a leaf
 
     def codes(path: str, leaf: jax.Array) -> jax.Array | integers.Quantized:
-        for state in states:
-            if path in state.step and leaf_grid.refreshed(leaf_grid.at(state, path)):
+        for state in found:
+            if trees.look_up(state.step, path) is not None and leaf_grid.refreshed(leaf_grid.at(state, path)):
                 return _integers(leaf, leaf_grid.at(state, path))
         return leaf
 

@@ -84,6 +84,30 @@ def test_by_path_refuses_paths_that_collide():
         trees.by_path({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
 
 
+CONTAINERS = {
+    "nested": TREE,
+    "one_array": jnp.ones(2),
+    "integers": {0: jnp.ones(1), 10: {2: jnp.ones(2)}},
+    "behind_a_leaf": {"a": jnp.ones(1), "a/b": jnp.ones(2), "a/b/c": {"d": jnp.ones(3)}, "e": {"a": jnp.ones(4)}},
+    "empty_keys": {"": jnp.ones(1), "/b": jnp.ones(2), "c": {"": jnp.ones(3)}},
+}
+
+
+@pytest.mark.parametrize("tree", CONTAINERS.values(), ids=CONTAINERS)
+def test_by_path_keeps_every_path(tree):
+    """The stored dicts have the same paths, and every leaf is found by its own and by no other."""
+    stored, named = trees.by_path(tree), trees.governed(tree)
+    assert dict(trees.governed(stored)) == dict(named)
+    assert all(trees.look_up(stored, path) is leaf for path, leaf in named)
+    assert trees.look_up(stored, "enc") is None and trees.look_up(stored, "a/b/c/d/e") is None
+    assert jax.tree.leaves(trees.place(stored, tree)) == jax.tree.leaves(tree)
+
+
+def test_by_path_has_no_key_with_a_slash():
+    stored = trees.by_path({"enc/lin": TREE["enc"]["lin"], "head": TREE["head"]})
+    assert {key: list(inner) for key, inner in stored.items()} == {"enc": ["lin"], "head": ["0"]}
+
+
 def test_map_with_path_skips_none_and_aligns():
     got = trees.map_with_path(lambda path, x, y: (path, float(x + y)), {"a": 1.0, "n": None}, {"a": 2.0, "n": None})
     assert got == {"a": ("a", 3.0), "n": None}

@@ -45,6 +45,10 @@ MUTANTS = (
         "contract_models",
         "targets",
     ),
+    Mutant(
+        "_arrays/trees.py", "for key in () if behind_leaf else outer", "for key in outer", "trees", "keeps_every_path"
+    ),
+    Mutant("_arrays/trees.py", "node[path if behind_leaf else last]", "node[last]", "trees", "keeps_every_path"),
     Mutant("_arrays/elementwise.py", "placed = max(", "placed = min(", "explicit_axes", "groups or soft"),
     Mutant("_arrays/stacks.py", "return jax.typeof(x), None", "return x.shape, None", "stacks", "alike"),
     Mutant("_arrays/stacks.py", r're.sub(r"\d+", "0", name)', '""', "stacks", "alike"),

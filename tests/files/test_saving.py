@@ -159,6 +159,17 @@ def test_nnx_state_through_like():
     assert sorted(round_trip(state)) == ["bias", "kernel"]
 
 
+def test_keys_of_an_nnx_model_are_refused_with_both_ways_out():
+    """The state of a model with Dropout has the key of its random stream."""
+    model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+    with pytest.raises(TypeError, match=r"PRNG key at '.*key'\..*`nnx\.state\(model, nnx\.Param\)`.*key_data\(key\)"):
+        clipjax.pack(nnx.state(model))
+    same(round_trip(nnx.state(model, nnx.Param), like=nnx.state(model, nnx.Param)), nnx.state(model, nnx.Param))
+    keys = jax.random.split(jax.random.key(3), 2)
+    data = round_trip({"key": jax.random.key_data(keys)})["key"]
+    assert data.dtype == jnp.uint32 and (jax.random.wrap_key_data(data) == keys).all()
+
+
 def test_equinox_module_through_like():
     model = eqx.nn.MLP(3, 2, 8, 2, key=jax.random.key(0))
     with pytest.raises(TypeError, match=r"must be arrays, got .* at 'activation'"):

@@ -159,9 +159,9 @@ def test_refresh_argument_forces_or_forbids():
     found = {}
     for refresh in (None, True, False):
         found[refresh] = tx.update(large, state._replace(count=state.count + 1), PARAMS, refresh=refresh)[1]
-    assert float(found[False].projection.step["a/kernel"]) == float(found[None].projection.step["a/kernel"]) == 1
+    assert float(found[False].projection.step["a"]["kernel"]) == float(found[None].projection.step["a"]["kernel"]) == 1
     largest = np.abs(PARAMS["a"]["kernel"]).max()  # before the update
-    np.testing.assert_allclose(found[True].projection.step["a/kernel"], largest / 7, rtol=1e-4)
+    np.testing.assert_allclose(found[True].projection.step["a"]["kernel"], largest / 7, rtol=1e-4)
 
 
 @pytest.mark.parametrize("every", [1, 2])
