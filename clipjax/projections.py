@@ -101,6 +101,7 @@ def max_norm(bound: float, *, axis: int | tuple[int, ...] | None = None) -> Proj
     References:
       Srivastava et al., "Dropout", 2014, section 5.1.
     """
+    arguments.scalar(bound, "bound", "All norms have the same bound.")
     arguments.non_negative(bound, "bound", "A norm is at least 0.")
 
     def scale(x: jax.Array) -> jax.Array:

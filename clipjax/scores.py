@@ -55,7 +55,7 @@ def magnitude(normalize: Literal["rms", "l2"] | None = None) -> Score:
     References:
       D2, section 2.3 ("order by weight magnitude"). Han et al., 2015, https://arxiv.org/abs/1506.02626.
     """
-    arguments.choice(normalize, "normalize", (None, "rms", "l2"))  # type: ignore[arg-type]
+    arguments.choice(normalize, "normalize", (None, "rms", "l2"))
 
     def score(x: jax.Array) -> jax.Array:
         size = jnp.abs(x)

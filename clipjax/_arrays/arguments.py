@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -83,6 +84,13 @@ def numeric(value: object, name: str, remedy: str) -> np.ndarray:
     return number
 
 
+def scalar(value: object, name: str, remedy: str) -> None:
+    """Refuse an array where one number is meant, a traced one too: its shape is known."""
+    shape = np.shape(value) if isinstance(value, list) else getattr(value, "shape", ())
+    if shape:
+        raise ValueError(f"`{name}` must be one number, got an array of shape {shape}. {remedy}")
+
+
 def non_negative(value: object, name: str, remedy: str) -> None:
     """Check a known bound or threshold: a number >= 0, infinity allowed, NaN not."""
     if checkable(value):
@@ -91,7 +99,8 @@ def non_negative(value: object, name: str, remedy: str) -> None:
 
 
 def fraction(value: object, name: str, remedy: str) -> None:
-    """Check a known fraction in [0, 1)."""
+    """Check a fraction in [0, 1), where it is known."""
+    scalar(value, name, remedy)
     if checkable(value):
         number = numeric(value, name, remedy)
         require(np.all((number >= 0) & (number < 1)), name, "lie in [0, 1)", value, remedy)
@@ -99,7 +108,8 @@ def fraction(value: object, name: str, remedy: str) -> None:
 
 def whole(value: object, name: str, *, low: int, remedy: str) -> None:
     """Check a known whole number that is at least `low`."""
-    if checkable(value):
+    scalar(value, name, remedy)
+    if not traced(value):
         number = numeric(value, name, remedy)
         ok = np.all((number >= low) & (number == np.floor(number)))
         require(ok, name, f"be a whole number >= {low}", value, remedy)
@@ -140,7 +150,7 @@ def widths(values: Sequence[int], name: str) -> tuple[int, ...]:
     return tuple(sorted({int(width) for width in values}))
 
 
-def choice(value: object, name: str, options: tuple[str, ...]) -> None:
+def choice(value: object, name: str, options: tuple[object, ...]) -> None:
     """Check an option given by name."""
     static(value, name)
     listed = ", ".join(repr(option) for option in options)
@@ -151,7 +161,16 @@ def instance(value: object, kind: type | tuple[type, ...], name: str, remedy: st
     """Check that an argument of a family (a score, a structure, a step) was built by its factory."""
     if not isinstance(value, kind):
         names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        called(value, name, f"a {names}")
         raise TypeError(f"`{name}` must be a {names}, got {value!r}. {remedy}")
+
+
+def called(value: object, name: str, kinds: str) -> None:
+    """Refuse a factory of this library that was not called: no function of its modules is a schedule."""
+    module = str(getattr(value, "__module__", ""))
+    if inspect.isfunction(value) and module.split(".")[0] == "clipjax" and "<" not in value.__qualname__:
+        factory = value.__name__ if "._" in module else f"{module.removeprefix('clipjax.')}.{value.__name__}"
+        raise TypeError(f"`{name}` must be {kinds}, got the function `{factory}`. Call it: `{factory}()`.")
 
 
 def schedule(value: Any) -> Callable[[jax.Array], Any]:
@@ -162,6 +181,33 @@ def schedule(value: Any) -> Callable[[jax.Array], Any]:
 def is_number(value: object) -> bool:
     """True for a Python or NumPy number that is not NaN."""
     return isinstance(value, int | float | np.number) and not math.isnan(float(value))
+
+
+def transformation(value: object, name: str) -> None:
+    """Refuse what is no Optax transformation, and no None."""
+    if value is not None and not (hasattr(value, "init") and hasattr(value, "update")):
+        remedy = f"Call its factory: `{name}=optax.adam(1e-3)`."
+        raise TypeError(f"`{name}` must be an optax.GradientTransformation, got {value!r}. {remedy}")
+
+
+def takes(fn: Callable[..., Any], name: str, parameters: tuple[str, ...], remedy: str) -> None:
+    """Refuse a function that cannot be called with these arguments, before its own errors could be mistaken for it."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a builtin that does not tell its arguments
+        return
+    try:
+        signature.bind(*parameters)
+    except TypeError:
+        listed = ", ".join(parameters)
+        raise TypeError(f"`{name}` must be a function of ({listed}), got one of {signature}. {remedy}") from None
+
+
+def check_schedule(value: object, name: str, kinds: str) -> None:
+    """Check that a callable can be a schedule: no factory, and a function of the count alone."""
+    if callable(value):
+        called(value, name, kinds)
+        takes(value, name, ("count",), "Mark a function (path, leaf) by `clipjax.per_leaf`, where that is taken.")
 
 
 def per_leaf(fn: Callable[[str, Any], Any]) -> PerLeaf:
@@ -178,6 +224,9 @@ def per_leaf(fn: Callable[[str, Any], Any]) -> PerLeaf:
     Returns:
       The argument to pass.
 
+    Raises:
+      TypeError: for something that is no function of (path, leaf).
+
     Example:
       >>> import clipjax, jax.numpy as jnp
       >>> tx = clipjax.clamp_weights(clipjax.per_leaf(lambda path, leaf: 1.0 if "head" in path else 0.5))
@@ -186,6 +235,9 @@ def per_leaf(fn: Callable[[str, Any], Any]) -> PerLeaf:
       >>> {k: float((params[k] + u)[0]) for k, u in updates.items()}
       {'body': 0.5, 'head': 1.0}
     """
+    if not callable(fn):
+        raise TypeError(f"`fn` must be a function (path, leaf) -> value, got {fn!r}. Give a plain value as it is.")
+    takes(fn, "fn", ("path", "leaf"), "Try `lambda path, leaf: ...`.")
     return PerLeaf(fn)
 
 

@@ -35,6 +35,8 @@ def resolve(where: Where | None, default: Where) -> Where:
         raise TypeError(
             f"`where` must be a function (path, leaf) -> bool, got {where!r}. Try `lambda path, leaf: ...`."
         )
+    if where is not None:
+        arguments.takes(where, "where", ("path", "leaf"), "Try `lambda path, leaf: ...`.")
     return default if where is None else where
 
 
@@ -44,9 +46,23 @@ def for_leaf(value: Any, path: str, leaf: Any) -> Any:
 
 
 def pick(where: Where, tree: Tree) -> list[bool]:
-    """Which leaves a transformation governs, aligned with `flatten`."""
+    """Which leaves a transformation governs, aligned with `flatten`.
+
+    Raises:
+      TypeError: for a complex leaf that `where` picks: no constraint is meant for it, and it is not passed silently.
+    """
+
+    def picked(path: str, leaf: Any) -> bool:
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating) and where(path, leaf):
+            raise TypeError(
+                f"Weights must be real, got {dtype} in leaf {path!r}. Leave it out by `where`, or keep its real and"
+                " imaginary parts as two arrays."
+            )
+        return floating(leaf) and bool(where(path, leaf))
+
     leaves, _ = trees.flatten(tree)
-    return [floating(leaf) and bool(where(path, leaf)) for path, leaf in zip(trees.paths(tree), leaves, strict=True)]
+    return [picked(path, leaf) for path, leaf in zip(trees.paths(tree), leaves, strict=True)]
 
 
 def warn_if_nothing(picks: list[bool], tree: Tree) -> None:

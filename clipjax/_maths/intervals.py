@@ -76,13 +76,22 @@ def resolve(bound: Bound) -> Bounds:
         fn = bound.fn
         return Bounds(
             scheduled=False,
-            of_leaf=lambda path, leaf, count: arguments.schedule(fn(path, leaf))(count),
+            of_leaf=lambda path, leaf, count: _scalars(arguments.schedule(fn(path, leaf))(count)),
             shared=lambda count: (np.nan, np.nan),
         )
+    arguments.check_schedule(bound, "bound", "a number or a pair (lo, hi)")
     if not callable(bound):
-        interval(bound)
+        _scalars(bound)
     at = arguments.schedule(bound)
-    return Bounds(callable(bound), lambda path, leaf, count: at(count), lambda count: interval(at(count)))
+    return Bounds(callable(bound), lambda path, leaf, count: _scalars(at(count)), lambda count: interval(at(count)))
+
+
+def _scalars(bound: Interval) -> Interval:
+    """The bound of all entries of a leaf, checked: one number for each end."""
+    for end in bound if isinstance(bound, Sequence) else (bound,):
+        arguments.scalar(end, "bound", "Give T or (lo, hi); bounds that differ by leaf go through `per_leaf`.")
+    interval(bound)
+    return bound
 
 
 def interval(bound: Interval) -> tuple[Number, Number]:

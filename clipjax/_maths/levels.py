@@ -27,10 +27,12 @@ def resolve(step: Number | Step | None, default: Step) -> Step:
         return step
     if step is None:
         return default
+    arguments.called(step, "step", "a number or a rule of `clipjax.steps`")
     if callable(step) or isinstance(step, str):
         raise TypeError(
             f"`step` must be a number or a rule from `clipjax.steps`, got {step!r}. Call the factory: `steps.mse()`."
         )
+    arguments.scalar(step, "step", "Give one step; steps of units and groups follow from `axis` and `group`.")
     return given(step)
 
 

@@ -28,9 +28,11 @@ class StepGroups(NamedTuple):
 
 
 def check(axis: Axis | PerLeaf, group: int | PerLeaf | None) -> None:
-    """Check what needs no leaf: both are static."""
-    arguments.static(axis, "axis")
-    arguments.static(group, "group")
+    """Check what needs no leaf: both are static, and no functions."""
+    for name, value in (("axis", axis), ("group", group)):
+        arguments.static(value, name)
+        if callable(value):
+            raise TypeError(f"`{name}` must be static, got {value!r}. Mark a function (path, leaf) by `per_leaf`.")
 
 
 def resolve(axis: Axis | PerLeaf, group: int | PerLeaf | None, path: str, leaf: Leaf) -> StepGroups:

@@ -50,6 +50,7 @@ def resolve(bits: Bits, step: Step) -> Widths:
     if isinstance(bits, bool | int | float | str | np.number):
         arguments.bits(bits)
         return Widths(lambda tree: _same((int(bits),), tree))
+    arguments.called(bits, "bits", "a width or a rule of `clipjax.widths`")
     if arguments.is_schedule(bits):
         raise TypeError(f"`bits` must be static, got a schedule {bits!r}. Mark a function of the leaf by `per_leaf`.")
     return _leaf_by_leaf(bits)

@@ -54,6 +54,7 @@ def clamp_weights(
     Raises:
       ValueError: for a negative or NaN bound, lo > hi, an unknown `when`, at init for an interval that holds no value
         of a leaf's dtype, and at update where `params` are missing.
+      TypeError: at init for a complex leaf that `where` picks.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
@@ -73,7 +74,7 @@ def project(
       default) does it at the counts that `start`, `every` and `stop` of `prune_mask` and `fake_quantize` give.
 
     Raises:
-      TypeError: for something that is no projection.
+      TypeError: for something that is no projection, and at init for a complex leaf that `where` picks.
       ValueError: for a negative `start`, and at update where `params` are missing.
 
     Example:
@@ -96,7 +97,9 @@ def _resolve(projection: Projection | Callable[[Tree], Tree]) -> Projection:
     """Read `projection`; a plain function params -> params means `stateless`."""
     if isinstance(projection, Projection):
         return projection
+    arguments.called(projection, "projection", "a Projection or a function params -> params")
     if callable(projection):
+        arguments.takes(projection, "projection", ("params",), "A `Projection` may use more than the params.")
         return stateless(projection)
     raise TypeError(
         f"`projection` must be a Projection or a function params -> params, got {projection!r}."
@@ -114,7 +117,10 @@ def constrain(
     key: jax.Array | None,
 ) -> optax.GradientTransformationExtraArgs:
     """`project` for a projection of which more is known; arguments are checked by the callers."""
-    arguments.static(carry, "carry")
+    arguments.choice(carry, "carry", (True, False))
+    arguments.transformation(inner, "inner")
+    if key is not None and not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(f"`key` must be a PRNG key, got {key!r}. Make one: `jax.random.key(0)`.")
     projection, inside = constraint.projection, optax.with_extra_args_support(inner or optax.identity())
     always = arguments.known(start) and int(start) == 0
 

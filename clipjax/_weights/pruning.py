@@ -22,6 +22,7 @@ from clipjax.typing import (
     Context,
     Count,
     Number,
+    PerLeaf,
     Projection,
     Schedule,
     Score,
@@ -115,6 +116,7 @@ def prune_mask(
         neither where the structure does not fix the sparsity; at init for a mask of the wrong shape, for 2**32 units or
         more in one array, or in all with scope "global"; at update for missing `params`, or a
         missing `grad` of a gradient score.
+      TypeError: for a factory that is not called; at init for a complex leaf that `where` picks.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -141,6 +143,8 @@ def prune_mask(
     if mask is not None:
         remedy = "Give a fraction of zeros, or `mask=` to hold a given tree."
         arguments.require(sparsity is None, "sparsity", "be left out with `mask`", sparsity, remedy)
+        remedy = "Build it from the params: `jax.tree.map(lambda p: p != 0, params)`."
+        arguments.require(not isinstance(mask, PerLeaf), "mask", "be a tree of bool arrays", mask, remedy)
         constraint, where = zeros.given(mask), zeros.masked_leaves(mask, where)
     else:
         amount = sparsities.resolve(sparsity, structure, scope)
@@ -303,6 +307,7 @@ def _check_regrow(
     arguments.require(inner is not None, "inner", "be given with `regrow`", inner, remedy)
     remedy = "With latent weights, weights come back by themselves."
     arguments.require(not carry, "carry", "be False with `regrow`", carry, remedy)
+    arguments.check_schedule(regrow, "regrow", "a fraction or a schedule of it")
     if not callable(regrow):
         remedy = "It is the fraction of kept weights to exchange, e.g. 0.3, or a schedule."
         arguments.fraction(regrow, "regrow", remedy)

@@ -101,7 +101,7 @@ def fake_quantize(
         rounding; at init for an axis that does not exist, a group that does not divide its axis, a bits tree that
         matches no leaf, or more than 8 bits on params narrower than f32, whose codes could not be recovered; at update
         for missing `params`.
-      TypeError: for traced bits, axis or group.
+      TypeError: for traced bits, axis or group; at init for a complex leaf that `where` picks.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -16,7 +16,7 @@ from clipjax._maths import counts
 from clipjax.typing import Number, Schedule, Sparsity, Structure, Tree
 
 SCOPES = ("global", "leaf", "erk")
-_REMEDY = "It is the fraction of zeros, e.g. 0.9."
+_REMEDY = "It is the fraction of zeros, e.g. 0.9; `per_leaf` or a tree gives every leaf its own."
 
 Sizes = Sequence[int | jax.Array]
 """How many units of every leaf may go; traced where a selection draws the candidates."""
@@ -58,7 +58,8 @@ def resolve(sparsity: Sparsity, structure: Structure, scope: str) -> Amount:
     if arguments.is_tree(sparsity):  # also `per_leaf`, a tuple: with own fractions no leaves are compared with others
         return _leaf_by_leaf(sparsity)
     scheduled = arguments.is_schedule(sparsity)
-    if not scheduled and arguments.known(sparsity):
+    arguments.check_schedule(sparsity, "sparsity", "a fraction of zeros or a schedule of it")
+    if not scheduled:
         arguments.fraction(sparsity, "sparsity", _REMEDY)
     asked = _nothing if scheduled else lambda owners: jnp.asarray(sparsity, jnp.float32)
     removed = _uniform(arguments.schedule(sparsity), scope)
@@ -74,6 +75,7 @@ def _uniform(schedule: Schedule, scope: str) -> Callable[[jax.Array | None, Size
 
     def removed(count: jax.Array | None, sizes: Sizes, owners: Tree) -> list[jax.Array]:
         fraction: Number = schedule(count)  # type: ignore[arg-type, assignment]
+        arguments.scalar(fraction, "sparsity", _REMEDY)
         if scope == "global":
             return [counts.of_fraction(fraction, sum(sizes))] * len(sizes)
         fractions: Sequence[Number] = [fraction] * len(sizes)

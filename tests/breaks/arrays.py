@@ -49,6 +49,15 @@ MUTANTS = (
         "_arrays/trees.py", "for key in () if behind_leaf else outer", "for key in outer", "trees", "keeps_every_path"
     ),
     Mutant("_arrays/trees.py", "node[path if behind_leaf else last]", "node[last]", "trees", "keeps_every_path"),
+    Mutant(
+        "_arrays/picking.py",
+        "jnp.issubdtype(dtype, jnp.complexfloating)",
+        "not jnp.issubdtype(dtype, jnp.inexact)",
+        "wrong_calls",
+        "complex",
+    ),
+    Mutant("_arrays/arguments.py", "signature.bind(*parameters)", "pass", "wrong_calls", "other_arguments"),
+    Mutant("_arrays/arguments.py", "    if shape:\n", "    if not shape:\n", "wrong_calls", "array_of_numbers"),
     Mutant("_arrays/elementwise.py", "placed = max(", "placed = min(", "explicit_axes", "groups or soft"),
     Mutant("_arrays/stacks.py", "return jax.typeof(x), None", "return x.shape, None", "stacks", "alike"),
     Mutant("_arrays/stacks.py", r're.sub(r"\d+", "0", name)', '""', "stacks", "alike"),
