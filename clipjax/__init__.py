@@ -13,8 +13,10 @@ from clipjax._maths.straight_through import fake_quant
 from clipjax._programs.shrinking import Shrunk, shrink
 from clipjax._reports.reporting import report
 from clipjax._reports.summarizing import Summary, summarize
+from clipjax._weights.checking import Violation, check
 from clipjax._weights.choosing import choose_bits, choose_step
 from clipjax._weights.clamping import clamp_weights
+from clipjax._weights.holding import hold_once
 from clipjax._weights.masks import make_mask
 from clipjax._weights.projecting import project
 from clipjax._weights.pruning import prune_mask
@@ -36,7 +38,9 @@ __all__ = [
     "Step",
     "Structure",
     "Summary",
+    "Violation",
     "Width",
+    "check",
     "choose_bits",
     "choose_step",
     "clamp",
@@ -46,6 +50,7 @@ __all__ = [
     "dequantize",
     "fake_quant",
     "fake_quantize",
+    "hold_once",
     "load",
     "make_mask",
     "pack",

@@ -11,6 +11,7 @@ from clipjax._arrays import arguments, trees
 from clipjax.typing import PerLeaf, Tree, Where
 
 NOT_WEIGHTS = ("bias", "b", "scale", "offset")
+EMBEDDINGS = ("pos_embedding", "pos_embed", "position_embedding", "position_embeddings", "cls", "cls_token")
 
 
 def floating(leaf: Any) -> bool:
@@ -22,6 +23,21 @@ def floating(leaf: Any) -> bool:
 def weights(path: str, leaf: Any) -> bool:
     """Matrices and kernels: rank >= 2 and not named like a bias or a normalization's scale."""
     return leaf.ndim >= 2 and path.rsplit("/", 1)[-1] not in NOT_WEIGHTS
+
+
+def layers(path: str, leaf: Any) -> bool:
+    """Weights but those of embeddings, the default of pruning and quantizing.
+
+    A row of an embedding is the only thing that a model knows of a token or a position, and is trained as rarely as
+    that token occurs: few weights to save, and the ones that hurt most.
+    """
+    return weights(path, leaf) and not embedding(path)
+
+
+def embedding(path: str) -> bool:
+    """True for a path with a part that begins with "embed", in any case, or that ends with a name of `EMBEDDINGS`."""
+    parts = path.lower().split("/")
+    return any(part.startswith("embed") for part in parts) or parts[-1] in EMBEDDINGS
 
 
 def everything(path: str, leaf: Any) -> bool:
@@ -70,8 +86,8 @@ def warn_if_nothing(picks: list[bool], tree: Tree) -> None:
     if not any(picks) and any(leaf is not None for leaf in trees.flatten(tree)[0]):
         warnings.warn(
             "`where` picks no float array of these params, so this transformation does nothing. The default for"
-            " pruning and quantizing is arrays of rank >= 2 that are not named bias, b, scale or offset;"
-            " pass `where=lambda path, leaf: ...` to choose.",
+            " pruning and quantizing is arrays of rank >= 2 that are not named bias, b, scale or offset and are no"
+            " embeddings; pass `where=lambda path, leaf: ...` to choose.",
             stacklevel=4,
         )
 

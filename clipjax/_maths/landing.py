@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -49,3 +51,21 @@ def emptied(active: jax.Array | None, u: jax.Array, p: jax.Array, landed: jax.Ar
     """`changed` for a projection that only sets entries to 0: -p lands exactly, without a correction."""
     gone = ~kept if active is None else ~kept & active
     return jax.lax.select(gone & jnp.isfinite(landed), -p, u)
+
+
+@functools.partial(jax.jit, static_argnames="whole")
+def missed(p: jax.Array, q: jax.Array, *, whole: bool = False) -> tuple[jax.Array, jax.Array]:
+    """How many finite values are off their wanted ones by more than two units in the last place, and the largest gap.
+
+    Args:
+      p: values in the dtype of a param.
+      q: the wanted ones, rounded to that dtype, in computing dtype.
+      whole: compare with units in the last place of the largest value of the array instead of each: for a set of whole
+        arrays, in which the rounding of one entry moves the others.
+    """
+    wide = p.astype(q.dtype)
+    gap = jnp.where(jnp.isfinite(wide), jnp.abs(q - wide), jnp.zeros_like(q))
+    size = jnp.abs(wide)
+    size = jnp.max(jnp.where(jnp.isfinite(size), size, 0), initial=0) if whole else size
+    off = gap > 2 * float(jnp.finfo(p.dtype).eps) * size
+    return jnp.sum(off, dtype=jnp.int32), jnp.max(jnp.where(off, gap, jnp.zeros_like(gap)), initial=0)

@@ -24,12 +24,14 @@ class Widths(NamedTuple):
         unbounded codes.
       choose: the rule that chooses among them, see `Width`; None where all are fixed.
       picks: `picks(where) -> where` without the leaves that the argument leaves out.
+      default: the `where` without a caller's own: embeddings are left out unless they have a width of their own.
       check: `check(params)` raises where the argument names a leaf that the params do not have.
     """
 
     allowed: Callable[[Tree], Mapping[str, tuple[int, ...]]]
     choose: Chooser | None = None
     picks: Callable[[Where], Where] = lambda where: where
+    default: Where = picking.layers
     check: Callable[[Tree], object] = lambda params: None
 
 
@@ -71,7 +73,8 @@ def _leaf_by_leaf(bits: PerLeaf | Tree) -> Widths:
 
     if isinstance(bits, PerLeaf):
         fn = bits.fn
-        return Widths(allowed, picks=lambda where: lambda path, leaf: where(path, leaf) and fn(path, leaf) is not None)
+        picks = lambda where: lambda path, leaf: where(path, leaf) and fn(path, leaf) is not None  # noqa: E731
+        return Widths(allowed, picks=picks, default=picking.weights)
     named = dict(trees.governed(bits))
 
     def check(params: Tree) -> None:

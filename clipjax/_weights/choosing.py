@@ -42,7 +42,8 @@ def choose_bits(
       group: as in `fake_quantize`; may be `per_leaf`.
       sensitivity: a tree like `params`, how much a squared error of each weight weighs, e.g. the mean of the squared
         gradients; scalars serve a whole leaf. All weigh the same by default.
-      where: `where(path, leaf) -> bool`; by default arrays of rank >= 2 not named bias, b, scale or offset.
+      where: `where(path, leaf) -> bool`; by default arrays of rank >= 2 not named bias, b, scale or offset that are no
+        embeddings, see `prune_mask`.
 
     Returns:
       A tree like `params` of Python ints, None for leaves not picked: pass it as `bits=`.
@@ -64,7 +65,7 @@ def choose_bits(
     arguments.require(one, "target_db", "be given, or else `budget`, not both", target_db, "Try 20.")
     width = widths.sqnr(target_db, allowed) if budget is None else widths.budget(budget, allowed)  # type: ignore[arg-type]
     rule = levels.resolve(step, steps.mse())
-    picks = picking.pick(picking.resolve(where, picking.weights), params)
+    picks = picking.pick(picking.resolve(where, picking.layers), params)
     picked = trees.governed(picking.restrict(params, picks))
     counts_for = dict(trees.governed(sensitivity))
     found = []

@@ -104,5 +104,8 @@ def clamp_weights(
         limits = [ends(path, p, context) for path, p in trees.governed(context.params)]
         return [functools.partial(settle, c, *limit) for c, limit in zip(chosen, limits, strict=True)]
 
-    constraint = Constraint(Projection(init_fn, apply_fn), ClampState, settles=settles if when == "after" else None)
+    after = when == "after"
+    constraint = Constraint(
+        Projection(init_fn, apply_fn), ClampState, "clamp_weights", after, settles=settles if after else None
+    )
     return projecting.constrain(constraint, carry=False, inner=None, start=0, where=where, key=None)

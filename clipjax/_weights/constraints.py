@@ -17,6 +17,9 @@ class Constraint(NamedTuple):
     Attributes:
       projection: what users may give.
       state: the class of its state.
+      name: what it is called in reports.
+      checkable: False for one that a weight may leave again by the next update.
+      fitted: `fitted(state)`, a bool: False before the first refresh, when there is nothing yet to hold weights to.
       kept: `kept(target, before, after) -> masks` that broadcast to the target, from the projection's states before and
         after the update; for a projection that keeps these entries and sets all others to 0.
       settles: `settles(target, before, after, context) -> functions`, one for each leaf of the target in order: what
@@ -30,6 +33,9 @@ class Constraint(NamedTuple):
 
     projection: Projection
     state: type = object
+    name: str = "project"
+    checkable: bool = True
+    fitted: Callable[[State], jax.Array | bool] = lambda state: True
     kept: Callable[[Tree, State, State], Tree] | None = None
     surely_zero: Callable[[Tree, State], Tree] | None = None
     settles: Callable[[Tree, State, State, Context], list[Settle]] | None = None

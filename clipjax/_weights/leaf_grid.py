@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from clipjax._arrays import arguments, elementwise, trees
-from clipjax._maths import fitting, grids, intervals, levels, spectra, step_groups
+from clipjax._arrays import arguments, dtypes, elementwise, trees
+from clipjax._maths import blocks, fitting, grids, intervals, levels, spectra, step_groups
 from clipjax.typing import Leaf, Levels, Step, Tree
 
 Field = TypeVar("Field")
@@ -223,3 +223,25 @@ def surely_zero(plan: Plan, x: jax.Array, grid: LeafGrid) -> jax.Array:
         return step_groups.joined(w == 0, plan.groups, x)
     # |w| <= .499 s: half a step, less the error of a division. A product with s may become a kernel of its own.
     return step_groups.joined(jnp.abs(w) * 2.004 <= grid.step.astype(w.dtype), plan.groups, x)
+
+
+def flat(values: jax.Array, leaf: Leaf) -> jax.Array:
+    """Values of step groups in the rank of the leaf, to broadcast block by block."""
+    return jnp.squeeze(values, -2) if values.ndim > leaf.ndim else values
+
+
+def nearest(grid: LeafGrid, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The multiple of the step and the level nearest to every weight; the level rounded to the dtype of the leaf.
+
+    A 0 is a level for every width: it may be pruned. A weight that is NaN has the multiple 0.
+    """
+    w = dtypes.widened(leaf)
+    step, low, high = (
+        blocks.spread(flat(x, leaf), leaf.shape).astype(w.dtype) for x in (grid.step, grid.low, grid.high)
+    )
+    multiple = grids.ratio(w, step)
+    multiple = jax.lax.round(multiple, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    unbounded = grid.bits == 0
+    multiple = jnp.where(unbounded, multiple, jnp.clip(multiple, low, high))
+    multiple = jnp.where(jnp.isnan(multiple), jnp.zeros_like(multiple), multiple)
+    return multiple, dtypes.narrowed(multiple * step, leaf.dtype)

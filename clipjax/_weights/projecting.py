@@ -13,7 +13,7 @@ import optax
 
 from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
 from clipjax._maths import drawing, landing
-from clipjax._weights import facts, latents, moments
+from clipjax._weights import facts, latents, moments, visiting
 from clipjax._weights.constraints import Constraint, Update
 from clipjax.projections import stateless
 from clipjax.typing import Context, Count, Projection, State, Tree, Where
@@ -115,6 +115,7 @@ def constrain(
     start: Count,
     where: Where,
     key: jax.Array | None,
+    stop: Count | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`project` for a projection of which more is known; arguments are checked by the callers."""
     arguments.choice(carry, "carry", (True, False))
@@ -146,7 +147,9 @@ def constrain(
         picks = picking.pick(where, params)
         narrow = picking.restrict(params, picks)
         weights = jax.tree.map(dtypes.widened, narrow)
-        grad = extra.get("grad", updates if inner else None)  # what arrives at `inner` is the gradient
+        visit = visiting.of(extra)
+        # What arrives at `inner` is the gradient, but in a visit nothing is.
+        grad = extra.get("grad", updates if inner and visit is None else None)
         context = _context(state.count, narrow, grad, key, _refresh(extra))
 
         def current() -> Tree:
@@ -163,6 +166,10 @@ def constrain(
         known = [() if inner else facts.of(u) for u in trees.flatten(updates)[0]]
         if carry and inner:
             visible, updates = picking.merge(params, floats, picks), _widened(updates, picks)
+        if visit is not None:
+            inner_state = inside.update(updates, state.inner, visible, **extra)[1]
+            visited = visiting.Visited(constraint, state, context, floats if carry else (), start, stop, key)
+            return updates, visit(visited)._replace(inner=inner_state)
         updates, inner_state = inside.update(updates, state.inner, visible, **extra)
         steps = _aligned(updates, params, picks)
         target = jax.tree.map(jnp.add, floats, steps)

@@ -17,7 +17,7 @@ from clipjax._arrays import arguments, picking, trees
 from clipjax._maths import counts, drawing
 from clipjax._weights import masks, projecting, refreshing, sparsities, zeros
 from clipjax._weights.constraints import Constraint
-from clipjax._weights.zeros import NEVER, PruneState, settles, zeroed
+from clipjax._weights.zeros import NEVER, PruneState, zeroed
 from clipjax.typing import (
     Context,
     Count,
@@ -57,9 +57,10 @@ def prune_mask(
 
     The mask is chosen at each *refresh*. Refreshes are the updates c from `start` to `stop` with (c - start) divisible
     by `every`, and `stop` itself; without `every` a constant sparsity is applied at `start`, and at `stop` if that is
-    given. A refresh removes the round(sparsity * n) units of lowest score among n; of equal scores the earlier position
-    is kept. A unit is what `structure` removes together: a single weight by default. A refresh needs no sort and no
-    gather, only a few counting passes over the weights.
+    given. A refresh reads the weights as they are before the update, and its mask holds after it; with static
+    ``every=1`` and no `stop` it reads params + updates. It removes the round(sparsity * n) units of lowest score among
+    n; of equal scores the earlier position is kept. A unit is what `structure` removes together: a single weight by
+    default. A refresh needs no sort and no gather, only a few counting passes over the weights.
 
     A removed weight stays removed, so that there are more zeros than round(sparsity * n) where the sparsity falls.
     There are two exceptions. With ``carry=True`` the state keeps the float weights behind the mask, the *latent
@@ -71,9 +72,10 @@ def prune_mask(
     factored moments are not.
 
     Args:
-      sparsity: the fraction of zeros, in [0, 1): a number (may be traced); a schedule count -> fraction;
-        ``clipjax.per_leaf(lambda path, leaf: fraction)``; or a tree like the params with a fraction at each leaf that
-        is pruned. None with `mask`, and for a structure that fixes it.
+      sparsity: the fraction of zeros, in [0, 1): a number (may be traced); a schedule count -> fraction, which is
+        evaluated at count - start; ``clipjax.per_leaf(lambda path, leaf: fraction)``, None for a leaf that is left out;
+        or a tree like the params with a fraction at each leaf that is pruned. None with `mask`, and for a structure
+        that fixes it. A constant may change between runs: a state whose mask was made for another refreshes at once.
       score: how much each weight matters, `scores.magnitude()` by default; the lowest go first.
       structure: what is removed together, `structures.element()`, single weights, by default.
       scope: which weights are compared: "global" ranks the scores of all picked leaves together, without normalizing
@@ -82,7 +84,9 @@ def prune_mask(
         leaves together keep 1 - sparsity. Where `sparsity` gives leaves fractions of their own, each is pruned by
         itself.
       where: `where(path, leaf) -> bool` picks the leaves; a path is a string such as "dense/kernel". By default arrays
-        of rank >= 2 that are not named bias, b, scale or offset.
+        of rank >= 2 that are not named bias, b, scale or offset, and are no embeddings: a part of the path begins with
+        "embed", in any case, or its last name is one like "pos_embedding" or "cls". Embeddings to which `per_leaf` or a
+        tree gives a sparsity are pruned.
       start: the first update that prunes, counted from 0; may be traced.
       every: the number of updates between two refreshes; may be traced. None means 100 for a schedule; for a
         constant, refreshes are then at `start`, and at `stop` if that is given.
@@ -154,13 +158,13 @@ def prune_mask(
             )
             cycle = cycle._replace(every=100 if every is None else every)
             refreshing.check_ramp("sparsity", sparsity, cycle)  # type: ignore[arg-type]
-        where = picking.resolve(where, picking.weights)
+        where = picking.resolve(where, picking.weights if structure.holds else amount.default)
         exchange = None if regrow is None else arguments.schedule(regrow)
         if callable(regrow):
             refreshing.check_ramp("regrow", regrow, cycle)
         pruning = Pruning(structure, amount, score, grow, where, cycle, exchange, candidates, key)
         constraint, where = _pruned(pruning, carry), structure.holds or where
-    return projecting.constrain(constraint, carry=carry, inner=inner, start=start, where=where, key=key)
+    return projecting.constrain(constraint, carry=carry, inner=inner, start=start, where=where, key=key, stop=stop)
 
 
 class Pruning(NamedTuple):
@@ -242,7 +246,7 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
     def frozen_fn(target: Tree, state: PruneState, context: Context) -> Tree:
         return zeroed(target, kept(target, state, state))
 
-    return Constraint(Projection(init_fn, apply_fn, frozen_fn), PruneState, kept, settles=settles(kept))
+    return zeros.constraint(Projection(init_fn, apply_fn, frozen_fn), kept)
 
 
 def _refreshed(

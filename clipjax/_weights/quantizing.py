@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from clipjax import steps
-from clipjax._arrays import arguments, dtypes, picking, trees
-from clipjax._maths import blocks, grids, integers, levels, step_groups
+from clipjax._arrays import arguments, picking, trees
+from clipjax._maths import blocks, grids, integers, landing, levels, step_groups
 from clipjax._weights import bit_widths, leaf_grid, projecting, refreshing
 from clipjax._weights.constraints import Constraint
 from clipjax._weights.leaf_grid import Grid, Plan, QuantizeState
@@ -55,15 +55,14 @@ def fake_quantize(
     every update in full, and the params are their rounded values.
 
     A width of b bits has the codes :math:`-(2^{b-1} - 1), \dots, 2^{b-1} - 1`; b = 1 has the codes -1 and 1. A *level*
-    is a code times s. The step s follows from the latent weights at each *refresh*. Refreshes are the updates c from
-    `start` to `stop` with (c - start) divisible by `every`, and `stop` itself, after which s is frozen.
+    is a code times s. The step s follows from the latent weights as they are before a *refresh*. Refreshes are the
+    updates c from `start` to `stop` with (c - start) divisible by `every`, and `stop` itself, after which s is frozen.
 
     In a chain, constraints of the transformations before this one still hold. For every width of `bits`, codes are left
-    out whose levels exceed the largest \|params + updates\| of their step group (below and above zero where the grid is
-    not symmetric) that arrived at any refresh so far, so a bound set by `clamp_weights` holds on the grid too. A weight
-    that `prune_mask` sets to 0 stays 0, even for b = 1, whose grid has no 0. Because of that cap the levels of a leaf
-    that starts at zero grow only slowly: quantize it later (`start`), or give the optimizer as `inner`. Then the latent
-    weights alone decide the step and the levels.
+    out whose levels lie beyond the bound that `clamp_weights`, directly before it or before a `prune_mask` there, sets
+    at the last refresh. A bound that shrinks between refreshes needs the optimizer and the clamp as `inner`. A weight
+    that `prune_mask` sets to 0 stays 0, even for b = 1, whose grid has no 0, and has no part in the step. With
+    ``carry=False`` no level grows after the first refresh, as the weights themselves are then on the grid.
 
     Args:
       bits: the width b, 1 to 16. Or ``clipjax.per_leaf(lambda path, leaf: b)``; or a tree from `choose_bits`, whose
@@ -80,7 +79,8 @@ def fake_quantize(
       rounding: "nearest" (halves to even), "half_away" (halves away from zero, as in D4), "stochastic", or a rule of
         `clipjax.roundings`, which moves weights onto the grid gradually: until it ends they lie between levels. Static.
       where: `where(path, leaf) -> bool` picks the leaves; a path is a string such as "dense/kernel". By default arrays
-        of rank >= 2 that are not named bias, b, scale or offset. With a tree of bits, `where` is ignored.
+        of rank >= 2 that are not named bias, b, scale or offset, and are no embeddings, see `prune_mask`; embeddings to
+        which `per_leaf` gives a width are quantized. With a tree of bits, `where` is ignored.
       start: the first update that quantizes, counted from 0; may be traced.
       every: the number of updates between two refreshes of the steps; may be traced. With None, refreshes are at
         `start`, and at `stop` if that is given.
@@ -121,7 +121,7 @@ def fake_quantize(
     step_groups.check(axis, group)
     mode, soften = _rounding(rounding)
     cycle = refreshing.cycle(start, every, stop)
-    where = widths.picks(picking.resolve(where, picking.weights))
+    where = widths.picks(picking.resolve(where, widths.default))
 
     def plans(tree: Tree) -> dict[str, Plan]:
         """The static part of the grid of every governed leaf."""
@@ -180,10 +180,16 @@ def fake_quantize(
 
     # Values between levels come from sums and quotients, which two compiled programs may round differently.
     tolerance = 0.0 if soften is None else 2.0**-16
+    projection = Projection(init_fn, apply_fn, frozen_fn)
     constraint = Constraint(
-        Projection(init_fn, apply_fn, frozen_fn), Grid, surely_zero=surely_zero, tolerance=tolerance
+        projection,
+        Grid,
+        "fake_quantize",
+        fitted=lambda state: jnp.all(jnp.stack([jnp.all(x >= 0) for x in jax.tree.leaves(state.max_level)])),
+        surely_zero=surely_zero,
+        tolerance=tolerance,
     )
-    tx = projecting.constrain(constraint, carry=carry, inner=inner, start=start, where=where, key=key)
+    tx = projecting.constrain(constraint, carry=carry, inner=inner, start=start, where=where, key=key, stop=stop)
 
     def checked_init(params: Tree) -> projecting.ProjectState:
         widths.check(params)
@@ -219,7 +225,8 @@ def _chosen(
 def quantized(params: Tree, opt_state: State) -> Tree:
     """The integers behind quantized params: a `Quantized` at every leaf on a grid, other leaves untouched.
 
-    A weight that jumps to less than half of itself onto a grid of a given step may be one ulp late by one update.
+    A weight that jumped to less than half of itself onto a grid of a given step may be two units in the last place
+    beside its level until the next update; it has the code of that level.
 
     Args:
       params: the parameters that the optimizer state belongs to, outside of jit.
@@ -230,7 +237,8 @@ def quantized(params: Tree, opt_state: State) -> Tree:
       zero point is 0.
 
     Raises:
-      ValueError: where the state holds no `fake_quantize`.
+      ValueError: where the state holds no `fake_quantize`, and where a finite weight is farther from its level, naming
+        leaf and distance: the params are an average, of another checkpoint, or changed behind the quantizer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -251,21 +259,27 @@ def quantized(params: Tree, opt_state: State) -> Tree:
     def codes(path: str, leaf: jax.Array) -> jax.Array | integers.Quantized:
         for state in found:
             if trees.look_up(state.step, path) is not None and leaf_grid.refreshed(leaf_grid.at(state, path)):
-                return _integers(leaf, leaf_grid.at(state, path))
+                return _integers(path, leaf, leaf_grid.at(state, path))
         return leaf
 
     return trees.map_with_path(codes, params)
 
 
-def _integers(leaf: jax.Array, grid: leaf_grid.LeafGrid) -> integers.Quantized:
+def _integers(path: str, leaf: jax.Array, grid: leaf_grid.LeafGrid) -> integers.Quantized:
     bits = int(grid.bits) or None
+    code, level = leaf_grid.nearest(grid, leaf)
+    entries, distance = landing.missed(leaf, level)
+    remedy = (
+        f"{int(entries)} weights of {path!r} are between its levels, by up to {float(distance):.3g}: an average (EMA),"
+        " another checkpoint, or something chained behind the quantizer. Hold them with `clipjax.hold_once` first."
+    )
+    arguments.require(not int(entries), "params", "be on the grid of the state", path, remedy)
     grouped = grid.step.ndim > leaf.ndim
     group = leaf.shape[-2] // grid.step.shape[-3] if grouped else None
-    step, zero = (jnp.squeeze(x, -2) if grouped else x for x in (grid.step, grid.zero_point))
+    step, zero = (leaf_grid.flat(x, leaf) for x in (grid.step, grid.zero_point))
     kept = tuple(i for i, n in enumerate(step.shape) if n > 1 and not (grouped and i == leaf.ndim - 2))
     kept = (leaf.ndim - 2,) if grouped and not kept else kept
     axis = None if not kept and not step.ndim else kept[0] if len(kept) == 1 else kept
     zero = zero if bool(jnp.any(zero != 0)) else jnp.zeros((), jnp.int32)
-    ratio = jnp.round(dtypes.widened(leaf) / blocks.spread(step, leaf.shape).astype(dtypes.wide(leaf.dtype)))
-    code = jnp.where(jnp.isnan(ratio), 0, ratio) + blocks.spread(zero, leaf.shape).astype(ratio.dtype)
+    code = code + blocks.spread(zero, leaf.shape).astype(code.dtype)
     return integers.Quantized(code.astype(grids.code_dtype(bits)), step, zero, bits, axis, group)

@@ -13,7 +13,7 @@ import numpy as np
 
 from clipjax._arrays import arguments, picking, trees
 from clipjax._maths import counts
-from clipjax.typing import Number, Schedule, Sparsity, Structure, Tree
+from clipjax.typing import Number, PerLeaf, Schedule, Sparsity, Structure, Tree, Where
 
 SCOPES = ("global", "leaf", "erk")
 _REMEDY = "It is the fraction of zeros, e.g. 0.9; `per_leaf` or a tree gives every leaf its own."
@@ -30,6 +30,7 @@ class Amount(NamedTuple):
       scheduled: True where it changes with the count.
       asked: `asked(owners) -> f32`, the fraction, or one for each leaf, for which a mask would be made at any count; 0
         for a schedule, and for a structure that fixes it.
+      default: the `where` without a caller's own: embeddings are left out unless they have a fraction of their own.
       check: `check(owners)` raises where a leaf has no fraction, or a wrong one.
       removed: `removed(count, sizes, owners) -> u32 for each leaf`, how many units go: of each leaf, or where `pooled`
         of all together, every entry the same.
@@ -40,6 +41,7 @@ class Amount(NamedTuple):
     asked: Callable[[Tree], jax.Array]
     check: Callable[[Tree], object]
     removed: Callable[[jax.Array | None, Sizes, Tree], list[jax.Array]]
+    default: Where = picking.layers
 
 
 def resolve(sparsity: Sparsity, structure: Structure, scope: str) -> Amount:
@@ -104,7 +106,16 @@ def _leaf_by_leaf(sparsity: Tree) -> Amount:
     def asked(owners: Tree) -> jax.Array:
         return jnp.asarray(fractions(owners) or 0.0, jnp.float32)
 
-    return Amount(False, False, asked, fractions, removed)
+    return Amount(False, False, asked, fractions, removed, _picks_own(sparsity))
+
+
+def _picks_own(sparsity: Tree) -> Where:
+    """Leaves with a fraction of their own, embeddings too; a tree must name all others that are picked by default."""
+    if isinstance(sparsity, PerLeaf):
+        fn = sparsity.fn
+        return lambda path, leaf: picking.weights(path, leaf) and fn(path, leaf) is not None
+    named = dict(trees.governed(sparsity))
+    return lambda path, leaf: picking.layers(path, leaf) or (picking.weights(path, leaf) and path in named)
 
 
 def _erdos_renyi(sparsity: Number, shapes: list[tuple[int, ...]], sizes: Sizes) -> list[Number]:

@@ -50,6 +50,12 @@ def settles(kept: Callable[[Tree, State, State], Tree]) -> Callable[[Tree, State
     return settle
 
 
+def constraint(projection: Projection, kept: Callable[[Tree, State, State], Tree]) -> Constraint:
+    """The constraint of a projection that keeps some entries and sets all others to 0."""
+    chosen = lambda state: jnp.all(state.asked != NEVER)  # noqa: E731
+    return Constraint(projection, PruneState, "prune_mask", fitted=chosen, kept=kept, settles=settles(kept))
+
+
 def given(mask: Tree) -> Constraint:
     """The constraint to the zeros of a given mask."""
 
@@ -66,7 +72,7 @@ def given(mask: Tree) -> Constraint:
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
         return frozen_fn(target, state, context), state
 
-    return Constraint(Projection(init_fn, apply_fn, frozen_fn), PruneState, kept, settles=settles(kept))
+    return constraint(Projection(init_fn, apply_fn, frozen_fn), kept)
 
 
 def masked_leaves(mask: Tree, where: Where | None) -> Where:

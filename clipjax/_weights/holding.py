@@ -1,0 +1,125 @@
+"""`hold_once`: the weight transformations of an optimizer, applied once to given params."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipjax._arrays import arguments, dtypes, elementwise, trees
+from clipjax._maths import drawing
+from clipjax._weights import checking, latents, visiting
+from clipjax._weights.projecting import ProjectState
+from clipjax._weights.visiting import Visited
+from clipjax.typing import State, Tree
+
+_LATE = 2**30  # a count at which every schedule without a known end has come to rest
+
+
+def hold_once(
+    tx: optax.GradientTransformation, params: Tree, opt_state: State = None, **extra: object
+) -> tuple[Tree, State]:
+    r"""Apply the weight transformations of an optimizer to given params, once: a trained model, an average, an import.
+
+    Each transformation acts as it does at its `stop`: schedules have their final values, and `start` is ignored. With
+    P_1, ..., P_k in the order of the chain, those of an `inner=` first, the result is
+
+    .. math:: P_k(\dots P_1(w))
+
+    itself, exactly. Optimizers take no step and decay nothing, and gradients play no part: a zero-gradient update of
+    the same chain would decay the weights instead, and, since weights move by updates, leave many beside their grid.
+
+    Args:
+      tx: the optimizer, with weight transformations such as `prune_mask` and `fake_quantize` in it.
+      params: a tree of arrays.
+      opt_state: the state of a run, whose masks and grids are then used as they are, for instance for an average of its
+        params (EMA). What was not chosen yet in that run is chosen now. Without it all are chosen for these params.
+      **extra: what `tx.update` takes besides, such as `grad=` for gradient scores.
+
+    Returns:
+      The params, and a state that belongs to them, for `check`, `quantized` and `save`, or to go on with: masks and
+      grids are those of the last refresh, latent weights are the given params, and all else is as in `opt_state`, or
+      in `tx.init(params)`.
+
+    Raises:
+      ValueError: where `tx` has no weight transformation that can be reached, as inside of `optax.MultiSteps` or
+        `optax.apply_if_finite`, which call their transformation in a branch.
+
+    Example:
+      >>> import clipjax, jax.numpy as jnp, optax
+      >>> tx = optax.chain(optax.adamw(1e-3), clipjax.prune_mask(0.5), clipjax.fake_quantize(2, step=0.5, start=100))
+      >>> params, state = hold_once(tx, {"kernel": jnp.array([[0.7, 0.1, -0.4, 0.2]])})
+      >>> params["kernel"].tolist(), clipjax.check(params, state, tx)
+      ([[0.5, 0.0, -0.5, 0.0]], [])
+
+    References:
+      D2, section 2.2: prune a trained network. D4, section 2.2: quantize one.
+    """
+    given = opt_state is not None
+    found: dict[str, jax.Array] = {}
+
+    def hold(params: Tree, opt_state: State, extra: dict[str, object]) -> tuple[Tree, State]:
+        found.clear()
+        found.update(trees.governed(params))
+        held: list[Visited] = []
+
+        def act(visited: Visited) -> State:
+            held.append(visited)
+            return _held(visited, found, given)
+
+        new_state = visiting.visit(tx, act, params, opt_state, extra)
+        remedy = "Pass the transformation inside of `MultiSteps`, `apply_if_finite` or your own wrapper, and its state."
+        ok = held and len(held) == len(checking.states(opt_state))
+        arguments.require(ok, "tx", "have weight transformations that a call of it reaches", len(held), remedy)
+        new = trees.map_with_path(lambda path, p: found[path], params)
+        return new, _merged(opt_state, new_state)
+
+    state = opt_state if given else tx.init(params)
+    try:
+        return jax.jit(hold)(params, state, extra)
+    except jax.errors.UnexpectedTracerError:
+        remedy = "Pass the transformation inside of `MultiSteps`, `apply_if_finite` or your own wrapper, and its state."
+        arguments.require(False, "tx", "have weight transformations that a call of it reaches", "a branch", remedy)
+        raise
+
+
+def _held(visited: Visited, found: dict[str, jax.Array], given: bool) -> State:
+    """Project the values found so far; returns the state after the last refresh."""
+    constraint, state, context = visited.constraint, visited.state, visited.context
+    params = trees.map_with_path(lambda path, p: found[path], context.params)
+    target = jax.tree.map(dtypes.widened, params)
+    last = jnp.asarray(_LATE if visited.stop is None else visited.stop, jnp.int32)
+    context = context._replace(
+        count=last,
+        key=drawing.key_at(visited.key, last),
+        params=params,
+        landed=target,
+        refresh=True,
+        memory=lambda: target,
+        settle=lambda tree: tree,
+    )
+    _, projected = constraint.projection.apply(target, state.projection, context)
+    if given:  # masks and grids of the run, where it has chosen them
+        kept = jnp.asarray(constraint.fitted(state.projection))
+        keep = lambda old, new: elementwise.where(kept, old, new)  # noqa: E731
+        projected = jax.tree.map(keep, state.projection, projected)
+    new = latents.rounded(constraint.frozen(target, projected, context._replace(refresh=False)), params)
+    finite = jax.tree.map(lambda n, z: elementwise.where(jnp.isfinite(z), n, z), new, target)
+    for (path, p), value in zip(trees.governed(params), jax.tree.leaves(finite), strict=True):
+        found[path] = value.astype(p.dtype)
+    carry = target if jax.tree.leaves(state.carry) else state.carry
+    after = jnp.maximum(
+        state.count, jnp.asarray(visited.start if visited.stop is None else visited.stop, jnp.int32) + 1
+    )
+    return state._replace(count=after, carry=carry, projection=projected)
+
+
+def _merged(old: State, new: State) -> State:
+    """The states of the weight transformations from a visit, all others as they were."""
+
+    def merge(before: State, after: State) -> State:
+        if not isinstance(before, ProjectState):
+            return before
+        return after._replace(inner=_merged(before.inner, after.inner))
+
+    return jax.tree.map(merge, old, new, is_leaf=lambda x: isinstance(x, ProjectState))
