@@ -163,7 +163,6 @@ def constrain(
             return latents.current(constraint, state.carry, state.projection, weights, narrow, then, begun)
 
         floats, visible = current(), params
-        known = [() if inner else facts.of(u) for u in trees.flatten(updates)[0]]
         if carry and inner:
             visible, updates = picking.merge(params, floats, picks), _widened(updates, picks)
         if visit is not None:
@@ -171,6 +170,7 @@ def constrain(
             visited = visiting.Visited(constraint, state, context, floats if carry else (), start, stop, key)
             return updates, visit(visited)._replace(inner=inner_state)
         updates, inner_state = inside.update(updates, state.inner, visible, **extra)
+        known = [facts.of(u) for u in trees.flatten(updates)[0]]
         steps = _aligned(updates, params, picks)
         target = jax.tree.map(jnp.add, floats, steps)
         landed = target if inner or not carry else jax.tree.map(jnp.add, weights, steps)
