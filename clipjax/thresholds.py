@@ -7,13 +7,14 @@ or not finite are never added to a history. A threshold that is not positive cli
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from clipjax._arrays import arguments
+from clipjax._arrays import arguments, elementwise
 from clipjax._maths import ring_buffers
 from clipjax.typing import Count, Number, Rule
 
@@ -82,9 +83,11 @@ def zscore(
     def limit(norm: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
         if mode == "percentile":
             return mean + z * deviation
-        score = (norm - mean) / (deviation + eps)
-        outlier = mean if mode == "mean" else mean + z * (z * deviation / jnp.where(score > z, score, 1.0))
-        return jnp.where(score > z, outlier, jnp.inf)
+        # ζ > z, without its division: σ + ε may be 0, and a quotient that is not used has a derivative all the same
+        excess, spread = norm - mean, z * (deviation + eps)
+        over = excess > spread
+        outlier = mean if mode == "mean" else mean + z * deviation * (spread / jnp.where(over, excess, 1.0))
+        return jnp.where(over, outlier, jnp.inf)
 
     def update(norm: jax.Array, state: _Moments) -> tuple[jax.Array, _Moments]:
         added, mean, deviation = state
@@ -107,7 +110,7 @@ def _mixed(deviation: jax.Array, off: jax.Array, rate: Number, weight: Number = 
     unit = jnp.maximum(deviation, jnp.abs(off))
     unit = jnp.where(unit > 0, unit, 1.0)
     old, new = jnp.square(deviation / unit), jnp.square(off / unit) * weight
-    return unit * jnp.sqrt(old + rate * (new - old))
+    return unit * elementwise.root(old + rate * (new - old))
 
 
 class _Average(NamedTuple):
@@ -236,8 +239,8 @@ def mean_sigma(k: Number = 3.0, window: int = 128) -> Rule:
 
     def update(norm: jax.Array, state: ring_buffers.Window) -> tuple[jax.Array, ring_buffers.Window]:
         full = state.added >= window
-        past = jnp.where(full, state.norms, 0.0)  # places not filled yet are infinite, and inf - inf is NaN
-        return jnp.where(full, past.mean() + k * past.std(), jnp.inf), ring_buffers.push(state, norm)
+        mean, sigma = ring_buffers.moments(state)
+        return jnp.where(full, mean + k * sigma, jnp.inf), ring_buffers.push(state, norm)
 
     return Rule(lambda: ring_buffers.empty(window), update)
 
@@ -279,7 +282,11 @@ def quantile_track(q: Number, init: Number = 1.0, lr: Number = 0.2) -> Rule:
         step = rest - lr * ((norm <= threshold).astype(norm.dtype) - q)
         return threshold, (log + step, step - ((log + step) - log))
 
-    return Rule(lambda: (jnp.log(jnp.asarray(init, jnp.float32)), jnp.zeros(())), update)
+    def start() -> tuple[jax.Array, jax.Array]:
+        log = jnp.log(init) if arguments.traced(init) else jnp.asarray(math.log(float(init)), float)
+        return log, jnp.zeros_like(log)
+
+    return Rule(start, update)
 
 
 def spam(theta: Number = 5000.0, decay: Number = 0.999) -> Rule:
@@ -314,7 +321,7 @@ def spam(theta: Number = 5000.0, decay: Number = 0.999) -> Rule:
     _check(decay, "decay", "lie in [0, 1)", "It is the weight of the past, e.g. 0.999.")
 
     def update(norm: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        threshold = jnp.sqrt(theta * state)
+        threshold = elementwise.root(theta * state)
         clipped = jnp.where(threshold > 0, jnp.minimum(norm, threshold), norm)
         return threshold, state + (1 - decay) * (jnp.square(clipped) - state)
 

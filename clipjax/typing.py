@@ -17,6 +17,7 @@ __all__ = [
     "Count",
     "Groups",
     "Leaf",
+    "LeafThreshold",
     "Levels",
     "Number",
     "PerLeaf",
@@ -82,9 +83,9 @@ class Rule(NamedTuple):
     """A threshold that follows the norms.
 
     Attributes:
-      init: `init() -> state`, a tree of arrays of fixed shape.
-      update: `update(norm, state) -> (threshold, state)`, for f32 scalars: the norm before the clip, and the threshold
-        that it is held against. After the clip it is `min(norm, threshold)`.
+      init: `init() -> state`, a tree of arrays of fixed shape; its f32 arrays are kept in f64 where norms are f64.
+      update: `update(norm, state) -> (threshold, state)`, for scalars, f32 (f64 for f64 gradients): the norm before the
+        clip, and the threshold that it is held against. After the clip it is `min(norm, threshold)`.
     """
 
     init: Callable[[], State]
@@ -264,6 +265,9 @@ ValueTree: TypeAlias = Mapping[str, object] | Sequence[object]
 
 Threshold: TypeAlias = Number | Schedule | Rule
 """What a norm or an entry is limited to: a number C >= 0, a schedule of it, or a rule that follows the history."""
+
+LeafThreshold: TypeAlias = Threshold | PerLeaf | ValueTree
+"""A threshold, or thresholds that differ by leaf: `per_leaf`, or a tree of numbers and schedules by path."""
 
 Bound: TypeAlias = Number | Sequence[Number] | Schedule | Callable[[jax.Array], tuple[Number, Number]] | PerLeaf
 """An interval for weights: T >= 0 for [-T, T], a pair (lo, hi), a schedule of either, or `per_leaf`."""

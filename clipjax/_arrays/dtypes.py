@@ -18,6 +18,11 @@ def widest(arrays: list[Any]) -> Any:
     return wide(jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32)
 
 
+def largest(dtype: Any) -> float:
+    """The largest finite number of a dtype."""
+    return float(jnp.finfo(dtype).max)
+
+
 def widened(leaf: jax.Array) -> jax.Array:
     """A leaf in its computing dtype."""
     return leaf.astype(wide(leaf.dtype))

@@ -16,11 +16,13 @@ def leafwise(fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(fn, inline=True)
 
 
-def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+def where(mask: jax.Array | bool, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.where` without the call that it leaves in the program, which takes time to compile; scalars broadcast.
 
     Under explicit mesh axes the result is sharded as x, y or the mask is, along the most axes; constants are not.
     """
+    if isinstance(mask, bool):
+        return x if mask else y
     if not all(isinstance(v, jax.Array) for v in (mask, x, y)) or x.dtype != y.dtype or mask.dtype != bool:
         return jnp.where(mask, x, y)
     whole = x if x.ndim else y
@@ -30,6 +32,19 @@ def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     placed = max((x, y, mask), key=lambda v: sum(names is not None for names in jax.typeof(v).sharding.spec))
     mask, x, y = (sharding.laid_as(v, placed) if v.ndim else v for v in (mask, x, y))
     return jax.lax.select(mask, x, y)
+
+
+@jax.custom_jvp
+def root(x: jax.Array) -> jax.Array:
+    """The square root, with the derivative 0 at 0: an infinite one, times 0, would be NaN."""
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _root_slope(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    y = root(x)
+    return y, jnp.where(y > 0, dx / jnp.where(y > 0, 2 * y, 1.0), 0.0)
 
 
 def keep(active: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipjax._arrays import elementwise, trees
+from clipjax._arrays import dtypes, elementwise, trees
 from clipjax._gradients import error_feedback, incoming, threshold_state
 from clipjax._maths import drawing, intervals
 from clipjax.typing import Selection, State, Threshold, Tree
@@ -20,7 +20,8 @@ class ClipState(NamedTuple):
 
     Attributes:
       count: i32, updates so far.
-      threshold: f32, the threshold of the last update; NaN for a rule, which has a threshold for every entry.
+      threshold: f32 (f64 where a param is f64), the threshold of the last update; the largest float where nothing is
+        clipped, -1 for a rule, which has a threshold for every entry.
       rule: the state of a rule, one number or more for every entry; () without a rule.
       carry: the error feedback: what clips have removed and not yet given back, f32 (f64 for f64 params) arrays like
         the params; () without `carry=True`.
@@ -48,9 +49,9 @@ def clip(
     ``clip_norm(math.inf)`` in front of it records norms.
 
     Args:
-      threshold: C >= 0, in the unit of a gradient entry: a number (may be traced), a schedule count -> C, or a rule of
-        `clipjax.thresholds` such as `spam()`, which keeps a state for every entry and computes a C for each from its
-        past magnitudes.
+      threshold: C >= 0, in the unit of a gradient entry: a number (may be traced; below 0 it then counts as 0), a
+        schedule count -> C, or a rule of `clipjax.thresholds` such as `spam()`, which keeps a state for every entry and
+        computes a C for each from its past magnitudes.
       select: a selection of `clipjax.selections`: the entries that may be clipped, drawn anew at every update. By
         default all.
       carry: True for error feedback; costs 4 bytes a parameter. Static.
@@ -59,7 +60,8 @@ def clip(
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: for a negative or NaN threshold, or a rule whose state holds more than single numbers.
+      ValueError: for a negative or NaN threshold, several numbers, or a rule whose state holds more than single
+        numbers.
       TypeError: for a threshold of another kind; at update, for complex or integer gradients.
 
     Example:
@@ -105,6 +107,7 @@ def _clip(x: jax.Array, limit: jax.Array, chosen: jax.Array) -> jax.Array:
 @elementwise.leafwise
 def _limited(x: jax.Array, limit: jax.Array) -> jax.Array:
     # a finite C beyond the range of a narrow dtype is its largest float: inf would not clip an infinite entry
-    largest = jnp.float32(min(float(jnp.finfo(dtype).max) for dtype in (x.dtype, jnp.float32)))
-    bound = elementwise.where(limit == jnp.inf, limit, jnp.minimum(limit, largest)).astype(x.dtype)
+    largest = jnp.asarray(dtypes.largest(x.dtype), limit.dtype)
+    free = threshold_state.unlimited(limit)
+    bound = elementwise.where(free, jnp.full_like(limit, jnp.inf), jnp.minimum(limit, largest)).astype(x.dtype)
     return intervals.limit(x, -bound, bound)

@@ -19,7 +19,7 @@ class ErrorFeedback(NamedTuple):
 
     Attributes:
       init: `init(params) -> state`: Δ = 0, f32 (f64 for f64 params).
-      add: `add(updates, state) -> total`: t, in the dtype of Δ.
+      add: `add(updates, state) -> total`: t, in the computing dtype of the updates.
       emit: `emit(clipped, total, updates, state, finite) -> (emitted, state)`: g̃ in the dtypes of the updates, and the
         next Δ. `finite` holds for each leaf whether the norm that it was clipped by is finite.
     """
@@ -60,7 +60,9 @@ def _add(updates: Tree, state: State) -> Tree:
     feedback = trees.flatten(state)[0]
     trees.check_state(len(feedback) == len(leaves), f"error feedback for {len(feedback)} of {len(leaves)} gradients")
     pairs = zip(leaves, feedback, strict=True)
-    return treedef.unflatten([None if g is None else dtypes.widened(g) + left for g, left in pairs])
+    return treedef.unflatten(
+        [None if g is None else dtypes.widened(g) + left.astype(dtypes.wide(g.dtype)) for g, left in pairs]
+    )
 
 
 def _emit(
@@ -84,4 +86,4 @@ def _left(old: jax.Array, total: jax.Array | None, emitted: jax.Array | None, fi
     """The next Δ of a leaf; the old one where the gradient is missing, empty or not finite."""
     if total is None or emitted is None or not total.size:
         return old
-    return elementwise.where(finite & jnp.isfinite(total), total - emitted, old)
+    return elementwise.where(finite & jnp.isfinite(total), (total - emitted).astype(old.dtype), old)

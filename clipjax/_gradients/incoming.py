@@ -15,14 +15,19 @@ AxisName: TypeAlias = str | Sequence[str] | PerLeaf | None
 """Mesh axes of a surrounding `shard_map`: a name, names, or `per_leaf` for names by leaf; None outside of one."""
 
 
+_REMEDY = {
+    False: "Mask integer leaves with `optax.masked`.",
+    True: "Split complex gradients with `optax.contrib.split_real_and_imaginary`; where the norm of each leaf is taken,"
+    " which that would make two norms, give `jnp.stack([g.real, g.imag])` instead.",
+}
+
+
 def check_real(updates: Tree) -> None:
     """Raise for gradients that are not real floats."""
-    for path, g in zip(trees.paths(updates), trees.flatten(updates)[0], strict=True):
+    for i, g in enumerate(trees.flatten(updates)[0]):
         if g is not None and not jnp.issubdtype(g.dtype, jnp.floating):
-            raise TypeError(
-                f"`updates` must be real floats, got {g.dtype} at {path!r}. Split complex gradients with"
-                " `optax.contrib.split_real_and_imaginary`, and mask integer leaves with `optax.masked`."
-            )
+            path, remedy = trees.paths(updates)[i], _REMEDY[jnp.issubdtype(g.dtype, jnp.complexfloating)]
+            raise TypeError(f"`updates` must be real floats, got {g.dtype} at {path!r}. {remedy}")
 
 
 def sharded_over(axis_name: AxisName, paths: list[str], leaves: list[jax.Array]) -> list[tuple[str, ...]]:

@@ -7,24 +7,26 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clipjax._arrays import arguments, dtypes, elementwise, trees
 from clipjax._gradients import error_feedback, incoming, threshold_state
 from clipjax._maths import drawing, norms
-from clipjax.typing import Number, Selection, State, Threshold, Tree
+from clipjax.typing import LeafThreshold, Number, Selection, State, Tree
 
 
 class ClipNormState(NamedTuple):
-    """State of `clip_norm`. With per="leaf" the three f32 fields have one entry for each leaf, in tree order.
+    """State of `clip_norm`. With per="leaf" the three float fields have one entry for each leaf.
 
     Attributes:
       count: i32, updates so far.
       clipped: i32, updates in which at least one norm exceeded its threshold.
       nonfinite: i32, updates in which at least one norm was not finite.
-      norm_pre: f32, the norm before the clip.
-      threshold: f32, the threshold of the last update; infinite where a rule clips nothing.
-      coefficient: f32, the factor by which the last gradient was multiplied.
+      norm_pre: f32 (f64 where a param is f64), the norm before the clip; -1 for a leaf that had no gradient.
+      threshold: likewise, the threshold of the last update; the largest float where nothing is clipped.
+      coefficient: likewise, the factor by which the last gradient was multiplied.
+      place: with per="leaf" a tree by path: i32, which entry of the fields is that of the leaf; else ().
       rule: the state of a rule; () without a rule.
       carry: the error feedback: what clips have removed and not yet given back, f32 (f64 for f64 params) arrays like
         the params; () without `carry=True`.
@@ -36,12 +38,13 @@ class ClipNormState(NamedTuple):
     norm_pre: jax.Array
     threshold: jax.Array
     coefficient: jax.Array
+    place: Tree
     rule: State
     carry: State
 
 
 def clip_norm(
-    threshold: Threshold,
+    threshold: LeafThreshold,
     *,
     per: Literal["global", "leaf"] = "global",
     ord: float = 2,
@@ -65,10 +68,12 @@ def clip_norm(
     clips no gradient of finite norm, and `clipjax.report` then gives the norms.
 
     Args:
-      threshold: C >= 0, in the unit of the norm: a number (may be traced), a schedule count -> C, or a rule of
-        `clipjax.thresholds` such as `zscore()`, which computes C from the norms before the clip. Norms that are 0 or
+      threshold: C >= 0, in the unit of the norm: a number (may be traced; below 0 it then counts as 0), a schedule
+        count -> C, or a rule of `clipjax.thresholds` such as `zscore()`, which computes C from the norms before the
+        clip. Norms that are 0 or
         not finite are never added to a rule's history. A rule's C <= 0 clips nothing; a C of 0 from a number or a
-        schedule makes the selected entries of every gradient of finite norm 0.
+        schedule makes the selected entries of every gradient of finite norm 0. With per="leaf" also `per_leaf`, or a
+        tree such as a dict path -> C, of numbers or schedules; leaves that it does not name are not clipped.
       per: "global": one norm and one factor for all arrays together. "leaf": one for each array, compared with the same
         C; a rule then keeps a state and computes a C for each array.
       ord: p > 0 in :math:`n = (\sum |g|^p)^{1/p}`; 2 is the Euclidean norm, `math.inf` the largest magnitude. Static.
@@ -90,7 +95,8 @@ def clip_norm(
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: for a negative or NaN threshold or eps, an unknown `per`, or p <= 0.
+      ValueError: for a negative or NaN threshold or eps, several numbers, an unknown `per`, or p <= 0; at init for a
+        tree of thresholds that names no leaf.
       TypeError: for a threshold of another kind; at update, for complex or integer gradients.
 
     Example:
@@ -105,22 +111,25 @@ def clip_norm(
       Pascanu et al., "On the difficulty of training recurrent neural networks", 2013,
       https://arxiv.org/abs/1211.5063. D3, section 2, item 2.
     """
-    thresholds = threshold_state.for_norms(threshold)
+    arguments.choice(per, "per", ("global", "leaf"))
+    each = per == "leaf"
+    thresholds = threshold_state.for_norms(threshold, each=each)
     feedback = error_feedback.resolve(carry)
     select = drawing.resolve(select)
-    arguments.choice(per, "per", ("global", "leaf"))
     arguments.static(ord, "ord")
     arguments.require(arguments.is_number(ord) and ord > 0, "ord", "be a number > 0", ord, "2 is the usual norm.")
     arguments.non_negative(eps, "eps", "It is added to a norm.")
-    each = per == "leaf"
 
     def init_fn(params: Tree) -> ClipNormState:
-        shape = (len(trees.flatten(params)[0]) or 1,) if each else ()
+        thresholds.check(params)
+        dtype = dtypes.widest(jax.tree.leaves(params))
+        place = _places(params) if each else ()
+        shape = (len(jax.tree.leaves(place)),) if each else ()
         # arrays of their own: donation refuses shared ones
         count, clipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
-        norm, limit, factor = (jnp.full(shape, x, jnp.float32) for x in (0.0, jnp.inf, 1.0))
+        norm, limit, factor = (jnp.full(shape, x, dtype) for x in (0.0, dtypes.largest(dtype), 1.0))
         history = thresholds.init(norm)
-        return ClipNormState(count, clipped, nonfinite, norm, limit, factor, history, feedback.init(params))
+        return ClipNormState(count, clipped, nonfinite, norm, limit, factor, place, history, feedback.init(params))
 
     def update_fn(
         updates: Tree, state: ClipNormState, params: Tree | None = None, **extra: object
@@ -129,35 +138,62 @@ def clip_norm(
         incoming.check_real(updates)
         total = feedback.add(updates, state.carry)
         chosen = drawing.choose(select, total, None, state.count)
-        norm = _norm(total, chosen, each, ord, axis_name)
-        limit, history = thresholds.update(state.count, norm, state.rule)
-        factor = _coefficient(norm, limit.astype(norm.dtype), eps)
-        leaves, _ = trees.flatten(total)
-        factors = list(factor)[: len(leaves)] if each else [factor] * len(leaves)
+        measured = _measured(total, chosen, state.place if each else None)
+        norm = _norm(measured, ord, axis_name, each)
+        limit, history = thresholds.update(state.count, norm, state.rule, measured)
+        factor = _coefficient(norm, limit, eps)
+        of_leaf = dict(zip((path for path, _ in measured), factor, strict=True)) if each else {}
+        factors = [of_leaf.get(path, factor) for path in trees.paths(total)]
         clipped = _rescaled(total, chosen, factors)
         emitted, left = feedback.emit(clipped, total, updates, state.carry, [jnp.isfinite(f) for f in factors])
-        return emitted, _next_state(state, norm, limit, factor, history, left)
+        return emitted, _next_state(state, norm, limit, factor, [x is not None for _, x in measured], history, left)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _norm(total: Tree, chosen: Tree, each: bool, ord: float, axis_name: incoming.AxisName) -> jax.Array:
-    """The norm of the chosen entries: one, or one for each leaf, where a leaf without a gradient counts as 0."""
-    leaves, _ = trees.flatten(total)
-    masks, _ = trees.flatten(chosen)
-    picked = [
-        jnp.zeros((1,)) if x is None else elementwise.where(m, x, jnp.zeros_like(x))
-        for x, m in zip(leaves, masks, strict=True)
+def _places(params: Tree) -> Tree:
+    """A number for each leaf, by path: 0, 1, ... in the order of the tree that results, whatever that of the params."""
+    numbers, treedef = trees.arrays(trees.by_path(jax.tree.map(lambda p: 0, params)))
+    return treedef.unflatten([jnp.asarray(i, jnp.int32) for i in range(len(numbers))])
+
+
+def _measured(total: Tree, chosen: Tree, place: Tree | None) -> list[tuple[str, jax.Array | None]]:
+    """What norms are taken of: each leaf with its path, entries that are not chosen set to 0.
+
+    In the order of their places in the state where leaves have some, and then with None for those without a gradient.
+    """
+    rows = zip(trees.paths(total), trees.flatten(total)[0], trees.flatten(chosen)[0], strict=True)
+    picked: list[tuple[str, jax.Array | None]] = [
+        (path, elementwise.where(m, x, jnp.zeros_like(x))) for path, x, m in rows if x is not None
     ]
-    axes = None if axis_name is None else incoming.sharded_over(axis_name, trees.paths(total), picked)
-    if each:
-        return norms.norm(picked, ord, axes=axes, each=True) if picked else jnp.zeros((1,))
-    return norms.norm(picked, ord, axes=axes)
+    if place is None:
+        return picked
+    by_path, order = dict(picked), [path for path, _ in trees.governed(place)]
+    unknown = sorted(by_path.keys() - set(order))
+    trees.check_state(not unknown, f"gradients at {unknown}, where there were no params")
+    return [(path, by_path.get(path)) for path in order]
 
 
+def _norm(
+    measured: list[tuple[str, jax.Array | None]], ord: float, axis_name: incoming.AxisName, each: bool
+) -> jax.Array:
+    """The norm: one, or one for each leaf, 0 for a leaf without a gradient."""
+    given = [(path, x) for path, x in measured if x is not None]
+    over: dict[str, tuple[str, ...]] = {}
+    if axis_name is not None:
+        names, arrays = [path for path, _ in given], [x for _, x in given]
+        over = dict(zip(names, incoming.sharded_over(axis_name, names, arrays), strict=True))
+    arrays = [jnp.zeros((1,)) if x is None else x for _, x in measured]
+    return norms.norm(arrays, ord, axes=[over.get(path, ()) for path, _ in measured], each=each)
+
+
+@elementwise.leafwise
 def _coefficient(norm: jax.Array, limit: jax.Array, eps: Number) -> jax.Array:
     """1 within the threshold, C / (n + eps) above it, NaN for a norm that is not finite."""
-    factor = jnp.where(norm <= limit, jnp.ones_like(norm), limit / (norm + eps))
+    within = norm <= limit
+    # a quotient that is not used has a derivative all the same: within the threshold its divisor is 1
+    divisor = jnp.where(within, jnp.ones_like(norm), norm + jnp.asarray(eps, norm.dtype))
+    factor = jnp.where(within, jnp.ones_like(norm), limit / divisor)
     return jnp.where(jnp.isfinite(norm), factor, jnp.full_like(norm, math.nan))
 
 
@@ -176,15 +212,23 @@ def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _next_state(
-    state: ClipNormState, norm: jax.Array, limit: jax.Array, factor: jax.Array, history: State, left: State
+    state: ClipNormState,
+    norm: jax.Array,
+    limit: jax.Array,
+    factor: jax.Array,
+    given: list[bool],
+    history: State,
+    left: State,
 ) -> ClipNormState:
+    shown = norm if all(given) else jnp.where(np.array(given), norm, -1)
     return ClipNormState(
         optax.safe_increment(state.count),
-        state.clipped + jnp.any(jnp.isfinite(norm) & (norm > limit.astype(norm.dtype))).astype(jnp.int32),
+        state.clipped + jnp.any(jnp.isfinite(norm) & (norm > limit)).astype(jnp.int32),
         state.nonfinite + jnp.any(~jnp.isfinite(norm)).astype(jnp.int32),
-        threshold_state.recorded(state.norm_pre, norm.astype(jnp.float32)),
+        threshold_state.recorded(state.norm_pre, shown),
         threshold_state.recorded(state.threshold, limit),
-        threshold_state.recorded(state.coefficient, factor.astype(jnp.float32)),
+        threshold_state.recorded(state.coefficient, factor),
+        state.place,
         history,
         left,
     )

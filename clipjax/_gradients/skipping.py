@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipjax._arrays import trees
+from clipjax._arrays import dtypes, trees
 from clipjax._gradients import incoming, threshold_state
 from clipjax._maths import norms
 from clipjax.typing import State, Threshold, Tree
@@ -21,8 +21,8 @@ class SkipState(NamedTuple):
       count: i32, updates so far.
       skipped: i32, updates that were left out.
       nonfinite: i32, the skipped updates whose norm was not finite.
-      norm_pre: f32, the norm of the last gradient.
-      threshold: f32, the threshold of the last update.
+      norm_pre: f32 (f64 where a param is f64), the norm of the last gradient.
+      threshold: likewise, the threshold of the last update; the largest float where every finite norm passes.
       rule: the state of a rule; () without a rule.
       inner: the state of the inner transformation.
     """
@@ -37,7 +37,10 @@ class SkipState(NamedTuple):
 
 
 def skip_spikes(
-    inner: optax.GradientTransformation, threshold: Threshold, *, axis_name: incoming.AxisName = None
+    inner: optax.GradientTransformation,
+    threshold: Threshold | None = None,
+    *,
+    axis_name: incoming.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Leave out updates whose gradient norm exceeds a threshold or is not finite.
 
@@ -49,11 +52,11 @@ def skip_spikes(
 
     Args:
       inner: the transformation to skip, usually the optimizer.
-      threshold: C >= 0, in the unit of the global 2-norm: a number (may be traced), a schedule count -> C, or a rule of
-        `clipjax.thresholds`; infinity skips only norms that are not finite. A rule is updated with the norms of skipped
-        updates too. `mean_sigma`, `percentile` and `quantile_track` therefore follow a lasting rise of the norm.
-        `ema_ratio` and `zscore` average min(n, C): after such a rise the first may skip hundreds of updates, the second
-        all.
+      threshold: required. C >= 0, in the unit of the global 2-norm: a number (may be traced; below 0 it then counts as
+        0), a schedule count -> C, or a rule of `clipjax.thresholds`; infinity skips only norms that are not finite. A
+        rule is updated with the norms of skipped updates too. `mean_sigma`, `percentile` and `quantile_track` therefore
+        follow a lasting rise of the norm. `ema_ratio` and `zscore` average min(n, C): after such a rise the first may
+        skip hundreds of updates, the second all.
       axis_name: inside `jax.shard_map`, the mesh axes that gradients are split over, across which the norm is added up,
         as in `clip_norm`. Without it every device would decide by the norm of its own shard.
 
@@ -61,8 +64,9 @@ def skip_spikes(
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: for a negative or NaN threshold.
-      TypeError: for a threshold of another kind; at update, for complex or integer gradients.
+      ValueError: for a negative or NaN threshold, or several numbers.
+      TypeError: for an `inner` that is no transformation, a missing threshold or one of another kind; at update, for
+        complex or integer gradients.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,12 +83,18 @@ def skip_spikes(
     References:
       Levanter, `levanter.optim.skipstep`; Chowdhery et al., "PaLM", 2022, section 5.1. D3, section 5.
     """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):  # `optax.MultiSteps` has no other mark
+        raise TypeError(
+            f"`inner` must be a gradient transformation, got {inner!r}."
+            " Give the optimizer first: `skip_spikes(optax.adam(1e-3), 10.0)`."
+        )
     thresholds = threshold_state.for_norms(threshold)
     inside = optax.with_extra_args_support(inner)
 
     def init_fn(params: Tree) -> SkipState:
         count, skipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
-        norm, limit = jnp.zeros((), jnp.float32), jnp.asarray(jnp.inf, jnp.float32)
+        dtype = dtypes.widest(jax.tree.leaves(params))
+        norm, limit = jnp.zeros((), dtype), jnp.asarray(dtypes.largest(dtype), dtype)
         return SkipState(count, skipped, nonfinite, norm, limit, thresholds.init(norm), inside.init(params))
 
     def update_fn(
@@ -95,8 +105,8 @@ def skip_spikes(
         named = trees.governed(updates)
         paths, leaves = [path for path, _ in named], [g for _, g in named]
         axes = None if axis_name is None else incoming.sharded_over(axis_name, paths, leaves)
-        norm = norms.norm(leaves, axes=axes).astype(jnp.float32)
-        limit, history = thresholds.update(state.count, norm, state.rule)
+        norm = norms.norm(leaves, axes=axes)
+        limit, history = thresholds.update(state.count, norm, state.rule, ())
         good = jnp.isfinite(norm) & (norm <= limit)
         # selects and not `lax.cond`: they fuse with the optimizer, and a donated state is updated in place
         emitted, new_inner = inside.update(updates, state.inner, params, **extra)

@@ -1,72 +1,95 @@
-"""The one module that interprets `threshold=`: a number, a schedule and a rule become the same two functions.
+"""The one module that interprets `threshold=`: a number, a schedule, a rule, or numbers by leaf become two functions.
 
-A rule is written for one f32 norm. Here it gets a state for every norm, or for every entry of a gradient.
+A rule is written for one norm. Here it gets a state for every norm, or for every entry of a gradient. Where nothing is
+clipped C is the largest float of its dtype and not infinity, which `jax_debug_infs` would refuse in a state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.typing import DTypeLike
 
-from clipjax._arrays import arguments, dtypes, trees
-from clipjax.typing import Rule, State, Threshold, Tree
+from clipjax._arrays import arguments, dtypes, elementwise, trees
+from clipjax.typing import Leaf, LeafThreshold, PerLeaf, Rule, State, Threshold, Tree
+
+Named: TypeAlias = Sequence[tuple[str, Leaf | None]]
+"""The leaves that norms are of, with their paths; None without a gradient. Nothing for the norm of all of them."""
 
 
 class NormThresholds(NamedTuple):
     """A threshold for an array of norms.
 
     Attributes:
-      init: `init(norms) -> state`: the state of a rule for each norm; () for a number or a schedule.
-      update: `update(count, norms, state) -> (thresholds, state)`: C for each norm, f32 like the norms.
+      init: `init(norms) -> state`: the state of a rule for each norm; () without a rule.
+      update: `update(count, norms, state, named) -> (thresholds, state)`: C for each norm, in its dtype.
+      check: `check(params)` raises for thresholds of leaves that are none, and where no leaf has one.
     """
 
     init: Callable[[jax.Array], State]
-    update: Callable[[jax.Array, jax.Array, State], tuple[jax.Array, State]]
+    update: Callable[[jax.Array, jax.Array, State, Named], tuple[jax.Array, State]]
+    check: Callable[[Tree], None] = lambda params: None
 
 
 class EntryThresholds(NamedTuple):
     """A threshold for the magnitude of every entry of a gradient.
 
     Attributes:
-      init: `init(params) -> (shared, state)`: an f32 scalar, the C that all entries share, infinite before the first
-        update and NaN for a rule; and the state of a rule for each entry, () for a number or a schedule.
-      update: `update(count, gradients, shared, state) -> (thresholds, shared, state)`: for each leaf an f32 array that
-        broadcasts to it, and the next of both.
+      init: `init(params) -> (shared, state)`: a scalar, the C that all entries share, the largest float before the
+        first update and -1 for a rule; and the state of a rule for each entry, () for a number or a schedule.
+      update: `update(count, gradients, shared, state) -> (thresholds, shared, state)`: for each leaf an array that
+        broadcasts to it, in its computing dtype, and the next of both.
     """
 
     init: Callable[[Tree], tuple[jax.Array, State]]
     update: Callable[[jax.Array, Tree, jax.Array, State], tuple[Tree, jax.Array, State]]
 
 
-def for_norms(threshold: Threshold) -> NormThresholds:
+def for_norms(threshold: LeafThreshold | None, *, each: bool = False) -> NormThresholds:
     """The functions of a `threshold=` that norms are compared with; norms of 0 enter no history.
 
-    Scalars of a rule's state get the shape, and eagerly the sharding, of the norms.
+    Floats of a rule's state get the dtype of the norms, scalars their shape, and eagerly their sharding. With `each`
+    the norms are those of leaves, and thresholds may differ by leaf.
     """
-    rule = _rule(threshold)
-    if rule is None:
-        return NormThresholds(lambda norms: (), lambda count, norms, state: (_constant(threshold, count, norms), ()))
+    rule = _rule(threshold, by_leaf=each)
+    if rule is not None:
+        return NormThresholds(
+            lambda norms: jax.tree.map(lambda x: _spread(x, norms, norms.dtype), rule.init()),
+            lambda count, norms, state, named: _follow(rule, norms, state, zeros=False),
+        )
+    if _differs(threshold):
+        return NormThresholds(
+            lambda norms: (),
+            lambda count, norms, state, named: (_of_leaves(threshold, count, norms, named), ()),
+            lambda params: _check_leaves(threshold, trees.governed(params)),
+        )
     return NormThresholds(
-        lambda norms: jax.tree.map(lambda x: _spread(x, norms), rule.init()),
-        lambda count, norms, state: _follow(rule, norms, state, zeros=False),
+        lambda norms: (),
+        lambda count, norms, state, named: (jnp.full_like(norms, _number(threshold, count, norms.dtype)), ()),
     )
 
 
 def for_entries(threshold: Threshold) -> EntryThresholds:
     """The functions of a `threshold=` that magnitudes of entries are compared with; unlike norms, these may be 0."""
-    rule = _rule(threshold)
+    rule = _rule(threshold, by_leaf=False)
     if rule is not None:
         return _rule_for_entries(rule)
 
     def update(count: jax.Array, gradients: Tree, shared: jax.Array, state: State) -> tuple[Tree, jax.Array, State]:
-        new = recorded(shared, _constant(threshold, count, shared))
-        return jax.tree.map(lambda g: new, gradients), new, ()
+        kinds = {dtypes.wide(g.dtype) for g in jax.tree.leaves(gradients)} | {shared.dtype}
+        limits = {kind: _number(threshold, count, kind) for kind in kinds}
+        own = jax.tree.map(lambda g: limits[dtypes.wide(g.dtype)], gradients)
+        return own, recorded(shared, limits[shared.dtype]), ()
 
-    return EntryThresholds(lambda params: (jnp.asarray(jnp.inf, jnp.float32), ()), update)
+    def init(params: Tree) -> tuple[jax.Array, State]:
+        dtype = dtypes.widest(jax.tree.leaves(params))
+        return jnp.asarray(dtypes.largest(dtype), dtype), ()
+
+    return EntryThresholds(init, update)
 
 
 def _rule_for_entries(rule: Rule) -> EntryThresholds:
@@ -77,10 +100,13 @@ def _rule_for_entries(rule: Rule) -> EntryThresholds:
 
     def init(params: Tree) -> tuple[jax.Array, State]:
         def every(number: jax.Array) -> Tree:
-            # an empty leaf keeps one number: Orbax saves no empty arrays
-            return jax.tree.map(lambda p: _spread(number, p if np.size(p) else jnp.zeros(())), params)
+            def own(p: Leaf) -> jax.Array:
+                # an empty leaf keeps one number: Orbax saves no empty arrays
+                return _spread(number, p if math.prod(p.shape) else jnp.zeros(()), dtypes.wide(p.dtype))
 
-        return jnp.asarray(jnp.nan, jnp.float32), jax.tree.map(every, rule.init())
+            return jax.tree.map(own, params)
+
+        return jnp.asarray(-1, jnp.float32), jax.tree.map(every, rule.init())
 
     def update(count: jax.Array, gradients: Tree, shared: jax.Array, state: State) -> tuple[Tree, jax.Array, State]:
         # transposed: from a tree of leaves for each number of the rule to the numbers of each leaf, and back
@@ -101,7 +127,8 @@ def _follow_leaf(rule: Rule, g: jax.Array | None, state: State) -> tuple[jax.Arr
     if g is None:
         return None, state
     if not g.size:
-        return jnp.asarray(jnp.inf, jnp.float32), state
+        dtype = dtypes.wide(g.dtype)
+        return jnp.asarray(dtypes.largest(dtype), dtype), state
     return _follow(rule, jnp.abs(g), state, zeros=True)
 
 
@@ -109,55 +136,155 @@ def _follow(rule: Rule, measured: jax.Array, state: State, *, zeros: bool) -> tu
     """The rule's threshold for every norm or magnitude, and the states after them.
 
     Non-finite values are never added to the history, nor is 0 unless `zeros`: their states stay as they were. A
-    threshold that is not positive is replaced by infinity.
+    threshold that is not positive is replaced by the largest float.
     """
+    if any(map(arguments.traced, (measured, *jax.tree.leaves(state)))):
+        return _followed(_Same(rule), measured, state, zeros)
+    return _compiled(_Same(rule), measured, state, zeros)
+
+
+class _Same:
+    """A rule that is equal to itself alone, whatever its functions hold: what is compiled is found by it."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def __hash__(self) -> int:
+        return id(self.rule)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.rule is other.rule
+
+
+def _followed(same: _Same, measured: jax.Array, state: State, zeros: bool) -> tuple[jax.Array, State]:
     finite = jnp.isfinite(measured)
     usable = finite if zeros else finite & (measured > 0)
-    one = rule.update
+    one = same.rule.update
     for _ in range(measured.ndim):
         one = jax.vmap(one)
-    # a rule gets finite f32 only; what it returns for a value that was not finite is dropped below
-    largest = float(jnp.finfo(jnp.float32).max)
-    values = jnp.where(finite, jnp.minimum(dtypes.widened(measured), largest), largest).astype(jnp.float32)
-    limit, new_state = one(values, state)
+    # a rule gets finite numbers only; what it returns for a value that was not finite is dropped below
+    wide = dtypes.widened(measured)
+    largest = jnp.full_like(wide, dtypes.largest(wide.dtype))
+    limit, new_state = one(jnp.where(finite, wide, largest), jax.tree.map(lambda x: _as_norms(x, wide.dtype), state))
+    limit = jnp.asarray(limit).astype(wide.dtype)
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
         at = usable.reshape(usable.shape + (1,) * (old.ndim - usable.ndim))
         return jnp.where(at, new.astype(old.dtype), old)
 
-    return jnp.where(limit > 0, limit, jnp.inf).astype(jnp.float32), jax.tree.map(keep, new_state, state)
+    return jnp.where(limit > 0, jnp.minimum(limit, largest), largest), jax.tree.map(keep, new_state, state)
 
 
-def _rule(threshold: Threshold) -> Rule | None:
-    """The rule, or None for a number >= 0 or a schedule; anything else raises."""
+# Outside of jit one program, found again at the next update; its infinities are no concern of `jax_debug_infs`.
+_compiled = jax.jit(_followed, static_argnums=(0, 3))
+
+
+def _rule(threshold: LeafThreshold | None, *, by_leaf: bool) -> Rule | None:
+    """The rule, or None for numbers >= 0 and schedules; anything else raises."""
+    arguments.called(threshold, "threshold", "a number, a schedule or a rule")
     if isinstance(threshold, Rule):
         return threshold
-    if threshold is None or isinstance(threshold, str | bool):
+    if _differs(threshold):
+        if not by_leaf:
+            raise TypeError(
+                f"`threshold` must be one number, schedule or rule, got {threshold!r}."
+                ' For thresholds that differ by leaf use `clip_norm(..., per="leaf")`.'
+            )
+    elif threshold is None or isinstance(threshold, str | bool):
         raise TypeError(
             f"`threshold` must be a number, a schedule or a rule, got {threshold!r}."
             " Give C >= 0, or call a factory: `thresholds.zscore()`."
         )
-    arguments.non_negative(threshold, "threshold", "Use math.inf to record without clipping.")
+    else:
+        _check_number(threshold)
     return None
 
 
-def _constant(threshold: Threshold, count: jax.Array, like: jax.Array) -> jax.Array:
-    """A number, or a schedule's number at this count, for every norm."""
-    return jnp.full_like(like, arguments.schedule(threshold)(count), dtype=jnp.float32)
+def _differs(threshold: object) -> bool:
+    """True for numbers by leaf: `per_leaf`, or a tree."""
+    return isinstance(threshold, PerLeaf) or (not isinstance(threshold, Rule) and arguments.is_tree(threshold))
 
 
-def _spread(number: jax.Array, like: jax.Array) -> jax.Array:
-    """A copy of one array of a rule's state for every entry of `like`."""
+def _check_number(threshold: object) -> None:
+    arguments.non_negative(threshold, "threshold", "Use math.inf to record without clipping.")
+    if not callable(threshold):
+        remedy = 'For a threshold of each leaf give `per_leaf` or a dict path -> C to `clip_norm(..., per="leaf")`.'
+        one = threshold if isinstance(threshold, jax.Array) else arguments.numeric(threshold, "threshold", remedy)
+        arguments.require(one.ndim == 0, "threshold", "be one number", threshold, remedy)
+
+
+def _number(threshold: object, count: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """C: a number, or a schedule's number at this count. Below 0, which only a traced number can be, it counts as 0."""
+    largest = dtypes.largest(dtype)
+    if arguments.known(threshold):
+        return jnp.asarray(min(arguments.numeric(threshold, "threshold", "").item(), largest), dtype)
+    value = jnp.asarray(arguments.schedule(threshold)(count))
+    remedy = "Return a scalar from the schedule."
+    arguments.require(value.ndim == 0, "threshold", "give one number", f"shape {value.shape}", remedy)
+    value = value.astype(dtype)
+    value = elementwise.where(value < 0, jnp.zeros_like(value), value)
+    return elementwise.where(value > largest, jnp.full_like(value, largest), value)
+
+
+def _given(threshold: object, named: Named) -> list[object]:
+    """The thresholds of the leaves, None for those without one."""
+    if isinstance(threshold, PerLeaf):
+        return [None if leaf is None else threshold.fn(path, leaf) for path, leaf in named]
+    by_path = dict(trees.governed(threshold))
+    return [by_path.get(path) for path, _ in named]
+
+
+def _check_leaves(threshold: object, named: Named) -> None:
+    values = [value for value in _given(threshold, named) if value is not None]
+    rules = [x for x in (*values, *_leaves(threshold)) if isinstance(x, Rule)]
+    if rules:
+        raise TypeError(
+            "`threshold` must give each leaf a number or a schedule, got a rule. Pass one rule for all:"
+            ' with per="leaf" it keeps a history of each leaf.'
+        )
+    arguments.require(values or not named, "threshold", "have a value for a leaf", threshold, "Keys are paths: 'a/b'.")
+    for value in values:
+        arguments.called(value, "threshold", "a number or a schedule for each leaf")
+        _check_number(value)
+
+
+def _leaves(threshold: object) -> list[object]:
+    return jax.tree.leaves(threshold, is_leaf=lambda x: isinstance(x, Rule))
+
+
+def _of_leaves(threshold: object, count: jax.Array, norms: jax.Array, named: Named) -> jax.Array:
+    """C for each leaf; the largest float, which clips nothing, for one without a threshold."""
+    largest = dtypes.largest(norms.dtype)
+    values = (largest if value is None else value for value in _given(threshold, named))
+    return jnp.stack([_number(value, count, norms.dtype) for value in values])
+
+
+def _as_norms(number: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """An array of a rule's state in the dtype of the norms, where it is f32 or f64."""
+    return number.astype(dtype) if number.dtype in (jnp.float32, jnp.float64) else number
+
+
+def _spread(number: jax.Array, like: Leaf, dtype: DTypeLike) -> jax.Array:
+    """A copy of one array of a rule's state for every entry of `like`; f32 and f64 become `dtype`."""
     number = jnp.asarray(number)
+    number = _as_norms(number, dtype)
     if number.ndim:
         return jnp.broadcast_to(number, like.shape + number.shape) + jnp.zeros((), number.dtype)
     return jnp.zeros_like(like, dtype=number.dtype) + number
 
 
+def unlimited(threshold: jax.Array) -> jax.Array:
+    """Where a threshold of a state clips nothing."""
+    return threshold >= dtypes.largest(threshold.dtype)
+
+
+@elementwise.leafwise
 def recorded(old: jax.Array, new: jax.Array) -> jax.Array:
-    """`new` in the place of `old`, a number of the state that no update reads.
+    """`new` in the place of `old`, a number of the state that no update reads, in its dtype.
 
     JAX drops an argument that nothing reads from the program and hands out donated buffers in order, so every scalar
     behind it would be copied into its neighbour's buffer. XLA removes the select.
     """
+    if new.dtype != old.dtype:  # f64 gradients of f32 params
+        new = elementwise.where(unlimited(new), jnp.full_like(old, dtypes.largest(old.dtype)), new.astype(old.dtype))
     return jnp.where(jnp.isnan(old), new, new)

@@ -15,7 +15,9 @@ def key_at(key: jax.Array | None, count: jax.Array) -> jax.Array:
 
 
 def choose(select: Selection, tree: Tree, key: jax.Array | None, count: jax.Array) -> Tree:
-    """The masks of one update; a key of the selection's own comes first."""
+    """The masks of one update, True where all entries are meant; a key of the selection's own comes first."""
+    if select is ALL:
+        return jax.tree.map(lambda x: True, tree)
     return select.choose(tree, key_at(key if select.key is None else select.key, count))
 
 
@@ -24,9 +26,13 @@ def everything() -> Selection:
     return Selection(lambda tree, key: jax.tree.map(lambda x: jnp.ones((), bool), tree))
 
 
+ALL = everything()
+"""What `select=None` means: for it no key is folded and no mask is made."""
+
+
 def resolve(select: Selection | None) -> Selection:
     """Read a `select=` argument; None selects every entry."""
     if select is None:
-        return everything()
+        return ALL
     arguments.instance(select, Selection, "select", "Call a factory: `selections.bernoulli(0.5)`.")
     return select

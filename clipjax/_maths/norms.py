@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,14 +33,17 @@ def norm(
     """
     if not arrays:
         return jnp.zeros((0,) if each else ())
+    over = ((),) * len(arrays) if axes is None else tuple(tuple(at) for at in axes)
+    return _compiled(arrays, ord, over, each)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _norm(arrays: list[jax.Array], ord: float, over: tuple[tuple[str, ...], ...], each: bool) -> jax.Array:
     dtype = dtypes.widest(arrays)
     wide = [x.astype(dtype) for x in arrays]
-    over = [()] * len(arrays) if axes is None else list(axes)
 
     def total(part: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """The sum of `part(x)` over all arrays (or for each) and all shards."""
-        parts = [jax.lax.psum(part(x), at) if at else part(x) for x, at in zip(wide, over, strict=True)]
-        return jnp.stack(parts) if each else jnp.stack(parts).sum()
+        return _added([part(x) for x in wide], over, each)
 
     if ord == 2:
         return _two_norm(total, dtype.name)
@@ -59,6 +63,48 @@ def norm(
         return jnp.sum((jnp.abs(x) * part / unit) ** ord)
 
     return unit / part * total(powers) ** (1 / ord)
+
+
+def _added(parts: list[jax.Array], over: tuple[tuple[str, ...], ...], each: bool) -> jax.Array:
+    """The sum of a number of each array over all arrays (or of each) and all shards."""
+    parts = [jax.lax.psum(part, at) if at else part for part, at in zip(parts, over, strict=True)]
+    return jnp.stack(parts) if each else jnp.stack(parts).sum()
+
+
+@_norm.defjvp
+def _slope(
+    ord: float,
+    over: tuple[tuple[str, ...], ...],
+    each: bool,
+    primals: tuple[list[jax.Array]],
+    tangents: tuple[list[jax.Array]],
+) -> tuple[jax.Array, jax.Array]:
+    """The norm n and its derivative, the sum of sign(x) (|x| / n)^(p - 1) dx: 0 where n is 0.
+
+    By itself JAX would differentiate the scaled sums of `_two_norm`, also those that are not used and overflow.
+    """
+    (arrays,), (moves,) = primals, tangents
+    norm = _norm(arrays, ord, over, each)
+    unit, part = divisor(norm)
+    units = list(zip(unit, part, strict=True)) if each else [(unit, part)] * len(arrays)
+    shares = [x.astype(norm.dtype) * part / unit for x, (unit, part) in zip(arrays, units, strict=True)]
+    if np.isinf(ord):  # the largest entries share it
+        slopes = [jnp.where(jnp.abs(share) == 1, share, 0.0) for share in shares]
+        ties = _added([jnp.sum(jnp.abs(slope)) for slope in slopes], over, each)
+    else:
+        slopes, ties = [_power(share, ord - 1) for share in shares], jnp.ones_like(norm)
+    moved = [jnp.sum(slope * dx.astype(norm.dtype)) for slope, dx in zip(slopes, moves, strict=True)]
+    return norm, _added(moved, over, each) / jnp.maximum(ties, 1)
+
+
+# Outside of jit it is compiled once for arrays of the same shapes; inside, no call of it is left in the program.
+_compiled = jax.jit(_norm, static_argnums=(1, 2, 3), inline=True)
+
+
+def _power(share: jax.Array, exponent: float) -> jax.Array:
+    """sign(x) |x|^e, 0 for x = 0 whatever e is."""
+    size = jnp.where(share == 0, jnp.ones_like(share), jnp.abs(share))
+    return share if exponent == 1 else jnp.sign(share) * size**exponent
 
 
 def divisor(largest: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import trees
+from clipjax._gradients import threshold_state
 from clipjax._gradients.clipping import ClipState
 from clipjax._gradients.norm_clipping import ClipNormState
 from clipjax._gradients.skipping import SkipState
@@ -69,27 +70,40 @@ def _states(opt_state: State) -> Iterator[State]:
 
 
 def _clip(state: ClipState, per_leaf: bool) -> Metrics:
-    return {"threshold": state.threshold}
+    """The threshold, NaN for a rule, which has one for every entry."""
+    return {"threshold": jnp.where(state.threshold < 0, jnp.nan, _threshold(state.threshold))}
+
+
+def _threshold(threshold: jax.Array) -> jax.Array:
+    """What a state records, infinite where nothing is clipped."""
+    return jnp.where(threshold_state.unlimited(threshold), jnp.inf, threshold)
 
 
 def _clip_norm(state: ClipNormState, per_leaf: bool) -> Metrics:
+    """With per="leaf" the means over the leaves that had a gradient; NaN for a leaf that had none."""
+    given = ~(state.norm_pre < 0)
     values = {
         "norm_pre": state.norm_pre,
-        "threshold": state.threshold,
+        "threshold": _threshold(state.threshold),
         "coefficient": state.coefficient,
         "norm_post": state.norm_pre * state.coefficient,
     }
-    metrics = {key: value if value.ndim == 0 else value.mean() for key, value in values.items()}
-    if per_leaf:
-        wide = {key: value for key, value in values.items() if value.ndim}
-        metrics |= {f"{key}/{i}": x for key, value in wide.items() for i, x in enumerate(value)}
+    count = jnp.maximum(jnp.sum(given), 1)
+    metrics = {
+        key: value if value.ndim == 0 else jnp.sum(jnp.where(given, value, 0)) / count.astype(value.dtype)
+        for key, value in values.items()
+    }
+    if per_leaf and isinstance(state.place, dict):
+        paths = [path for path, _ in trees.governed(state.place)]
+        for key, value in values.items():
+            metrics |= {f"{key}/{path}": x for path, x in zip(paths, jnp.where(given, value, jnp.nan), strict=True)}
     fraction = state.clipped / jnp.maximum(state.count, 1)
     return metrics | {"clipped": state.clipped, "fraction_clipped": fraction, "nonfinite": state.nonfinite}
 
 
 def _skip(state: SkipState, per_leaf: bool) -> Metrics:
     fraction = state.skipped / jnp.maximum(state.count, 1)
-    metrics = {"norm_pre": state.norm_pre, "threshold": state.threshold, "skipped": state.skipped}
+    metrics = {"norm_pre": state.norm_pre, "threshold": _threshold(state.threshold), "skipped": state.skipped}
     return metrics | {"fraction_skipped": fraction, "nonfinite": state.nonfinite}
 
 

@@ -41,7 +41,7 @@ MUTANTS = (
     Mutant("thresholds.py", "clipped - new_mean, 1 - decay", "clipped - mean, 1 - decay", "thresholds", "zscore"),
     Mutant("thresholds.py", "jnp.minimum(average, clipped)", "clipped", "thresholds", "ema_ratio"),
     Mutant("thresholds.py", "rest - lr *", "rest + lr *", "thresholds", "quantile_track"),
-    Mutant("thresholds.py", "past.mean() + k * past.std()", "past.mean() + k * past.var()", "thresholds", "mean_sigma"),
+    Mutant("thresholds.py", "mean + k * sigma", "mean + sigma", "thresholds", "mean_sigma"),
     Mutant("widths.py", "cost, 0), dtype=jnp.int32)", "cost, 0))", "choosing", "x64"),
     Mutant(
         "projections.py",

@@ -35,7 +35,7 @@ MUTANTS = (
     ),
     Mutant(
         "_gradients/threshold_state.py",
-        "jnp.where(limit > 0, limit, jnp.inf)",
+        "jnp.where(limit > 0, jnp.minimum(limit, largest), largest)",
         "limit",
         "threshold_state",
         "positive or spam",
@@ -44,14 +44,39 @@ MUTANTS = (
     Mutant("_gradients/skipping.py", "jnp.isfinite(norm) & (norm <= limit)", "(norm <= limit)", "skipping", "inf"),
     Mutant(
         "_gradients/error_feedback.py",
-        "finite & jnp.isfinite(total), total",
-        "total == total, total",
+        "finite & jnp.isfinite(total), (",
+        "total == total, (",
         "threshold_state",
         "carry",
     ),
-    Mutant("_gradients/error_feedback.py", "total - emitted, old", "old, old", "threshold_state", "carry"),
     Mutant(
-        "_gradients/norm_clipping.py", "limit / (norm + eps)", "limit / (norm - eps)", "clipping", "clip_norm_matches"
+        "_gradients/error_feedback.py",
+        "(total - emitted).astype(old.dtype), old",
+        "old, old",
+        "threshold_state",
+        "carry",
+    ),
+    Mutant(
+        "_gradients/norm_clipping.py",
+        "norm + jnp.asarray(eps, norm.dtype)",
+        "norm - jnp.asarray(eps, norm.dtype)",
+        "clipping",
+        "clip_norm_matches",
+    ),
+    Mutant("_gradients/norm_clipping.py", "jnp.where(np.array(given), norm, -1)", "norm", "norm_clipping", "shifts"),
+    Mutant(
+        "_gradients/threshold_state.py",
+        "value < 0, jnp.zeros_like(value), value",
+        "value != value, value, value",
+        "norm_clipping",
+        "below_0",
+    ),
+    Mutant(
+        "_gradients/threshold_state.py",
+        "_spread(x, norms, norms.dtype)",
+        "_spread(x, norms, jnp.float32)",
+        "norm_clipping",
+        "f64",
     ),
     Mutant(
         "_gradients/norm_clipping.py",
@@ -60,6 +85,8 @@ MUTANTS = (
         "clipping",
         "non_finite",
     ),
-    Mutant("_gradients/threshold_state.py", "p if np.size(p) else jnp.zeros(())", "p", "clipping", "empty_leaf"),
+    Mutant(
+        "_gradients/threshold_state.py", "p if math.prod(p.shape) else jnp.zeros(())", "p", "clipping", "empty_leaf"
+    ),
     Mutant("_gradients/error_feedback.py", " if np.size(p) else jnp.zeros((), dtype)", "", "clipping", "empty_leaf"),
 )

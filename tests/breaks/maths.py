@@ -78,8 +78,8 @@ MUTANTS = (
     Mutant("_maths/blocks.py", "(have, want // have)", "(want // have, have)", "leaf_grid", "groups"),
     Mutant(
         "_maths/ring_buffers.py",
-        "(rest < norm) & (index < last)",
-        "(rest <= norm) & (index <= last)",
+        "(rest < norm) & (index < jnp.minimum(window.added, size - 1))",
+        "rest < norm",
         "thresholds",
         "percentile",
     ),
@@ -90,7 +90,8 @@ MUTANTS = (
         "_maths/norms.py", "jnp.where(small, scaled * shrink", "jnp.where(small, scaled", "norms", "numpys or mixed"
     ),
     Mutant("_maths/norms.py", "(plain >= floor) & ~jnp.isinf(plain)", "plain >= 0", "norms", "numpys or mixed"),
-    Mutant("_maths/norms.py", "jax.lax.psum(part(x), at) if at", "part(x) if at", "clipping_sharded", "shard_map"),
+    Mutant("_maths/norms.py", "jax.lax.psum(part, at) if at", "part if at", "clipping_sharded", "shard_map"),
+    Mutant("_maths/ring_buffers.py", "elementwise.root(jnp.mean(", "(jnp.mean(", "thresholds", "mean_sigma"),
     Mutant("_maths/norms.py", "jax.lax.pmax(top, at) if at", "top if at", "clipping_sharded", "shard_map"),
     Mutant(
         "_maths/landing.py",

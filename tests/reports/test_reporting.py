@@ -73,7 +73,7 @@ def test_per_leaf_keys_are_paths_and_the_whole_is_over_all_entries():
 
 def test_norms_of_leaves_have_an_entry_each():
     found = metrics(clipjax.clip_norm(1.0, per="leaf"), per_leaf=True)
-    norms = [found[f"clip_norm/norm_pre/{i}"] for i in range(2)]
+    norms = [found[f"clip_norm/norm_pre/{path}"] for path in ("a", "b/w")]
     np.testing.assert_allclose(norms, [6.0, np.sqrt(18.0)], rtol=1e-6)
     assert found["clip_norm/norm_pre"] == pytest.approx(np.mean(norms))
 
