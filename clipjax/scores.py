@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import arguments, sharding, trees
+from clipjax._arrays import arguments, elementwise, sharding, trees
 from clipjax.typing import Context, Leaf, Number, Score, State, Tree
 
 __all__ = [
@@ -304,7 +304,7 @@ def _averaged(value: Callable[[jax.Array, jax.Array], jax.Array], decay: Number)
         def mix(average: jax.Array, x: jax.Array) -> jax.Array:
             new = decay * average + (1 - decay) * x.astype(average.dtype)
             # One gradient that is not finite must not spoil the average of all later updates.
-            return jnp.where(jnp.isfinite(new), new, average)
+            return elementwise.where(jnp.isfinite(new), new, average)
 
         return jax.tree.map(mix, state, now(target, context))
 
@@ -336,7 +336,7 @@ def _gradients(target: Tree, context: Context) -> Tree:
 
 def _finite(x: jax.Array) -> jax.Array:
     """0 instead of NaN and infinity."""
-    return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+    return elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
 def _or_one(x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipjax._arrays import sharding
 
@@ -26,9 +27,10 @@ def where(mask: jax.Array | bool, x: jax.Array, y: jax.Array) -> jax.Array:
     if not all(isinstance(v, jax.Array) for v in (mask, x, y)) or x.dtype != y.dtype or mask.dtype != bool:
         return jnp.where(mask, x, y)
     whole = x if x.ndim else y
-    x, y = (v if v.shape == whole.shape else jnp.full_like(whole, v) if v.ndim == 0 else v for v in (x, y))
-    if x.shape != y.shape or mask.shape not in ((), x.shape):
+    x, y = (sharding.filled(v, whole) if v.ndim == 0 else v for v in (x, y))
+    if x.shape != y.shape or np.broadcast_shapes(mask.shape, x.shape) != x.shape:
         return jnp.where(mask, x, y)
+    mask = jnp.broadcast_to(mask, x.shape) if mask.ndim else mask
     placed = max((x, y, mask), key=lambda v: sum(names is not None for names in jax.typeof(v).sharding.spec))
     mask, x, y = (sharding.laid_as(v, placed) if v.ndim else v for v in (mask, x, y))
     return jax.lax.select(mask, x, y)

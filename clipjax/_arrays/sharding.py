@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from clipjax._arrays import arguments
 
@@ -19,6 +20,14 @@ def laid_as(x: jax.Array, like: jax.Array) -> jax.Array:
         return x
     traced = arguments.traced(x) or arguments.traced(like)
     return jax.reshard(x, sharding) if traced else jax.device_put(x, like.sharding)  # no mesh has to be set then
+
+
+def filled(value: ArrayLike, like: jax.Array) -> jax.Array:
+    """A value that broadcasts to an array, in its shape, dtype and sharding.
+
+    `jnp.full_like` asks an array that exists for its shards, and fails in a branch where the value is traced.
+    """
+    return laid_as(jnp.broadcast_to(jnp.asarray(value, like.dtype), like.shape), like)
 
 
 def replicated(x: jax.Array) -> jax.Array:

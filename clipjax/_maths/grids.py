@@ -48,7 +48,7 @@ def codes(
     """
     if binary is None:
         return rounded(ratio(x, step), rounding, key)
-    sign = jnp.where(x < 0, jnp.ones_like(x) * -1, jnp.ones_like(x))
+    sign = elementwise.where(x < 0, jnp.ones_like(x) * -1, jnp.ones_like(x))
     return sign if binary is True else jnp.where(binary, sign, rounded(ratio(x, step), rounding, key))
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from clipjax._arrays import arguments, dtypes, elementwise, trees
+from clipjax._arrays import arguments, dtypes, elementwise, sharding, trees
 from clipjax._maths import blocks, fitting, grids, intervals, levels, spectra, step_groups
 from clipjax.typing import Leaf, Levels, Step, Tree
 
@@ -192,7 +192,7 @@ def level(plan: Plan, x: jax.Array, grid: LeafGrid, key: jax.Array | None, since
     if plan.soften is not None:
         code = _softened(plan, plan.soften, w, code, grid, since)
     if binary is not None:  # one bit has no level 0: a pruned weight stays 0 all the same
-        code = jnp.where((w == 0) & binary, jnp.zeros_like(code), code)
+        code = elementwise.where((w == 0) & binary, jnp.zeros_like(code), code)
     return step_groups.joined(code * grid.step.astype(w.dtype), plan.groups, x)
 
 
@@ -206,7 +206,7 @@ def _softened(
 ) -> jax.Array:
     """Codes between the levels on both sides of each weight."""
     ends = (-jnp.inf, jnp.inf) if plan.unbounded else (grid.low, grid.high)
-    low, high = (jnp.full_like(w, end) for end in ends)
+    low, high = (sharding.filled(end, w) for end in ends)
     inside = intervals.limit(grids.ratio(w, grid.step), low, high)
     below = jnp.minimum(jnp.floor(inside), high)
     above = jnp.minimum(below + 1, high)

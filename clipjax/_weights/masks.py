@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from clipjax import structures
-from clipjax._arrays import arguments, dtypes, picking, trees
+from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
 from clipjax._maths import ranking
 from clipjax._weights import sparsities
 from clipjax.typing import Leaf, Sparsity, Structure, Tree, Where
@@ -136,7 +136,7 @@ def pool(
     scores = [x.astype(dtype) for x in scores]
     if finite is not None:
         alive = jax.tree.leaves(finite)
-        scores = [jnp.where(f, x, jnp.zeros_like(x)) for x, f in zip(scores, alive, strict=True)]
+        scores = [elementwise.where(f, x, jnp.zeros_like(x)) for x, f in zip(scores, alive, strict=True)]
     units, treedef = trees.arrays(structure.reduce(treedef.unflatten(scores)))
     gone = [None] * len(units) if before is None else [~m for m in jax.tree.leaves(before)]
     keys = [ranking.order(u, gone=g) for u, g in zip(units, gone, strict=True)]

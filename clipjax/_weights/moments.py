@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from clipjax._arrays import elementwise
 from clipjax.typing import State, Tree
 
 
@@ -27,8 +28,8 @@ def cleared(
     def clear(moment: jax.Array, keep: jax.Array | bool, p: jax.Array) -> jax.Array:
         if isinstance(moment, optax.MaskedNode) or keep is True or jnp.shape(moment) != p.shape:
             return moment
-        gone = ~keep if active is None else ~keep & active
-        return jnp.where(gone, jnp.zeros_like(moment), moment)
+        gone = jnp.logical_not(keep)
+        return elementwise.where(gone if active is None else gone & active, jnp.zeros_like(moment), moment)
 
     return _mapped(inner, clear, state, kept, params)
 

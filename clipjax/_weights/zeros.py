@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import picking, trees
+from clipjax._arrays import elementwise, picking, trees
 from clipjax._weights import masks
 from clipjax._weights.constraints import Constraint
 from clipjax._weights.facts import Settle
@@ -38,7 +38,7 @@ NEVER = -1.0  # the sparsity of a mask that was never chosen
 
 def zeroed(target: Tree, kept: Tree) -> Tree:
     """Weights, 0 where they are not kept."""
-    return jax.tree.map(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), target, kept)
+    return jax.tree.map(lambda w, m: elementwise.where(m, w, jnp.zeros_like(w)), target, kept)
 
 
 def settles(kept: Callable[[Tree, State, State], Tree]) -> Callable[[Tree, State, State, Context], list[Settle]]:

@@ -102,15 +102,27 @@ def test_the_forward_form_with_groups_over_shards(transform):
     chex.assert_trees_all_equal(wanted[1][1], jnp.zeros((2, 32)))  # straight through, so the step has no gradient
 
 
+# Eagerly a branch sees arrays that exist, and constants like them are not sharded.
+EAGER = {
+    **{name: CHAINS[name] for name in ("columns", "random clamp", "random mask")},
+    "soft": lambda: clipjax.fake_quantize(4, step=0.0625, rounding=roundings.parq(4)),
+    "units": lambda: clipjax.prune_mask(0.5, structure=structures.unit(), every=2),
+    "latent weights": lambda: clipjax.prune_mask(0.5, carry=True, every=2),
+    "averaged score": lambda: clipjax.prune_mask(0.5, score=scores.taylor(), every=2),
+    "moments": lambda: clipjax.prune_mask(0.5, inner=optax.adam(0.1), regrow=0.3, every=2),
+    "one bit": lambda: clipjax.fake_quantize(1, step=steps.absmax(), every=2),
+}
+
+
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("name", ["columns", "random clamp", "random mask"])
+@pytest.mark.parametrize("name", EAGER)
 def test_eager_updates_need_no_mesh(name, inside):
-    tx = optax.chain(optax.sgd(0.1), CHAINS[name]())
+    tx = clipjax.with_gradient(optax.chain(optax.sgd(0.1), EAGER[name]()))
     local = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 32)), jnp.float32)}
-    wanted, _ = tx.update(local, tx.init(local), local, refresh=True)
+    wanted, _ = tx.update(local, tx.init(local), local)
     with jax.set_mesh(MESH) if inside else contextlib.nullcontext():
         params = jax.device_put(local, jax.NamedSharding(MESH, P("data", "model")))
-        got, _ = tx.update(params, tx.init(params), params, refresh=True)
+        got, _ = tx.update(params, tx.init(params), params)
     assert got["kernel"].sharding.spec == P("data", "model")
     chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(wanted))
 

@@ -36,7 +36,7 @@ MUTANTS = (
         "trees",
         "where_is",
     ),
-    Mutant("_arrays/elementwise.py", "if x.shape != y.shape or mask", "if x is not y or mask", "passes", "no_call"),
+    Mutant("_arrays/elementwise.py", "if x.shape != y.shape or np", "if x is not y or np", "passes", "no_call"),
     Mutant("_arrays/trees.py", "_unboxed, x, is_leaf=_is_box", "jnp.asarray, x", "contract_models", "nnx_optimizer"),
     Mutant(
         "_arrays/arguments.py",
@@ -58,6 +58,13 @@ MUTANTS = (
     ),
     Mutant("_arrays/arguments.py", "signature.bind(*parameters)", "pass", "wrong_calls", "other_arguments"),
     Mutant("_arrays/arguments.py", "    if shape:\n", "    if not shape:\n", "wrong_calls", "array_of_numbers"),
+    Mutant(
+        "_arrays/sharding.py",
+        "return laid_as(jnp.broadcast_to(jnp.asarray(value, like.dtype), like.shape), like)",
+        "return jnp.full_like(like, value)",
+        "explicit_axes",
+        "eager and soft",
+    ),
     Mutant("_arrays/elementwise.py", "placed = max(", "placed = min(", "explicit_axes", "groups or soft"),
     Mutant("_arrays/stacks.py", "return jax.typeof(x), None", "return x.shape, None", "stacks", "alike"),
     Mutant("_arrays/stacks.py", r're.sub(r"\d+", "0", name)', '""', "stacks", "alike"),

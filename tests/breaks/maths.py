@@ -45,8 +45,8 @@ MUTANTS = (
     ),
     Mutant(
         "_maths/grids.py",
-        "jnp.where(x < 0, jnp.ones_like(x) * -1",
-        "jnp.where(x <= 0, jnp.ones_like(x) * -1",
+        "where(x < 0, jnp.ones_like(x) * -1",
+        "where(x <= 0, jnp.ones_like(x) * -1",
         "grids",
         "codes",
     ),

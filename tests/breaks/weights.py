@@ -77,7 +77,11 @@ MUTANTS = (
     Mutant("_weights/sparsities.py", "dense = density >= 1", "dense = density >= 2", "masks", "erk"),
     Mutant("_weights/sparsities.py", "xp.where(dense, n, 0).sum()", "0", "masks", "erk"),
     Mutant(
-        "_weights/moments.py", "jnp.where(gone, jnp.zeros_like(moment), moment)", "moment", "pruning_cycles", "moments"
+        "_weights/moments.py",
+        "elementwise.where(gone if active is None else gone & active, jnp.zeros_like(moment), moment)",
+        "moment",
+        "pruning_cycles",
+        "moments",
     ),
     Mutant("_weights/pruning.py", "structure.holds or where", "where", "groups", "reference"),
     Mutant(
