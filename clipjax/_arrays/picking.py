@@ -40,6 +40,16 @@ def embedding(path: str) -> bool:
     return any(part.startswith("embed") for part in parts) or parts[-1] in EMBEDDINGS
 
 
+def why_not(path: str, leaf: Any) -> str:
+    """Why pruning and quantizing leave a leaf out by default; "where" for one that they would pick."""
+    name = path.rsplit("/", 1)[-1]
+    if not floating(leaf):
+        return str(getattr(leaf, "dtype", type(leaf).__name__)) if getattr(leaf, "size", 1) else "empty"
+    if leaf.ndim < 2:
+        return f"rank {leaf.ndim}"
+    return f"named {name}" if name in NOT_WEIGHTS else "embedding" if embedding(path) else "where"
+
+
 def everything(path: str, leaf: Any) -> bool:
     """Every float leaf."""
     return True

@@ -27,7 +27,8 @@ def report(opt_state: State, per_leaf: bool = False) -> Metrics:
 
     A key has the name of the transformation and that of the metric: `prune_mask/sparsity`, `clip_norm/norm_pre`. A
     second transformation of the same name is `prune_mask_1/…`. Transformations in an `inner=` come before the one
-    around them. `report` works in jit and scan.
+    around them. `report` works in jit and scan. It reads the state alone: a sparsity is that of the mask, bits and step
+    are those of the grid, 0 before there is one. Whether the params keep to them is what `check` finds out.
 
     Args:
       opt_state: any optimizer state, that of an `nnx.Optimizer` included.
@@ -112,7 +113,7 @@ def _clamp(state: ClampState, per_leaf: bool) -> Metrics:
 
 
 def _prune(state: PruneState, per_leaf: bool) -> Metrics:
-    """Of weights, or of units where units are removed."""
+    """Of the mask, in weights, or in units where units are removed."""
     masks = [(path, m) for path, m in trees.governed(state.mask) if m.dtype == bool]
     removed = [jnp.sum(~m, dtype=jnp.float32) for _, m in masks]
     size = sum(m.size for _, m in masks)
@@ -124,9 +125,10 @@ def _prune(state: PruneState, per_leaf: bool) -> Metrics:
 
 
 def _quantize(state: Grid, per_leaf: bool) -> Metrics:
-    """The mean over the leaves, each of which counts once."""
-    bits = {path: b.astype(jnp.float32) for path, b in _by_path(state.bits).items()}
-    steps = {path: s.mean() for path, s in _by_path(state.step).items()}
+    """The mean over the leaves, each of which counts once; 0 before the first refresh."""
+    fitted = _by_path(state.fitted)
+    bits = {path: jnp.where(fitted[path], b, 0).astype(jnp.float32) for path, b in _by_path(state.bits).items()}
+    steps = {path: jnp.where(fitted[path], s.mean(), 0) for path, s in _by_path(state.step).items()}
     count = max(len(bits), 1)
     metrics = {
         "bits": sum(bits.values(), jnp.zeros(())) / count,

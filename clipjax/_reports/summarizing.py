@@ -10,11 +10,13 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from clipjax._arrays import arguments, dtypes, picking, trees
 from clipjax._files import leaf_codec
+from clipjax._maths import landing
 from clipjax._reports import distributions
-from clipjax._weights import leaf_grid
+from clipjax._weights import holding, leaf_grid
 from clipjax._weights.leaf_grid import Grid
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.zeros import PruneState
@@ -77,18 +79,30 @@ def _html(rows: list[Row]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def summarize(params: Tree, opt_state: State = None, *, widths: tuple[int, ...] = (2, 3, 4, 5, 8)) -> Summary:
+def summarize(
+    params: Tree,
+    opt_state: State = None,
+    *,
+    tx: optax.GradientTransformation | None = None,
+    widths: tuple[int, ...] = (2, 3, 4, 5, 8),
+) -> Summary:
     r"""Tables of all leaves: how sparse, on which grid, of how many bytes, and how their weights are distributed.
 
-    The first table has a row for each leaf, and one for their total:
+    The first table has a row for each leaf, one for the total of all, and before that one for the total of those that
+    a transformation governs, "governed": where a part of the weights is pruned, a sparsity is a fraction of that part.
 
-    - `picked`: "prune", "quantize" or both, where such a transformation governs the leaf.
-    - `shape`; `sparsity`, the fraction of zeros; `bits`; `step`, the mean of its steps.
+    - `picked`: "prune", "quantize" or both, where such a transformation governs the leaf; `left_out`: why none does, by
+      the default of `where`: its dtype, its rank, its name, "embedding", or "where" for a choice of your own.
+    - `shape`; `sparsity`, the fraction of zeros that the weights have; `masked`, the fraction that their mask removes.
+      A sparsity below it says that something behind `prune_mask` has changed the weights, see `check`.
+    - `bits`; `step`, the mean of its steps; `off_grid`, how many weights are between the levels, 0 where the grid
+      holds. All three are None before the first refresh.
     - `sqnr_db`: the signal to quantization noise ratio in decibels, of params w with latent weights z:
       :math:`10 \log_{10} (\sum z^2 / \sum (w - z)^2)`; None without latent weights.
     - `bytes`: of the array itself; `packed_bytes`: as a codebook or steps, with codes of equal width; `coded_bytes`: as
       `save` writes the leaf; `entropy_bytes`: the order-0 entropy of its bit patterns, plus each distinct pattern once.
       `packed_bytes` and `coded_bytes` need `constriction` (`pip install 'clipjax[files]'`), and are None without it.
+      `state_bytes`: of the whole optimizer state, in the last row.
 
     The second table describes, for each leaf, its n weights w that are finite, not 0 and not pruned. Where a quantizer
     keeps latent weights it describes those, else the params:
@@ -107,6 +121,9 @@ def summarize(params: Tree, opt_state: State = None, *, widths: tuple[int, ...] 
       params: a tree of concrete arrays; PRNG keys in it have no row.
       opt_state: the optimizer state that belongs to them; without it the params alone are described. Of the leaves of
         a group (`structures.unit(groups=)`) only the first is marked as pruned: the mask is stored under its path.
+      tx: an optimizer, for a dry run before any training: the table describes what `hold_once` makes of the params:
+        which leaves are picked, how sparse they end, at how many bits and bytes, and how large the state is. Gradient
+        scores rank by magnitude here.
       widths: the bit widths of the columns `sqnr_db_2` and so on, each 1 to 16. Each takes 32 passes over the weights;
         () leaves these columns out.
 
@@ -114,7 +131,7 @@ def summarize(params: Tree, opt_state: State = None, *, widths: tuple[int, ...] 
       A `Summary`.
 
     Raises:
-      ValueError: for widths outside 1 to 16.
+      ValueError: for widths outside 1 to 16; for both `opt_state` and `tx`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -127,6 +144,10 @@ def summarize(params: Tree, opt_state: State = None, *, widths: tuple[int, ...] 
     References:
       D4, section 2.2, step 1: analyse the distribution of each array, then choose its bits.
     """
+    remedy = "Leave it out: `tx` is for a dry run, before there is a state."
+    arguments.require(tx is None or opt_state is None, "opt_state", "be None with `tx`", type(opt_state), remedy)
+    if tx is not None:
+        params, opt_state = _dry_run(params, tx)
     widths = () if isinstance(widths, tuple | list) and not widths else arguments.widths(widths, "widths")
     states = _project_states(opt_state)
     grids = trees.find(opt_state, Grid)
@@ -134,19 +155,47 @@ def summarize(params: Tree, opt_state: State = None, *, widths: tuple[int, ...] 
     masks = [dict(trees.governed(s.projection.mask)) for s in states if isinstance(s.projection, PruneState)]
     leaves = [(path, leaf) for path, leaf in trees.governed(params) if not _is_key(leaf)]
     rows = [_row(path, leaf, grids, masks, latents, widths) for path, leaf in leaves]
+    for row in rows:
+        row["left_out"] = "" if row["picked"] or not (grids or masks) else row["left_out"]
+    governed = [row for row in rows if row["picked"]]
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(opt_state) if hasattr(x, "nbytes")) if opt_state else None
+    totals = [_totals("governed", governed, widths)] if governed else []
+    return Summary([*rows, *totals, _totals("total", rows, widths) | {"state_bytes": state_bytes}])
+
+
+def _dry_run(params: Tree, tx: optax.GradientTransformation) -> tuple[Tree, State]:
+    """Params and state as they will end, as far as that can be said before training."""
+    state = tx.init(params)
+    if not trees.find(state, ProjectState):
+        return params, state
+    return holding.hold_once(tx, params, grad=jax.tree.map(jnp.ones_like, params))
+
+
+def _totals(name: str, rows: list[Row], widths: tuple[int, ...]) -> Row:
+    """The row of some leaves together; of the columns of one leaf those that add up."""
     size = sum(int(np.prod(row["shape"])) for row in rows)
-    total: Row = {
-        "path": "total",
+
+    def share(key: str) -> float | None:
+        known = [row for row in rows if row[key] is not None]
+        size = sum(int(np.prod(row["shape"])) for row in known)
+        return float(sum(row[key] * np.prod(row["shape"]) for row in known) / size) if size else None
+
+    off = [row["off_grid"] for row in rows if row["off_grid"] is not None]
+    return {
+        "path": name,
         "picked": "",
+        "left_out": "",
         "shape": (size,),
-        "sparsity": float(sum(row["sparsity"] * np.prod(row["shape"]) for row in rows) / max(size, 1)),
+        "sparsity": share("sparsity") or 0.0,
+        "masked": share("masked"),
         "bits": None,
         "step": None,
+        "off_grid": sum(off) if off else None,
         "sqnr_db": None,
         **{key: _total(rows, key) for key in ("bytes", "packed_bytes", "coded_bytes", "entropy_bytes")},
+        "state_bytes": None,
         **_distribution(None, widths),
     }
-    return Summary([*rows, total])
 
 
 def _is_key(leaf: Any) -> bool:
@@ -172,16 +221,21 @@ def _row(
     grid = next((leaf_grid.at(g, path) for g in grids if trees.look_up(g.step, path) is not None), None)
     own_masks = [m[path] for m in masks if path in m]
     picked = ["prune"] * bool(own_masks) + ["quantize"] * (grid is not None)
+    grid = grid if grid is not None and grid.fitted else None
     z = next((z[path] for z in latents if path in z), None)
     return {
         "path": path,
         "picked": "+".join(picked),
+        "left_out": picking.why_not(path, leaf),
         "shape": x.shape,
         "sparsity": float(np.mean(x == 0)) if x.size else 0.0,
+        "masked": max((float(np.mean(~np.asarray(mask))) for mask in own_masks), default=None),
         "bits": (int(grid.bits) or None) if grid else None,
         "step": float(np.mean(grid.step)) if grid else None,
+        "off_grid": int(landing.missed(leaf, leaf_grid.nearest(grid, leaf)[1])[0]) if grid else None,
         "sqnr_db": _sqnr(x, z),
         **_sizes(np.asarray(leaf)),
+        "state_bytes": None,
         **_distribution(_surviving(leaf if z is None else z, own_masks), widths),
     }
 

@@ -207,7 +207,7 @@ def _zeros(path: str, rule: str, mask: jax.Array, leaf: jax.Array) -> _Row:
 def _levels(path: str, rule: str, state: Grid, leaf: jax.Array) -> _Row:
     grid = leaf_grid.at(state, path)
     entries, distance = landing.missed(leaf, leaf_grid.nearest(grid, leaf)[1])
-    active = leaf_grid.refreshed(grid)
+    active = grid.fitted
     return _Row(path, rule, "grid", jnp.where(active, entries, 0), jnp.where(active, distance, 0))
 
 

@@ -23,9 +23,7 @@ class Grid(NamedTuple, Generic[Field]):
 
     Attributes:
       step: f32 per step group, the distance of two levels.
-      max_level: f32[2] per step group, the largest magnitude below zero and above that the transformations before
-        allowed at the last refresh, the largest float where they bound nothing; no level exceeds it. 0 for unbounded
-        codes; -1 before the first refresh.
+      fitted: bool, False before the first refresh, when the grid belongs to no weights yet.
       zero_point: i32 per step group, the code of 0; 0 on symmetric grids.
       bits: i32, the width; 0 for unbounded codes.
       low: f32 per step group, the smallest multiple of the step that is a level; 0 for unbounded codes.
@@ -33,14 +31,12 @@ class Grid(NamedTuple, Generic[Field]):
     """
 
     step: Field
-    max_level: Field
+    fitted: Field
     zero_point: Field
     bits: Field
     low: Field
     high: Field
 
-
-_NEVER = -1.0  # the largest level of a grid that was never fitted
 
 LeafGrid: TypeAlias = Grid[jax.Array]
 QuantizeState: TypeAlias = Grid[Tree]
@@ -51,13 +47,8 @@ def at(state: QuantizeState, path: str) -> LeafGrid:
     found = [trees.look_up(field, path) for field in state]
     trees.check_state(all(x is not None for x in found), f"no grid for {path!r}")
     grid = Grid(*found)
-    trees.check_state(grid.max_level.shape == (2, *grid.step.shape), f"another layout of the grid of {path!r}")
+    trees.check_state(grid.fitted.shape == () and grid.fitted.dtype == bool, f"another layout of the grid of {path!r}")
     return grid
-
-
-def refreshed(grid: LeafGrid) -> bool:
-    """True where a known grid has been fitted to weights."""
-    return not bool(jnp.any(grid.max_level < 0))
 
 
 def gathered(grids: dict[str, LeafGrid]) -> QuantizeState:
@@ -116,11 +107,10 @@ def begin(plan: Plan, leaf: Leaf) -> LeafGrid:
     """The grid before the first refresh."""
     like = jax.eval_shape(lambda x: step_groups.view(x, plan.groups), jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
     step = fitting.given(1.0, like, plan.groups.axes)
-    max_level = jnp.full((2, *step.shape), _NEVER, jnp.float32)
     width = max(plan.allowed, default=0)
     top = 0.0 if plan.unbounded else float(grids.top(width))
     low, high = (jnp.full(step.shape, end, jnp.float32) for end in (-top, top))
-    return Grid(step, max_level, jnp.zeros(step.shape, jnp.int32), jnp.asarray(width, jnp.int32), low, high)
+    return Grid(step, jnp.zeros((), bool), jnp.zeros(step.shape, jnp.int32), jnp.asarray(width, jnp.int32), low, high)
 
 
 class Measured(NamedTuple):
@@ -128,7 +118,8 @@ class Measured(NamedTuple):
 
     Attributes:
       values: f32, in the view of step groups; zeros where a weight is not to be counted.
-      max_level: as in the state, values of the leaf's dtype.
+      max_level: f32[2] per step group, the largest magnitude of a level below zero and above, a value of the leaf's
+        dtype; the largest one where nothing bounds it.
     """
 
     values: jax.Array
@@ -161,10 +152,10 @@ def fit(plan: Plan, measured: Measured) -> LeafGrid:
     if plan.unbounded:
         step = plan.rule.fit(measured.values, 0, axes)
         zero = jnp.zeros_like(step)
-        return Grid(step, measured.max_level, zero.astype(jnp.int32), jnp.zeros((), jnp.int32), zero, zero)
+        return Grid(step, jnp.ones((), bool), zero.astype(jnp.int32), jnp.zeros((), jnp.int32), zero, zero)
     (bits,) = plan.allowed
     found = levels.of(plan.rule, measured.values, bits, axes, (measured.max_level[0], measured.max_level[1]))
-    return _grid(found, measured, jnp.asarray(bits, jnp.int32))
+    return _grid(found, jnp.asarray(bits, jnp.int32))
 
 
 def spectrum(plan: Plan, measured: Measured) -> spectra.Spectrum:
@@ -173,13 +164,13 @@ def spectrum(plan: Plan, measured: Measured) -> spectra.Spectrum:
     return spectra.spectrum(measured.values, plan.rule, plan.groups.axes, plan.allowed, limits)
 
 
-def chosen(plan: Plan, measured: Measured, spectrum: spectra.Spectrum, index: jax.Array) -> LeafGrid:
+def chosen(plan: Plan, spectrum: spectra.Spectrum, index: jax.Array) -> LeafGrid:
     """The grid of the width at an index of the allowed ones."""
-    return _grid(spectra.entry(spectrum, index), measured, spectra.width(plan.allowed, index))
+    return _grid(spectra.entry(spectrum, index), spectra.width(plan.allowed, index))
 
 
-def _grid(found: Levels, measured: Measured, bits: jax.Array) -> LeafGrid:
-    return Grid(found.step, measured.max_level, found.zero_point, bits, found.low, found.high)
+def _grid(found: Levels, bits: jax.Array) -> LeafGrid:
+    return Grid(found.step, jnp.ones((), bool), found.zero_point, bits, found.low, found.high)
 
 
 def level(plan: Plan, x: jax.Array, grid: LeafGrid, key: jax.Array | None, since: jax.Array) -> jax.Array:

@@ -185,7 +185,7 @@ def fake_quantize(
         projection,
         Grid,
         "fake_quantize",
-        fitted=lambda state: jnp.all(jnp.stack([jnp.all(x >= 0) for x in jax.tree.leaves(state.max_level)])),
+        fitted=lambda state: jnp.all(jnp.stack(jax.tree.leaves(state.fitted))),
         surely_zero=surely_zero,
         tolerance=tolerance,
     )
@@ -216,10 +216,7 @@ def _chosen(
     found = {path: leaf_grid.spectrum(plan, measured[path]) for path, plan in plans.items()}
     energy, noise = (jnp.stack([getattr(s, name) for s in found.values()]) for name in ("energy", "noise"))
     index = choose(sizes, energy, noise)
-    return {
-        path: leaf_grid.chosen(plan, measured[path], found[path], i)
-        for (path, plan), i in zip(plans.items(), index, strict=True)
-    }
+    return {path: leaf_grid.chosen(plan, found[path], i) for (path, plan), i in zip(plans.items(), index, strict=True)}
 
 
 def quantized(params: Tree, opt_state: State) -> Tree:
@@ -258,7 +255,7 @@ def quantized(params: Tree, opt_state: State) -> Tree:
 
     def codes(path: str, leaf: jax.Array) -> jax.Array | integers.Quantized:
         for state in found:
-            if trees.look_up(state.step, path) is not None and leaf_grid.refreshed(leaf_grid.at(state, path)):
+            if trees.look_up(state.step, path) is not None and leaf_grid.at(state, path).fitted:
                 return _integers(path, leaf, leaf_grid.at(state, path))
         return leaf
 

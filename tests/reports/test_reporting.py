@@ -100,3 +100,23 @@ def test_in_jit_and_scan():
     last, found = jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(1.0, 4.0)))(state)
     np.testing.assert_allclose(found["clip_norm/norm_pre"] / found["clip_norm/norm_pre"][0], [1, 2, 3], rtol=1e-6)
     assert float(found["clip_norm/clipped"][-1]) == float(clipjax.report(last)["clip_norm/clipped"])
+
+
+def test_nothing_is_claimed_before_start_and_the_rest_after_shrink():
+    """No bits, no step, no sparsity before the first refresh; the mask that is left when its zeros are cut out."""
+    groups = [{"a/kernel": -1, "b/kernel": 0}]
+    structure = structures.unit(groups=groups)
+    tx = optax.chain(clipjax.prune_mask(0.5, structure=structure, start=1), clipjax.fake_quantize(4, start=1))
+    params = {"a": {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}, "b": {"kernel": jnp.ones((4, 3))}}
+    state, zeros, seen = tx.init(params), jax.tree.map(jnp.zeros_like, params), []
+    for _ in range(2):
+        updates, state = tx.update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+        found = clipjax.report(state, per_leaf=True)
+        keys = ("prune_mask/sparsity", "fake_quantize/bits", "fake_quantize/bits/a/kernel")
+        seen.append([float(found[key]) for key in keys])
+    assert seen == [[0, 0, 0], [0.5, 4, 4]]
+    assert float(found["fake_quantize/step"]) > 0
+    small = clipjax.shrink(params, groups, state)
+    assert float(clipjax.report(small.opt_state)["prune_mask/sparsity"]) == 0
+    assert clipjax.check(small.variables, small.opt_state) == []

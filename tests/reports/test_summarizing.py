@@ -145,12 +145,63 @@ def test_two_tables():
     summary = clipjax.summarize(params)
     first, second = str(summary).split("\n\n")
     assert first.splitlines()[0].split() == (
-        "path picked shape sparsity bits step sqnr_db bytes packed_bytes coded_bytes entropy_bytes".split()
+        "path picked left_out shape sparsity masked bits step off_grid sqnr_db bytes packed_bytes coded_bytes"
+        " entropy_bytes state_bytes".split()
     )
     assert [line.split()[0] for line in first.splitlines()[1:]] == ["bias", "kernel", "total"]
     assert second.splitlines()[0].split() == ["path", *FACTS]
     assert [line.split()[0] for line in second.splitlines()[1:]] == ["kernel"]
     assert summary._repr_html_().count("<table>") == 2 and summary._repr_html_().count("sqnr_db_8") == 1
+
+
+def network():
+    k = jax.random.normal(jax.random.key(0), (32, 20))
+    dense = {"kernel": k, "bias": jnp.zeros(20), "scale": jnp.ones((1, 20))}
+    return {"Embed_0": {"embedding": k}, "dense": dense, "head": {"kernel": k.T}}
+
+
+CHAIN = optax.chain(
+    optax.adam(1e-2),
+    clipjax.prune_mask(0.8, where=lambda path, leaf: path == "dense/kernel", start=5),
+    clipjax.fake_quantize(4, where=lambda path, leaf: "kernel" in path, start=5),
+)
+
+
+def test_a_dry_run_says_what_training_ends_with():
+    """Picked leaves and why others are not, zeros, bits, bytes, and the bytes of the state, before any update."""
+    params = network()
+    table = clipjax.summarize(params, tx=CHAIN, widths=()).to_dict()
+    picked = {path: cells["picked"] or cells["left_out"] for path, cells in table.items()}
+    assert picked == {
+        "Embed_0/embedding": "embedding",
+        "dense/bias": "rank 1",
+        "dense/kernel": "prune+quantize",
+        "dense/scale": "named scale",
+        "head/kernel": "quantize",
+        "governed": "",
+        "total": "",
+    }
+    dense, head, governed = (table[name] for name in ("dense/kernel", "head/kernel", "governed"))
+    assert dense["sparsity"] == dense["masked"] == 0.8 and governed["masked"] == 0.8 and head["masked"] is None
+    assert dense["bits"] == head["bits"] == 4 and dense["off_grid"] == head["off_grid"] == 0
+    assert dense["packed_bytes"] < dense["bytes"] / 6 and governed["bytes"] == 2 * 640 * 4
+    state = CHAIN.init(params)
+    assert table["total"]["state_bytes"] == sum(x.nbytes for x in jax.tree.leaves(state))
+    assert clipjax.summarize(params, tx=optax.adam(1e-3), widths=()).to_dict()["dense/kernel"]["picked"] == ""
+    with pytest.raises(ValueError, match="`opt_state` must be None with `tx`"):
+        clipjax.summarize(params, state, tx=CHAIN)
+
+
+def test_what_the_params_show_stands_beside_what_the_state_says():
+    """A mask and a grid that something has moved the weights off."""
+    params, state = update(CHAIN, network(), steps=7)
+    held = clipjax.summarize(params, state, widths=()).to_dict()["dense/kernel"]
+    assert held["sparsity"] >= held["masked"] == 0.8 and held["off_grid"] == 0
+    params["dense"]["kernel"] = params["dense"]["kernel"] * 0.9 + 1e-3
+    moved = clipjax.summarize(params, state, widths=()).to_dict()["dense/kernel"]
+    assert moved["sparsity"] == 0 and moved["masked"] == 0.8 and moved["off_grid"] == 640
+    early = clipjax.summarize(*update(CHAIN, network(), steps=3), widths=()).to_dict()["dense/kernel"]
+    assert (early["bits"], early["step"], early["off_grid"], early["masked"]) == (None, None, None, 0.0)
 
 
 @pytest.mark.parametrize("widths", [(), []])

@@ -152,7 +152,9 @@ def test_hold_once_is_the_projection_as_at_stop():
     params, state = clipjax.hold_once(README, far)
     assert clipjax.check(params, state, README) == []
     kernels = np.concatenate([np.ravel(layer["kernel"]) for layer in params.values()])
-    assert np.sum(kernels == 0) >= 2 * round(0.8 * 256) and np.abs(kernels).max() <= 0.5 and len(np.unique(kernels)) <= 15
+    assert (
+        np.sum(kernels == 0) >= 2 * round(0.8 * 256) and np.abs(kernels).max() <= 0.5 and len(np.unique(kernels)) <= 15
+    )
     codes = clipjax.quantized(params, state)
     chex.assert_trees_all_equal(clipjax.dequantize(codes["b"]["kernel"]), params["b"]["kernel"])
     chex.assert_trees_all_equal(params["a"]["bias"], PARAMS["a"]["bias"])

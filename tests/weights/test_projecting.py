@@ -317,7 +317,7 @@ def test_states_that_do_not_fit_say_so():
     quantize, prune = clipjax.fake_quantize(4), clipjax.prune_mask(0.5)
     master = clipjax.project(clipjax.projections.identity(), carry=True)
     state = quantize.init(params)
-    flat = state.projection._replace(max_level={"kernel": jnp.float32(jnp.inf)})  # one number, as the first layout had
+    flat = state.projection._replace(fitted={"kernel": jnp.float32(jnp.inf)})  # a number, as earlier layouts had
     for tx, wrong in (
         (quantize, quantize.init(other)),
         (quantize, state._replace(projection=flat)),
