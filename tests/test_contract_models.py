@@ -18,6 +18,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
 
 import clipjax
+import clipjax.flax
 
 every_model = pytest.mark.parametrize("model", models.MODELS)
 CHECKS = (table.bounded(-0.25, 0.25), table.sparse(0.5), table.on_grid(4))
@@ -90,6 +91,29 @@ def test_chain_trains_in_train_state(model):
         state, value = step(state)
         check(state.params, state.opt_state)
     assert bool(jnp.isfinite(value))
+
+
+def test_clipjax_train_state_passes_extra_arguments_on():
+    """`grad=`, `refresh=` and `value=` reach the optimizer; a field of a subclass is replaced, as in Flax."""
+
+    class Stateful(clipjax.flax.TrainState):
+        batch_stats: float = 0.0
+
+    tx = optax.chain(
+        optax.sgd(1.0),
+        optax.contrib.reduce_on_plateau(patience=1),
+        clipjax.prune_mask(0.5, score=clipjax.scores.gradient()),
+    )
+    params = {"kernel": jnp.ones((1, 2))}
+    grads = {"kernel": jnp.float32([[0.25, 0.5]])}
+    state = Stateful.create(apply_fn=None, params=params, tx=tx)
+    new = jax.jit(lambda s: s.apply_gradients(grads=grads, grad=grads, value=jnp.float32(3), batch_stats=2.0))(state)
+    assert new.params["kernel"].tolist() == [[0.0, 0.5]] and int(new.step) == 1 and new.batch_stats == 2
+    assert float(new.opt_state[1].best_value) == 3 and new.tx is tx
+    held = state.apply_gradients(grads=grads, grad=grads, value=jnp.float32(3), refresh=False)
+    assert held.params["kernel"].tolist() == [[0.75, 0.5]]
+    with pytest.raises(ValueError, match="needs `grad`"):
+        state.apply_gradients(grads=grads, value=jnp.float32(3))
 
 
 def test_chain_trains_in_nnx_optimizer():

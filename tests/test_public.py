@@ -14,8 +14,11 @@ OLD = json.loads((pathlib.Path(__file__).parent / "signatures.json").read_text()
 
 FAMILIES = ("projections", "roundings", "scores", "selections", "steps", "structures", "thresholds", "widths")
 
-# Interfaces whose fields changed with issue 8, before any release.
-CHANGED = {"Projection": "hold, vanishes, survives and near became apply_frozen, and a private record"}
+# Interfaces whose fields changed with issues 8 and 9, before any release.
+CHANGED = {
+    "Projection": "hold, vanishes, survives and near became apply_frozen, and a private record",
+    "Context": "again, which gave targets, became memory, which gives what lies there before the update",
+}
 
 
 def find(name):

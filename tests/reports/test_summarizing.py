@@ -161,7 +161,7 @@ def network():
 
 
 CHAIN = optax.chain(
-    optax.adam(1e-2),
+    optax.sgd(1e-2, momentum=0.9),
     clipjax.prune_mask(0.8, where=lambda path, leaf: path == "dense/kernel", start=5),
     clipjax.fake_quantize(4, where=lambda path, leaf: "kernel" in path, start=5),
 )
