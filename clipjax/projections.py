@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from clipjax._arrays import arguments
+from clipjax._arrays import arguments, dtypes, elementwise
 from clipjax._maths import intervals, norms
-from clipjax.typing import Number, Projection, Tree
+from clipjax.typing import Context, Number, Projection, State, Tree
 
 __all__ = ["Projection", "clamp", "identity", "max_norm", "stateless", "unit_norm"]
 
@@ -76,11 +77,39 @@ def clamp(bound: Number | tuple[Number, Number]) -> Projection:
       [1.0]
     """
     intervals.interval(bound)
-    return stateless(lambda tree: jax.tree.map(lambda x: intervals.clamp(x, bound), tree))
+
+    def check(params: Tree) -> State:
+        jax.tree.map(lambda p: intervals.inside(bound, p.dtype), params)
+        return ()
+
+    def apply(target: Tree, state: State, context: Context | None) -> tuple[Tree, State]:
+        limit = lambda x, p: intervals.limit(x, *_ends(bound, x, p))  # noqa: E731
+        return jax.tree.map(limit, target, _like(target, context)), state
+
+    def outward(new: Tree, context: Context) -> Tree:
+        return jax.tree.map(lambda x, p: intervals.outward(x, *_ends(bound, x, p)), new, context.params)
+
+    return Projection(check, apply, outward=outward)
+
+
+def _ends(bound: intervals.Interval, x: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The interval, rounded into the dtype of the param."""
+    low, high = intervals.inside(bound, p.dtype)
+    return low.astype(x.dtype), high.astype(x.dtype)
+
+
+def _like(target: Tree, context: Context | None) -> Tree:
+    """Arrays of the dtypes that the projected values are rounded to: the params, or the target on its own."""
+    return target if context is None else context.params
 
 
 def max_norm(bound: float, *, axis: int | tuple[int, ...] | None = None) -> Projection:
     r"""Norms of at most the bound: :math:`w \leftarrow w \min(1, C / \lVert w \rVert_2)`.
+
+    The weights that result, in their dtype, have norms of at most C exactly. For that the factor is short of
+    :math:`C / \lVert w \rVert` by the error that a sum in f32 (f64 for f64 weights) can have, about :math:`10^{-7} n`
+    for n weights along an axis, and narrower dtypes are rounded toward zero; weights of a norm that is so close to C
+    count as too long.
 
     Args:
       bound: C > 0.
@@ -104,11 +133,24 @@ def max_norm(bound: float, *, axis: int | tuple[int, ...] | None = None) -> Proj
     arguments.scalar(bound, "bound", "All norms have the same bound.")
     arguments.non_negative(bound, "bound", "A norm is at least 0.")
 
-    def scale(x: jax.Array) -> jax.Array:
-        scaled, largest, norm = _norm(x, axis)
-        return jnp.where((norm * largest > bound) & jnp.isfinite(x), scaled * (bound / norm), x)
+    def scale(x: jax.Array, p: jax.Array) -> jax.Array:
+        shown = dtypes.narrowed(x, p.dtype)  # what the params would be
+        scaled, largest, norm = _norm(jnp.where(jnp.isfinite(shown), shown, x), axis)
+        # In units of u, half an ulp of 1: a sum of n squares is off by n at most, its root by n/2 + 1, the norm by
+        # n/2 + 3. So a norm is surely within C where it is found to be below C (1 - margin). What is scaled is off by
+        # n/2 + 4 and must be found to be so by the next update, which may be wrong the other way: n/2 + 3 more.
+        unit = float(jnp.finfo(x.dtype).eps) / 2
+        half = sum(x.shape[a] for a in _axes(x, axis)) / 2
+        margin, short = (half + 4) * unit, (3 * half + 11) * unit
+        limit = jnp.asarray(bound, x.dtype)
+        limit = jnp.where(limit < 0, jnp.zeros_like(limit), limit)
+        within = dtypes.truncated(scaled * (limit * (1 - short) / norm), p.dtype)
+        return jnp.where((norm * largest > limit * (1 - margin)) & jnp.isfinite(x), within, x)
 
-    return stateless(lambda tree: jax.tree.map(scale, tree))
+    def apply(target: Tree, state: State, context: Context | None) -> tuple[Tree, State]:
+        return jax.tree.map(scale, target, _like(target, context)), state
+
+    return Projection(lambda params: (), apply)
 
 
 def unit_norm(*, axis: int | tuple[int, ...] | None = None) -> Projection:
@@ -139,5 +181,13 @@ def _norm(x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[jax.Array, 
     largest = jnp.max(jnp.abs(finite), axis=axis, keepdims=True, initial=0)
     unit, part = norms.divisor(largest)
     scaled = finite * part / unit
-    norm = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axis, keepdims=True))
+    total = jnp.square(scaled)
+    for a in _axes(x, axis):  # one after the other: the fewer terms a sum has, the smaller is its error
+        total = jax.lax.optimization_barrier(jnp.sum(total, axis=a, keepdims=True))
+    norm = elementwise.root(total)
     return scaled, largest, jnp.where(norm > 0, norm, jnp.ones_like(norm))
+
+
+def _axes(x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The axes that one norm is taken over."""
+    return tuple(range(x.ndim)) if axis is None else tuple(int(a) for a in np.ravel(axis))

@@ -143,11 +143,15 @@ class Projection(NamedTuple):
       apply_frozen: `apply_frozen(target, state, context) -> new` does the same for the set that the state describes,
         and refreshes nothing. It is optional and for speed: latent weights are projected up to three times an update,
         and without it `apply` is called and its new state dropped.
+      outward: `outward(new, context) -> tree` of bool arrays: where a projected value that floating point cannot reach
+        in one update is rounded away from zero. It is optional: everywhere else weights land between the value and
+        zero, as a set that holds w / 2 with every w wants it, and an interval without 0 does not.
     """
 
     init: Callable[[Tree], State]
     apply: Callable[[Tree, State, Context], tuple[Tree, State]]
     apply_frozen: Callable[[Tree, State, Context], Tree] | None = None
+    outward: Callable[[Tree, Context], Tree] | None = None
 
 
 class Score(NamedTuple):

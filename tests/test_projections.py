@@ -91,3 +91,65 @@ def test_in_a_train_step_after_the_optimizer():
         updates, state = update({"kernel": jnp.asarray(W)}, state, params)
         params = optax.apply_updates(params, updates)
         assert (reference_norms(np.asarray(params["kernel"]), 0) <= 1 + 1e-6).all()
+
+
+SHAPES = {
+    "kernel": ((64, 48), 0),
+    "rows": ((48, 64), (1,)),
+    "conv": ((3, 3, 8, 16), (0, 1, 2)),
+    "whole": ((300, 200), None),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("bound", [1.0, 0.1, 0.7])
+def test_max_norm_holds_exactly_in_every_dtype(bound, dtype):
+    """Norms in NumPy's f64 of the params that result, of normal, equal and nearly short enough weights.
+
+    And a norm that is short enough stays bit for bit, so that weights which were projected once stay as they are.
+    """
+    with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("standard"):
+        rng = np.random.default_rng(2)
+        for shape, axis in SHAPES.values():
+            axes = tuple(range(len(shape))) if axis is None else axis
+            x = np.where(rng.random(shape[-1]) < 0.5, rng.normal(size=shape), 1.0)
+            x /= np.sqrt(np.sum(np.square(x), axis=axes, keepdims=True))
+            scales = np.resize(
+                [3.0, 0.5, 1.0, 1 - 1e-7, 1 + 1e-7, 1.001, 1e3, 0.0], np.shape(x.sum(axis=axes, keepdims=True))
+            )
+            params = jnp.asarray(x * bound * scales, dtype)
+            tx = clipjax.project(projections.max_norm(bound, axis=axis))
+            step = jax.jit(lambda p, s, tx=tx: tx.update(jnp.zeros_like(p), s, p))
+            state = tx.init(params)
+            for _ in range(2):
+                updates, state = step(params, state)
+                old, params = params, optax.apply_updates(params, updates)
+                values, before = (np.asarray(p, np.float64) for p in (params, old))
+                norms = np.sqrt(np.sum(np.square(values), axis=axes, keepdims=True))
+                assert norms.max() <= bound
+                assert norms[scales >= 1].min() >= bound * (
+                    1 - {"bfloat16": 2.0**-7, "float16": 2.0**-9}.get(dtype, 1e-4)
+                )
+                kept = np.broadcast_to(scales == 0.5, values.shape)
+                np.testing.assert_array_equal(values[kept], before[kept])
+            again = optax.apply_updates(params, step(params, state)[0])
+            np.testing.assert_array_equal(np.asarray(again, np.float64), np.asarray(params, np.float64))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_clamp_in_a_narrow_dtype_is_rounded_inwards_by_project(dtype):
+    """0.1 is no value of bf16; the nearest one is larger."""
+    params = jnp.asarray(W, dtype)
+    for bound in (0.1, (-0.3, 0.1), (0.1, 0.3)):
+        tx = clipjax.project(projections.clamp(bound))
+        with jax.numpy_dtype_promotion("standard"):  # of `apply_updates`
+            new = optax.apply_updates(params, tx.update(jnp.zeros_like(params), tx.init(params), params)[0])
+        low, high = bound if isinstance(bound, tuple) else (-bound, bound)
+        assert float(new.min()) >= low and float(new.max()) <= high
+    with pytest.raises(ValueError, match="`bound` must hold a value of the leaf's dtype"):
+        clipjax.project(projections.clamp((0.1, 0.1))).init(params)
+
+
+def test_a_traced_norm_below_0_counts_as_0():
+    new = jax.jit(lambda c: projections.max_norm(c).apply(jnp.asarray(W), (), None)[0])(jnp.float32(-1.0))
+    assert not np.any(new)

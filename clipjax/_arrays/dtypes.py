@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -43,3 +44,18 @@ def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
     tiny, lowest = (jnp.asarray(limit, x.dtype) for limit in (info.smallest_normal, info.smallest_subnormal))
     below = jax.lax.round(x / lowest, jax.lax.RoundingMethod.TO_NEAREST_EVEN) * lowest  # to which the above gives 0
     return jnp.where(jnp.abs(x) < tiny, below, near)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def truncated(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` rounded toward zero to values of a narrower dtype, still in the dtype of `x`; its derivative is 1."""
+    if x.dtype == dtype:
+        return x
+    near = narrowed(x, dtype)
+    lower = jnp.nextafter(near.astype(dtype), jnp.zeros((), dtype)).astype(x.dtype)
+    return jnp.where(jnp.abs(near) > jnp.abs(x), lower, near)
+
+
+@truncated.defjvp
+def _truncated_slope(dtype: Any, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return truncated(*primals, dtype), tangents[0]

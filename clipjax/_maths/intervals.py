@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple, TypeAlias
@@ -56,76 +57,101 @@ Interval: TypeAlias = Number | Sequence[Number]
 """T for [-T, T], or a pair (lo, hi)."""
 
 
+NOWHERE = (dtypes.largest(jnp.float32), -dtypes.largest(jnp.float32))
+"""An interval without a number, in the place of one that is not known, or differs by leaf."""
+
+
 class Bounds(NamedTuple):
     """A `bound=` argument, read.
 
     Attributes:
       scheduled: True where it changes with the count.
-      of_leaf: `of_leaf(path, leaf, count) -> bound` of one leaf, a number or a pair.
-      shared: `shared(count) -> (low, high)`, the interval of all leaves; NaN where it differs by leaf.
+      of_leaf: `of_leaf(path, leaf, count) -> (low, high)`, the interval of one leaf, rounded into its dtype.
+      shared: `shared(count) -> (low, high)`, the interval of all leaves; NOWHERE where it differs by leaf.
     """
 
     scheduled: bool
-    of_leaf: Callable[[str, Leaf, jax.Array], Interval]
+    of_leaf: Callable[[str, Leaf, jax.Array], tuple[jax.Array, jax.Array]]
     shared: Callable[[jax.Array], tuple[Number, Number]]
 
 
 def resolve(bound: Bound) -> Bounds:
     """Read a bound: a number, a pair, a schedule of either, or `per_leaf` of any of these."""
+
+    def of_leaf(path: str, leaf: Leaf, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own = bound.fn(path, leaf) if isinstance(bound, PerLeaf) else bound
+        return inside(_scalars(arguments.schedule(own)(count)), leaf.dtype, checked=not callable(own))
+
     if isinstance(bound, PerLeaf):
-        fn = bound.fn
-        return Bounds(
-            scheduled=False,
-            of_leaf=lambda path, leaf, count: _scalars(arguments.schedule(fn(path, leaf))(count)),
-            shared=lambda count: (np.nan, np.nan),
-        )
+        return Bounds(False, of_leaf, lambda count: NOWHERE)
     arguments.check_schedule(bound, "bound", "a number or a pair (lo, hi)")
     if not callable(bound):
-        _scalars(bound)
+        interval(_scalars(bound))
     at = arguments.schedule(bound)
-    return Bounds(callable(bound), lambda path, leaf, count: _scalars(at(count)), lambda count: interval(at(count)))
+    return Bounds(callable(bound), of_leaf, lambda count: interval(at(count), checked=not callable(bound)))
 
 
 def _scalars(bound: Interval) -> Interval:
-    """The bound of all entries of a leaf, checked: one number for each end."""
+    """The bound of all entries of a leaf: one number for each end."""
     for end in bound if isinstance(bound, Sequence) else (bound,):
         arguments.scalar(end, "bound", "Give T or (lo, hi); bounds that differ by leaf go through `per_leaf`.")
-    interval(bound)
     return bound
 
 
-def interval(bound: Interval) -> tuple[Number, Number]:
-    """The interval that a bound means: (-T, T) for a number T, a pair as it is, checked where known."""
+def interval(bound: Interval, *, checked: bool = True) -> tuple[Number, Number]:
+    """The interval that a bound means: [-T, T] for a number T, a pair as it is.
+
+    Known numbers are checked, but for those that a schedule returned. A T below 0 that nothing checks counts as 0.
+    """
     if isinstance(bound, str):  # also a sequence
         arguments.numeric(bound, "bound", "Give T or (lo, hi).")
     if isinstance(bound, Sequence):
         arguments.require(len(bound) == 2, "bound", "be a number or a pair (lo, hi)", bound, "Give T or (lo, hi).")
         low, high = bound
-        for end in (low, high):
-            if arguments.known(end):
-                ok = not np.any(np.isnan(np.asarray(end, np.float64)))
-                arguments.require(ok, "bound", "not hold NaN", bound, "Give numbers, lo <= hi.")
-        if arguments.known(low) and arguments.known(high):
-            ordered = np.all(np.asarray(low, np.float64) <= np.asarray(high, np.float64))
-            arguments.require(ordered, "bound", "have lo <= hi", bound, "Swap the two ends.")
+        _check_pair(bound, low, high, checked=checked)
         return low, high
-    arguments.non_negative(bound, "bound", "|w| <= bound needs a bound of at least 0.")
+    if checked:
+        arguments.non_negative(bound, "bound", "|w| <= bound needs a bound of at least 0.")
+    if not arguments.known(bound) or not checked:
+        bound = jnp.asarray(bound)
+        bound = jnp.where(bound < 0, jnp.zeros_like(bound), bound)
     return -bound if not isinstance(bound, jax.Array | np.ndarray) else -jnp.asarray(bound), bound
 
 
-def inside(bound: Interval, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+def _check_pair(bound: Interval, low: Number, high: Number, *, checked: bool) -> None:
+    for end in (low, high) if checked else ():
+        if arguments.known(end):
+            ok = not np.any(np.isnan(np.asarray(end, np.float64)))
+            arguments.require(ok, "bound", "not hold NaN", bound, "Give numbers, lo <= hi.")
+    if checked and arguments.known(low) and arguments.known(high):
+        ordered = np.all(np.asarray(low, np.float64) <= np.asarray(high, np.float64))
+        arguments.require(ordered, "bound", "have lo <= hi", bound, "Swap the two ends.")
+
+
+def inside(bound: Interval, dtype: DTypeLike, *, checked: bool = True) -> tuple[jax.Array, jax.Array]:
     """The ends of the interval, rounded inwards where they fall between two values of `dtype`."""
-    low, high = interval(bound)
+    low, high = interval(bound, checked=checked)
     ends = toward(low, dtype, up=True), toward(high, dtype, up=False)
-    if arguments.known(low) and arguments.known(high):
+    if checked and arguments.known(low) and arguments.known(high):
         remedy = f"No value of {jnp.dtype(dtype).name} lies inside; widen the interval."
         arguments.require(np.all(ends[0] <= ends[1]), "bound", "hold a value of the leaf's dtype", bound, remedy)
     return ends
 
 
+def outward(x: jax.Array, low: Number, high: Number) -> jax.Array:
+    """True at the end of an interval that is nearer to 0, where 0 is outside: rounding toward it would leave."""
+    low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
+    return ((low > 0) & (x == low)) | ((high < 0) & (x == high))
+
+
 def toward(end: Number, dtype: DTypeLike, *, up: bool) -> jax.Array:
     """`end`, read as f32 (f64 for f64 leaves), rounded up or down to a value that `dtype` holds."""
-    xp: ModuleType = np if arguments.known(end) else jnp
+    if arguments.known(end):
+        return _toward(np, np.asarray(end), jnp.dtype(dtype), up)
+    return _traced(jnp.asarray(end), jnp.dtype(dtype), up)
+
+
+def _toward(xp: ModuleType, end: jax.typing.ArrayLike, dtype: DTypeLike, up: bool) -> jax.Array:
     wide = dtypes.wide(dtype)
     exact = xp.asarray(end).astype(wide)
     if wide == dtype:
@@ -134,3 +160,16 @@ def toward(end: Number, dtype: DTypeLike, *, up: bool) -> jax.Array:
     off = near < exact if up else near > exact
     other = xp.nextafter(near.astype(dtype), xp.asarray(np.inf if up else -np.inf).astype(dtype))
     return xp.where(off, other.astype(wide), near)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _traced(end: jax.Array, dtype: DTypeLike, up: bool) -> jax.Array:
+    return _toward(jnp, end, dtype, up)
+
+
+@_traced.defjvp
+def _traced_slope(
+    dtype: DTypeLike, up: bool, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The derivative of the end itself: JAX has none of `nextafter`."""
+    return _traced(*primals, dtype, up), tangents[0].astype(dtypes.wide(dtype))

@@ -14,14 +14,20 @@ from clipjax._arrays import elementwise
 
 
 @elementwise.leafwise
-def land(p: jax.Array, q: jax.Array) -> jax.Array:
-    """The update u for which p + u is q in floating point, or the nearest value toward zero where none is found.
+def land(p: jax.Array, q: jax.Array, outward: jax.Array | None = None) -> jax.Array:
+    """The update u for which p + u is q in floating point, or the nearest value on one side where none is found.
 
     u = q - p is the float nearest to the exact difference, so no other u comes closer; it is exact for q = 0, for
     q/2 <= p <= 2q (Sterbenz) and between levels of a short step. Where p + u still rounds to beyond q, u moves by one
-    unit in its last place: p + u then stays on the side of q, and |p + u| <= |q| holds always. A weight that must move
-    by more than itself may so land inside the set, and on its value at the next update. Infinity and NaN pass.
+    unit in its last place: p + u then stays on the side of q, and |p + u| <= |q| holds always; where `outward`,
+    |p + u| >= |q|. A weight that must move by more than itself may so land inside the set, and on its value at the
+    next update. Infinity and NaN pass. The derivative is that of q - p.
     """
+    return _landed(p, q, outward)
+
+
+@jax.custom_jvp
+def _landed(p: jax.Array, q: jax.Array, outward: jax.Array | None) -> jax.Array:
     kind = jnp.dtype(f"uint{8 * p.dtype.itemsize}")
     # 1. The nearest update. Only the rounding of p + u can be wrong now, by one unit in the last place of q.
     u = q - p
@@ -31,19 +37,34 @@ def land(p: jax.Array, q: jax.Array) -> jax.Array:
     #    the bits go down by one), and larger where they differ (apart = all ones = -1, the bits go up by one).
     apart = jax.lax.shift_right_arithmetic(move ^ wanted, kind.type(8 * kind.itemsize - 1))
     inward = jax.lax.bitcast_convert_type(move - (apart | kind.type(1)), u.dtype)
-    return jax.lax.select(reached > wanted, inward, u)
+    landed = jax.lax.select(reached > wanted, inward, u)
+    if outward is None:
+        return landed
+    # 4. Away from zero it is one unit more where p + u falls short of q.
+    more = jax.lax.bitcast_convert_type(move + (apart | kind.type(1)), u.dtype)
+    return jax.lax.select(outward, jax.lax.select(reached < wanted, more, u), landed)
+
+
+@_landed.defjvp
+def _landed_slope(
+    primals: tuple[jax.Array, jax.Array, jax.Array | None], tangents: tuple[jax.Array, jax.Array, jax.Array | None]
+) -> tuple[jax.Array, jax.Array]:
+    dp, dq, _ = tangents
+    return _landed(*primals), dq - dp
 
 
 @elementwise.leafwise
-def land_or_stay(p: jax.Array, q: jax.Array) -> jax.Array:
+def land_or_stay(p: jax.Array, q: jax.Array, outward: jax.Array | None = None) -> jax.Array:
     """`land`, and 0 where both are the same infinity, whose difference would be NaN."""
-    return jax.lax.select((p == q) & (jnp.abs(p) == jnp.inf), jnp.zeros_like(p), land(p, q))
+    return jax.lax.select((p == q) & (jnp.abs(p) == jnp.inf), jnp.zeros_like(p), land(p, q, outward))
 
 
 @elementwise.leafwise
-def changed(u: jax.Array, p: jax.Array, landed: jax.Array, new: jax.Array, q: jax.Array) -> jax.Array:
+def changed(
+    u: jax.Array, p: jax.Array, landed: jax.Array, new: jax.Array, q: jax.Array, outward: jax.Array | None = None
+) -> jax.Array:
     """`land` where the projection moved a finite target, else the update as it came."""
-    return jax.lax.select((new != landed) & jnp.isfinite(landed), land(p, q), u)
+    return jax.lax.select((new != landed) & jnp.isfinite(landed), land(p, q, outward), u)
 
 
 @elementwise.leafwise

@@ -109,7 +109,11 @@ def _skip(state: SkipState, per_leaf: bool) -> Metrics:
 
 
 def _clamp(state: ClampState, per_leaf: bool) -> Metrics:
-    return {"low": state.bound[0], "high": state.bound[1]}
+    """The interval, infinite where nothing is limited; NaN before the first update and where it differs by leaf."""
+    low, high = state.bound
+    known = low <= high
+    low, high = -_threshold(-low), _threshold(high)
+    return {"low": jnp.where(known, low, jnp.nan), "high": jnp.where(known, high, jnp.nan)}
 
 
 def _prune(state: PruneState, per_leaf: bool) -> Metrics:

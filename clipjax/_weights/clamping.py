@@ -8,20 +8,22 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from clipjax._arrays import arguments, elementwise, picking, trees
+from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
 from clipjax._maths import drawing, intervals
 from clipjax._weights import projecting
 from clipjax._weights.constraints import Constraint
 from clipjax._weights.facts import Settle
-from clipjax.typing import Bound, Context, Projection, Selection, Tree, Where
+from clipjax.typing import Bound, Context, Number, Projection, Selection, Tree, Where
 
 
 class ClampState(NamedTuple):
     """State of `clamp_weights` inside its `ProjectState`.
 
     Attributes:
-      bound: f32[2], the interval of the last update; NaN before the first one and where it differs by leaf.
+      bound: f32[2] (f64 where a param is f64), the interval of the last update, ends at most the largest float; lo > hi
+        before the first one and where it differs by leaf.
     """
 
     bound: jax.Array
@@ -40,9 +42,8 @@ def clamp_weights(
 
     Args:
       bound: T >= 0 for the interval [-T, T], a pair (lo, hi), a schedule count -> either, or `per_leaf`. Numbers may be
-        traced. The ends are read as f32, and rounded into the interval if the dtype of a leaf cannot hold them. In an
-        interval without 0, a weight may end outside of the end nearer to 0, by half a unit in the last place of the
-        weight before.
+        traced; a T below 0 then counts as 0. The ends are read as f32 (f64 for f64 leaves), and rounded into the
+        interval if the dtype of a leaf cannot hold them.
       when: "after" clamps params + updates. "before", D3's order, clamps the params and then adds the updates, so that
         a weight may leave the interval again by one update.
       select: which entries may be clamped, drawn anew at every update; all by default.
@@ -75,12 +76,12 @@ def clamp_weights(
     def init_fn(params: Tree) -> ClampState:
         if not bounds.scheduled:
             for path, p in trees.governed(params):
-                intervals.inside(bounds.of_leaf(path, p, jnp.zeros((), jnp.int32)), p.dtype)
-        return ClampState(jnp.full((2,), jnp.nan, jnp.float32))
+                bounds.of_leaf(path, p, jnp.zeros((), jnp.int32))
+        return ClampState(jnp.asarray(intervals.NOWHERE, dtypes.widest(jax.tree.leaves(params))))
 
     def apply_fn(target: Tree, state: ClampState, context: Context) -> tuple[Tree, ClampState]:
         def clamped(path: str, w: jax.Array, chosen: jax.Array, p: jax.Array) -> jax.Array:
-            low, high = (end.astype(w.dtype) for end in ends(path, p, context))
+            low, high = ends(path, p, context)
             if when == "after":
                 new = intervals.limit(w, low, high)
             else:  # the update is added to the clamped weight
@@ -91,21 +92,35 @@ def clamp_weights(
 
         chosen = drawing.choose(select, target, None, context.count)
         new = trees.map_with_path(clamped, target, chosen, context.params)
-        return new, ClampState(jnp.stack([jnp.asarray(end, jnp.float32) for end in bounds.shared(context.count)]))
+        return new, ClampState(jnp.stack([_shown(end, state.bound.dtype) for end in bounds.shared(context.count)]))
 
     def ends(path: str, p: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
-        return intervals.inside(bounds.of_leaf(path, p, context.count), p.dtype)
+        low, high = bounds.of_leaf(path, p, context.count)
+        return low.astype(dtypes.wide(p.dtype)), high.astype(dtypes.wide(p.dtype))
+
+    def outward(new: Tree, context: Context) -> Tree:
+        def at_end(path: str, w: jax.Array, p: jax.Array) -> jax.Array:
+            return intervals.outward(w, *ends(path, p, context))
+
+        return trees.map_with_path(at_end, new, context.params)
 
     def settles(target: Tree, before: ClampState, after: ClampState, context: Context) -> list[Settle]:
         def settle(chosen: jax.Array, low: jax.Array, high: jax.Array, x: jax.Array) -> jax.Array:
-            return elementwise.where(chosen, intervals.limit(x, low.astype(x.dtype), high.astype(x.dtype)), x)
+            return elementwise.where(chosen, intervals.limit(x, low, high), x)
 
         chosen = jax.tree.leaves(drawing.choose(select, target, None, context.count))
         limits = [ends(path, p, context) for path, p in trees.governed(context.params)]
         return [functools.partial(settle, c, *limit) for c, limit in zip(chosen, limits, strict=True)]
 
     after = when == "after"
-    constraint = Constraint(
-        Projection(init_fn, apply_fn), ClampState, "clamp_weights", after, settles=settles if after else None
-    )
+    projection = Projection(init_fn, apply_fn, outward=outward if after else None)
+    constraint = Constraint(projection, ClampState, "clamp_weights", after, settles=settles if after else None)
     return projecting.constrain(constraint, carry=False, inner=None, start=0, where=where, key=None)
+
+
+def _shown(end: Number, dtype: DTypeLike) -> jax.Array:
+    """An end of the interval as the state records it: at most the largest float."""
+    largest = dtypes.largest(dtype)
+    if arguments.known(end):
+        end = min(max(float(end), -largest), largest)
+    return jnp.clip(jnp.asarray(end).astype(dtype), -largest, largest)

@@ -189,7 +189,7 @@ def constrain(
                 alive = picking.merge(jax.tree.map(lambda p: True, params), kept, picks)
                 inner_state = moments.cleared(inside, inner_state, params, alive, active)
         else:
-            emitted = _projected(update, new)
+            emitted = _projected(constraint, update, new)
         if constraint.settles is not None:
             _note(constraint.settles(target, state.projection, projected, context), active, emitted, known)
         count = optax.safe_increment(state.count)
@@ -223,8 +223,8 @@ def _latent(constraint: Constraint, update: Update, new: Tree, projected: State,
     # A latent weight that is not finite shows in the params, where users look for it.
     new = jax.tree.map(lambda n, z: elementwise.where(jnp.isfinite(z), n, z), new, target)
     new = jax.tree.map(functools.partial(elementwise.keep, update.active), new, target)
-    emitted = jax.tree.map(landing.land_or_stay, update.weights, latents.rounded(new, update.params))
-    return emitted, target
+    rounded = latents.rounded(new, update.params)
+    return jax.tree.map(landing.land_or_stay, update.weights, rounded, *_outward(constraint, update, rounded)), target
 
 
 def _masked(update: Update, kept: Tree) -> Tree:
@@ -233,11 +233,18 @@ def _masked(update: Update, kept: Tree) -> Tree:
     return jax.tree.map(emptied, update.steps, update.weights, update.context.landed, kept)
 
 
-def _projected(update: Update, new: Tree) -> Tree:
+def _projected(constraint: Constraint, update: Update, new: Tree) -> Tree:
     """Weights that the projection moved land on their new value; the updates of all others pass unchanged."""
     new = jax.tree.map(functools.partial(elementwise.keep, update.active), new, update.target)
     rounded = latents.rounded(new, update.params)
-    return jax.tree.map(landing.changed, update.steps, update.weights, update.context.landed, new, rounded)
+    outward = _outward(constraint, update, rounded)
+    return jax.tree.map(landing.changed, update.steps, update.weights, update.context.landed, new, rounded, *outward)
+
+
+def _outward(constraint: Constraint, update: Update, new: Tree) -> tuple[Tree, ...]:
+    """Where weights are rounded away from zero: a tree, or none where that is nowhere."""
+    outward = constraint.projection.outward
+    return () if outward is None else (outward(new, update.context),)
 
 
 def _context(count: jax.Array, params: Tree, grad: Tree | None, key: jax.Array | None, refresh: bool | None) -> Context:

@@ -148,7 +148,7 @@ def fake_quantize(
         def refresh(target: Tree) -> QuantizeState:
             largest = jnp.finfo(jnp.float32).max
             ends = [jax.tree.map(functools.partial(jnp.full_like, fill_value=x), target) for x in (-largest, largest)]
-            low, high = (dict(trees.governed(settle(tree))) for tree in ends)
+            low, high = (dict(trees.governed(jax.lax.stop_gradient(settle(tree)))) for tree in ends)
             values, shown = dict(trees.governed(target)), dict(trees.governed(context.params))
             measured = {
                 path: leaf_grid.measure(plan, values[path], (low[path], high[path]), shown[path].dtype)

@@ -64,7 +64,8 @@ def refreshed(
     assert memory is not None and settle is not None  # `project` always gives them
 
     def fresh(weights: Tree) -> State:
-        return jax.tree.map(sharding.laid_as, refresh(settle(weights)), old)
+        # a constant in derivatives: rules search and count, and reverse mode cannot pass through their loops
+        return jax.tree.map(sharding.laid_as, refresh(jax.lax.stop_gradient(settle(weights))), old)
 
     if context.refresh is not None:
         return fresh(memory()) if context.refresh else old

@@ -45,10 +45,19 @@ MUTANTS = (
     Mutant("widths.py", "cost, 0), dtype=jnp.int32)", "cost, 0))", "choosing", "x64"),
     Mutant(
         "projections.py",
-        "(norm * largest > bound) & jnp.isfinite(x)",
-        "norm * largest > bound",
+        "(norm * largest > limit * (1 - margin)) & jnp.isfinite(x)",
+        "norm * largest > limit * (1 - margin)",
         "projections",
         "finite",
+    ),
+    Mutant("projections.py", "limit * (1 - short) / norm", "limit / norm", "projections", "max_norm_holds"),
+    Mutant("projections.py", "shown = dtypes.narrowed(x, p.dtype)", "shown = x", "projections", "max_norm_holds"),
+    Mutant(
+        "projections.py",
+        "Projection(check, apply, outward=outward)",
+        "Projection(check, apply)",
+        "clamping",
+        "without_0",
     ),
     Mutant(
         "scores.py",

@@ -40,6 +40,13 @@ MUTANTS = (
         "threshold_state",
         "positive or spam",
     ),
+    Mutant(
+        "_gradients/threshold_state.py",
+        "return _compiled(_Same(rule)",
+        "return _followed(_Same(rule)",
+        "contract_debugging",
+        "clip or warmup",
+    ),
     Mutant("_gradients/skipping.py", "jnp.where(good, new, old)", "new", "skipping", "inner or nan"),
     Mutant("_gradients/skipping.py", "jnp.isfinite(norm) & (norm <= limit)", "(norm <= limit)", "skipping", "inf"),
     Mutant(

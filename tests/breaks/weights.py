@@ -91,7 +91,13 @@ MUTANTS = (
         "quantizing",
         "allow",
     ),
-    Mutant("_weights/refreshing.py", "refresh(settle(weights))", "refresh(weights)", "refreshing", "same_update"),
+    Mutant(
+        "_weights/refreshing.py",
+        "refresh(jax.lax.stop_gradient(settle(weights)))",
+        "refresh(weights)",
+        "refreshing",
+        "same_update",
+    ),
     Mutant("_weights/refreshing.py", "| (changed & (since >= 0))", "", "refreshing", "on_resume"),
     Mutant("_weights/refreshing.py", "lambda: fresh(memory())", "lambda: fresh(target)", "refreshing", "memory"),
     Mutant("_weights/facts.py", "and array() is update", "", "refreshing", "belongs"),
@@ -131,8 +137,8 @@ MUTANTS = (
     Mutant("_weights/clamping.py", "elementwise.where(chosen, new, w)", "new", "documents", "d3_strategies"),
     Mutant(
         "_weights/refreshing.py",
-        "jax.tree.map(sharding.laid_as, refresh(settle(weights)), old)",
-        "refresh(settle(weights))",
+        "jax.tree.map(sharding.laid_as, refresh(jax.lax.stop_gradient(settle(weights))), old)",
+        "refresh(jax.lax.stop_gradient(settle(weights)))",
         "explicit_axes",
     ),
 )

@@ -1,5 +1,7 @@
 """clamp_weights: |w| ≤ T exactly, after or before the update, in every dtype."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import selections
+from clipjax import projections, selections
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -89,7 +91,7 @@ def test_per_leaf_bounds():
     new, state = run(tx, ZERO, W, 2)
     assert float(np.abs(new["a"]).max()) == 0.5
     np.testing.assert_allclose([new["b"].min(), new["b"].max()], [-0.1, 0.2], rtol=1e-5)
-    assert np.isnan(state.projection.bound).all()
+    assert all(np.isnan(x) for x in clipjax.report(state).values())
 
 
 @pytest.mark.parametrize("when", ["after", "before"])
@@ -135,3 +137,62 @@ def test_far_weights_land_inside_at_once():
     params = {"a": W["a"] * 1000}
     new, _ = run(clipjax.clamp_weights(0.3), {"a": U["a"]}, params)
     assert np.abs(new["a"]).max() <= np.float32(0.3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("bound", [(0.1, 0.3), (-0.3, -0.1), (0.1, np.inf), (-1.0, 0.0)])
+def test_an_interval_without_0_holds_to_the_bit_from_the_first_update_on(bound, dtype):
+    """Rounding toward 0 would leave it; updates are applied inside the jit and outside of it."""
+    with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("standard"):  # of `apply_updates`
+        rng = np.random.default_rng(3)
+        params = jnp.asarray(rng.normal(size=(50, 40)) * 10.0 ** rng.uniform(-3, 2, size=(50, 40)), dtype)
+        read = np.float64 if dtype == "float64" else np.float32
+        low, high = (np.float64(read(end)) for end in bound)
+        forms = {
+            "clamp": clipjax.clamp_weights(bound),
+            "project": clipjax.project(projections.clamp(bound)),
+            "carry": clipjax.project(projections.clamp(bound), carry=True),
+        }
+        for tx in forms.values():
+
+            @jax.jit
+            def step(params, state, tx=tx):
+                updates, state = tx.update(-params / 3, state, params)
+                return optax.apply_updates(params, updates), updates, state
+
+            w, state = params, tx.init(params)
+            for _ in range(2):
+                inside, updates, state = step(w, state)
+                outside = optax.apply_updates(w, updates)
+                w = inside
+                for values in (np.asarray(inside, np.float64), np.asarray(outside, np.float64)):
+                    assert low <= values.min() and values.max() <= high
+
+
+def test_a_traced_bound_below_0_counts_as_0():
+    """Also where a schedule returns it, jitted or not; a bound that is known raises."""
+
+    def last(bound, slope, params=W):
+        tx, state = bound(lambda count: 1.0 - slope * count.astype(jnp.float32)), None
+        state = tx.init(params)
+        for _ in range(4):
+            updates, state = tx.update(ZERO, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, clipjax.report(state)
+
+    for bound in (clipjax.clamp_weights, lambda c: clipjax.clamp_weights(clipjax.per_leaf(lambda path, leaf: c))):
+        for run_last in (jax.jit(functools.partial(last, bound)), functools.partial(last, bound)):
+            params, found = run_last(jnp.float32(0.5))
+            assert not any(np.any(x) for x in params.values())
+            assert not found["clamp_weights/high"] > 0 and not found["clamp_weights/low"] < 0
+    zero = jax.jit(lambda c: projections.clamp(c).apply(W, (), None)[0])(jnp.float32(-2.0))
+    assert not any(np.any(x) for x in zero.values())
+
+
+def test_f64_bounds_are_f64():
+    with jax.enable_x64(True):
+        params = jnp.array([0.15, -0.15, 0.05])
+        tx = clipjax.clamp_weights(0.1)
+        updates, state = tx.update(jnp.zeros(3), tx.init(params), params)
+        params = optax.apply_updates(params, updates)
+        assert params.tolist() == [0.1, -0.1, 0.05] and float(clipjax.report(state)["clamp_weights/high"]) == 0.1

@@ -1,0 +1,68 @@
+"""`jax_debug_nans` and `jax_debug_infs`: no transformation makes a NaN or an infinity of its own, even for a moment.
+
+Outside of jit every operation is checked, inside of it what comes out: updates and states.
+"""
+
+import contextlib
+
+import contract_table as table
+import jax
+import numpy as np
+import optax
+import pytest
+
+import clipjax
+from clipjax import thresholds
+
+
+@contextlib.contextmanager
+def debugging():
+    """Both flags; and no cached result of before, which nothing would check."""
+    with jax.debug_nans(True), jax.debug_infs(True):
+        yield
+
+
+def train(tx, jit):
+    params = table.params()
+    with debugging():
+        init, update = (jax.jit(tx.init), jax.jit(tx.update)) if jit else (tx.init, tx.update)
+        state = init(params)
+        for i in range(2):
+            updates, state = update(table.at(table.gradients(), i), state, params)
+            params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("row", table.paths(table.ALL))
+def test_no_transformation_raises_where_all_numbers_are_finite(row, jit):
+    train(row.tx(), jit)
+
+
+def test_the_flags_find_what_they_are_for():
+    bad = clipjax.project(lambda params: jax.tree.map(lambda x: x / 0.0, params))
+    for jit in (False, True):
+        with pytest.raises(FloatingPointError):
+            train(bad, jit)
+
+
+UNLIMITED = {
+    "clip": lambda: clipjax.clip(np.inf),
+    "clip_norm": lambda: clipjax.clip_norm(np.inf),
+    "leaf": lambda: clipjax.clip_norm({"dense/kernel": 1.0}, per="leaf"),
+    "skip": lambda: clipjax.skip_spikes(optax.sgd(0.1), np.inf),
+    "warmup": lambda: clipjax.clip_norm(thresholds.ema_ratio(warmup_max=np.inf)),
+    "one_sided": lambda: clipjax.clamp_weights((0.0, np.inf)),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", UNLIMITED)
+def test_an_infinite_threshold_or_bound_is_no_infinite_state(name, jit):
+    """The report still says that there is no limit."""
+    _, state = train(UNLIMITED[name](), jit)
+    assert all(np.isfinite(np.asarray(x, np.float64)).all() for x in jax.tree.leaves(state))
+    found = clipjax.report(state, per_leaf=True)
+    key = {"leaf": "clip_norm/threshold/out/kernel", "one_sided": "clamp_weights/high"}
+    limit = found[key[name]] if name in key else next(x for k, x in found.items() if k.endswith("/threshold"))
+    assert np.isinf(limit)
