@@ -119,6 +119,7 @@ def test_eval_shape_of_init(row):
     tx, params = row.tx(), table.params()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     abstract, state = jax.eval_shape(tx.init, shapes), tx.init(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(shapes), state)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, state)
     assert all(leaf.size > 0 for leaf in jax.tree.leaves(state))
     chex.assert_trees_all_equal_shapes_and_dtypes(state, reference(row.name)[-1][1])

@@ -47,6 +47,18 @@ def find(name):
     return next(m for m in table.ALL if m.name == name)
 
 
+@pytest.mark.filterwarnings("ignore:`where` picks no float array")
+@pytest.mark.parametrize("row", table.paths([m for m in table.ROWS if m.side in ("weight", "inner")]))
+def test_a_group_without_any_leaf_that_is_governed_passes(row):
+    """As the biases of `optax.partition`: every state exists, and an update goes through unchanged."""
+    params = {"dense": {"bias": jnp.ones(3, jnp.int32)}}
+    tx = row.tx(optax.identity())
+    state = tx.init(params)
+    updates, new = jax.eval_shape(tx.update, params, state, params)
+    assert updates == jax.eval_shape(lambda: params)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+
+
 @every_path
 def test_is_a_transformation_with_extra_args(row):
     """`update(updates, state, params=None, **extra)`; extra arguments of other transformations pass by."""
@@ -131,6 +143,14 @@ def test_apply_if_finite_around_the_optimizer_constraints_hold_on_skipped_steps(
                 row.holds(params, state)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
     assert int(optax.tree.get(state, "total_notfinite")) == 1
+
+
+@pytest.mark.parametrize("name", ["prune_carry", "quantize", "project_master"])
+def test_a_state_made_from_shapes_alone_trains_as_one_made_from_params(name):
+    """Latent weights begin as zeros then, and the params replace them at the first update."""
+    tx = find(name).tx(SGD)
+    state = tx.init(jax.eval_shape(table.params))
+    equal(run(tx, each(2), state=state), plain(name, 2))
 
 
 @every_path

@@ -9,13 +9,16 @@ import jax.numpy as jnp
 
 from clipjax._arrays import dtypes, elementwise, trees
 from clipjax._weights.constraints import Constraint, Update
-from clipjax.typing import Context, State, Tree
+from clipjax.typing import Context, Leaf, State, Tree
 
 
-def begin(p: jax.Array) -> jax.Array:
-    """A copy of a param in computing dtype, with its sharding; a buffer of its own, as both may be donated."""
-    dtype = dtypes.wide(p.dtype)
-    return jnp.zeros_like(p, dtype=dtype) + p.astype(dtype)
+def begin(p: Leaf) -> jax.Array:
+    """A copy of a param in computing dtype, with its sharding; a buffer of its own, as both may be donated.
+
+    A `ShapeDtypeStruct` has no values: zeros stand for them, which the params replace at the first update.
+    """
+    zeros = jnp.zeros_like(p, dtype=dtypes.wide(p.dtype))
+    return zeros if isinstance(p, jax.ShapeDtypeStruct) else zeros + p.astype(zeros.dtype)
 
 
 def current(

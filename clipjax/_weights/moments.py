@@ -12,9 +12,9 @@ from clipjax._arrays import elementwise
 from clipjax.typing import State, Tree
 
 
-def check(inner: optax.GradientTransformation, state: State) -> None:
+def check(inner: optax.GradientTransformation, state: State, params: Tree) -> None:
     """Refuse an optimizer in whose state the moments of each param cannot be found."""
-    _mapped(inner, lambda moment: moment, state)
+    _mapped(inner, lambda moment, p: moment, state, params)
 
 
 def cleared(
@@ -36,7 +36,7 @@ def cleared(
 
 def _mapped(
     inner: optax.GradientTransformation,
-    fn: Callable[[jax.Array, jax.Array | bool, jax.Array], jax.Array] | Callable[[jax.Array], jax.Array],
+    fn: Callable[[jax.Array, jax.Array | bool, jax.Array], jax.Array] | Callable[[jax.Array, jax.Array], jax.Array],
     state: State,
     *rest: Tree,
 ) -> State:
@@ -46,5 +46,19 @@ def _mapped(
     except Exception as error:
         raise ValueError(
             "`inner` must be an optimizer in whose state `optax.tree.map_params` finds the moments of each param,"
-            f" got one where it fails: {error}. Chain `prune_mask` behind it instead."
+            f" got {_named(state)}, where it fails: {error}. Chain `prune_mask` behind it instead."
         ) from error
+
+
+def _named(state: State) -> str:
+    """The names of the states in a state, by which users know an optimizer."""
+    found: list[str] = []
+
+    def visit(node: object) -> bool:
+        named = isinstance(node, tuple) and hasattr(node, "_fields")
+        if named:
+            found.append(type(node).__name__)
+        return named
+
+    jax.tree.leaves(state, is_leaf=visit)
+    return " and ".join(dict.fromkeys(name for name in found if name != "EmptyState")) or "an optimizer without state"

@@ -13,7 +13,7 @@ import optax
 
 from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
 from clipjax._maths import drawing, landing
-from clipjax._weights import facts, latents, moments, visiting
+from clipjax._weights import facts, latents, moments, surroundings, visiting
 from clipjax._weights.constraints import Constraint, Update
 from clipjax.projections import stateless
 from clipjax.typing import Context, Count, Projection, State, Tree, Where
@@ -54,6 +54,10 @@ def project(
     update (its state, its key) maps z to the current parameter. Otherwise the parameter was edited, or loaded from
     elsewhere, and replaces z, unless it is 0: then a mask may have set it to 0, and may let it go again.
 
+    A weight transformation stands outside of `optax.apply_if_finite` and other wrappers that skip updates, as in
+    ``optax.chain(optax.apply_if_finite(optimizer, 5), project(...))``: the weights then stay in the set also where an
+    update is skipped. Inside, it is refused where gradients are narrower than f32.
+
     Args:
       projection: a plain function params -> params, which is given the tree with None where `where` picks no leaf, in
         f32 (f64 for f64 params). Or a `clipjax.Projection`, from `clipjax.projections` or your own, which may keep a
@@ -74,8 +78,10 @@ def project(
       default) does it at the counts that `start`, `every` and `stop` of `prune_mask` and `fake_quantize` give.
 
     Raises:
-      TypeError: for something that is no projection, and at init for a complex leaf that `where` picks.
-      ValueError: for a negative `start`, and at update where `params` are missing.
+      TypeError: for something that is no projection; at init for a complex leaf that `where` picks; at update inside of
+        `optax.apply_if_finite` and its kind with gradients narrower than f32.
+      ValueError: for a negative `start`; at init for an `inner` that is `optax.lookahead`; at update where `params` are
+        missing.
 
     Example:
       >>> import clipjax, jax, jax.numpy as jnp, optax
@@ -131,8 +137,8 @@ def constrain(
         governed = picking.restrict(params, picks)
         floats = jax.tree.map(latents.begin, governed) if carry else ()
         inner_state = inside.init(picking.merge(params, floats, picks) if carry and inner else params)
-        if inner and constraint.kept is not None and not carry:
-            moments.check(inside, inner_state)
+        if inner:
+            surroundings.check_inner(inside, inner_state, params, clears=constraint.kept is not None and not carry)
         return ProjectState(jnp.zeros((), jnp.int32), floats, projection.init(governed), inner_state)
 
     def update_fn(
@@ -162,7 +168,7 @@ def constrain(
             begun = None if always else state.count > start
             return latents.current(constraint, state.carry, state.projection, weights, narrow, then, begun)
 
-        floats, visible = current(), params
+        floats, visible, arrived = current(), params, updates
         if carry and inner:
             visible, updates = picking.merge(params, floats, picks), _widened(updates, picks)
         if visit is not None:
@@ -192,6 +198,7 @@ def constrain(
             emitted = _projected(constraint, update, new)
         if constraint.settles is not None:
             _note(constraint.settles(target, state.projection, projected, context), active, emitted, known)
+        surroundings.check_outer(arrived, emitted)
         count = optax.safe_increment(state.count)
         return picking.merge(updates, emitted, picks), ProjectState(count, latent, projected, inner_state)
 

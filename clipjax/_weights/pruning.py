@@ -69,7 +69,7 @@ def prune_mask(
 
     With `inner=optimizer` and without `carry` the moments of removed weights are set to 0, so that a weight that grows
     again starts at 0 without momentum: every array of the optimizer's state that has the shape of its param is cleared;
-    factored moments are not.
+    factored moments are not. Init refuses an optimizer in whose state no moments can be told from params, as SM3.
 
     Args:
       sparsity: the fraction of zeros, in [0, 1): a number (may be traced); a schedule count -> fraction, which is
@@ -215,6 +215,8 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
         )
 
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
+        if not jax.tree.leaves(target):  # as in a group of `optax.partition` that has no kernel
+            return target, state
         only = scored(context.params)
         here = _restricted(context, only)
         new_score = score.observe(only(target), state.score, here)

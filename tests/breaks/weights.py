@@ -36,8 +36,8 @@ MUTANTS = (
     Mutant("_weights/refreshing.py", "| (context.count == cycle.stop)", "", "projecting", "refreshes_are_due"),
     Mutant(
         "_weights/latents.py",
-        "jnp.zeros_like(p, dtype=dtype) + p.astype(dtype)",
-        "p.astype(dtype)",
+        "else zeros + p.astype(zeros.dtype)",
+        "else p.astype(zeros.dtype)",
         "contract",
         "shares_no_buffer",
     ),
@@ -76,6 +76,19 @@ MUTANTS = (
     ),
     Mutant("_weights/sparsities.py", "dense = density >= 1", "dense = density >= 2", "masks", "erk"),
     Mutant("_weights/sparsities.py", "xp.where(dense, n, 0).sum()", "0", "masks", "erk"),
+    Mutant(
+        "_weights/moments.py", "lambda moment, p: moment, state, params", "lambda x: x, state", "surroundings", "sm3"
+    ),
+    Mutant("_weights/surroundings.py", "u.dtype != e.dtype", "u.dtype == e.dtype", "surroundings", "skips"),
+    Mutant("_weights/surroundings.py", "optax.LookaheadState", "optax.MaskedNode", "surroundings", "lookahead"),
+    Mutant(
+        "_weights/latents.py",
+        "zeros if isinstance(p, jax.ShapeDtypeStruct) else",
+        "zeros if not isinstance(p, jax.ShapeDtypeStruct) else",
+        "contract_optax",
+        "shapes_alone",
+    ),
+    Mutant("_weights/pruning.py", "if not jax.tree.leaves(target):", "if False:", "contract_optax", "without_any"),
     Mutant(
         "_weights/moments.py",
         "elementwise.where(gone if active is None else gone & active, jnp.zeros_like(moment), moment)",
