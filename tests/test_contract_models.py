@@ -1,5 +1,7 @@
 """The contract in real models: every transformation lands in every container, the chain trains in each framework."""
 
+import collections
+import dataclasses
 import functools
 
 import chex
@@ -19,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import clipjax
 import clipjax.flax
+from clipjax._arrays import trees
 
 every_model = pytest.mark.parametrize("model", models.MODELS)
 CHECKS = (table.bounded(-0.25, 0.25), table.sparse(0.5), table.on_grid(4))
@@ -215,6 +218,41 @@ def test_trees_of_targets_may_be_of_any_container():
     assert {int(b) for b in jax.tree.leaves(state.projection.bits)} == set(jax.tree.leaves(bits))
     mask = clipjax.make_mask(freeze({"in": {"kernel": jnp.arange(8.0)}}), freeze({"in": {"kernel": 0.25}}))
     assert int(mask["in"]["kernel"].sum()) == 6
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    """Fields in another order than that of their names, in which dicts of paths are."""
+
+    kernel: jax.Array
+    bias: jax.Array
+
+
+CONTAINERS = {
+    "frozen": lambda layers: freeze(layers),
+    "ordered": lambda layers: collections.OrderedDict(reversed(layers.items())),
+    "dataclasses": lambda layers: {name: Layer(**layer) for name, layer in layers.items()},
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_no_container_changes_a_number(name):
+    """Masks of units and steps are stored by path: each finds its own leaf, whatever the order of the leaves."""
+    rng = np.random.default_rng(0)
+    shapes = {"first": (4, 6), "second": (6, 3), "third": (6, 3)}
+    layers = {
+        k: {"kernel": jnp.asarray(rng.normal(size=s), jnp.float32), "bias": jnp.ones(s[1])} for k, s in shapes.items()
+    }
+    unit = clipjax.structures.unit()
+    tx = optax.chain(optax.sgd(0.5), clipjax.prune_mask(0.5, structure=unit), clipjax.fake_quantize(3, axis=-1))
+    found = []
+    for params in (layers, CONTAINERS[name](layers)):
+        updates, state = tx.update(params, tx.init(params), params)
+        metrics = clipjax.report(state, per_leaf=True)
+        found.append((dict(zip(trees.paths(updates), jax.tree.leaves(updates), strict=True)), metrics))
+    chex.assert_trees_all_equal(*found)
+    assert found[0][1]["prune_mask/removed"] == 6
 
 
 @pytest.mark.parametrize("axis", [None, -1])
