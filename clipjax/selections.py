@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax._arrays import arguments, trees
+from clipjax._arrays import arguments, stacks, trees
 from clipjax._maths import counts, drawing, ranking
 from clipjax.typing import Number, Selection, Tree
 
@@ -84,7 +84,7 @@ def largest(fraction: Number) -> Selection:
       A `Selection`.
 
     Raises:
-      ValueError: for a fraction outside (0, 1]; at update for 2**32 entries or more.
+      ValueError: for a fraction outside (0, 1]; at update for an array with an axis of 2**32 entries or more.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,12 +103,15 @@ def largest(fraction: Number) -> Selection:
         arrays, treedef = trees.arrays(tree)
         if not arrays:
             return tree
-        keys = [ranking.order(jnp.abs(x.astype(jnp.float32))) for x in arrays]
-        size = sum(x.size for x in arrays)
-        remedy = "Select with `bernoulli`, or split the tree with `optax.partition`."
-        arguments.require(size <= ranking.MOST, "select", "compare less than 2**32 entries", size, remedy)
-        cut = counts.of_fraction(1 - fraction, size)
-        return treedef.unflatten(ranking.keep(keys, jnp.full(len(keys), cut), pooled=True))
+        for path, x in trees.governed(tree):
+            remedy = "Select with `bernoulli`, or split the array."
+            rule = "compare arrays whose axes divide into two parts of less than 2**32 (the first 2**30)"
+            arguments.require(ranking.countable(x.shape), "select", rule, (path, x.shape), remedy)
+        members = stacks.alike([path for path, _ in trees.governed(tree)], arrays)
+        keys = [ranking.order(jnp.abs(stacks.stack(arrays, group).astype(jnp.float32))) for group in members]
+        cut = counts.of_fraction(1 - fraction, sum(x.size for x in arrays))
+        chosen = ranking.keep(keys, cut, pooled=True, places=tuple(map(tuple, members)))
+        return treedef.unflatten(stacks.unstack(chosen, members))
 
     return Selection(choose)
 

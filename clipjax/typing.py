@@ -186,6 +186,8 @@ class Structure(NamedTuple):
       whole: True where every weight is a unit of its own.
       keep: for a structure that fixes the sparsity, `keep(keys) -> mask`: from unsigned keys, of which the lowest are
         removed, True where an entry is kept. None where the sparsity is free.
+      layers: the axes of an array of units along which layers are stacked, all of which lose the same number; () where
+        an array is one layer.
     """
 
     reduce: Callable[[Tree], Tree]
@@ -196,6 +198,7 @@ class Structure(NamedTuple):
     min_keep: int = 0
     whole: bool = False
     keep: Callable[[jax.Array], jax.Array] | None = None
+    layers: tuple[int, ...] = ()
 
 
 class Levels(NamedTuple):

@@ -5,12 +5,14 @@ Stacking copies arrays, so it belongs into refreshes and reports, never into the
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipjax._arrays import arguments
 
@@ -38,9 +40,13 @@ def alike(names: Sequence[str], *columns: Sequence[Any]) -> list[Members]:
 
 
 def _kind(x: Any) -> Hashable:
-    if not isinstance(x, jax.Array):
+    if not _is_array(x):
         return type(x), x
-    return jax.typeof(x), None if arguments.traced(x) else x.sharding
+    return jax.typeof(x), x.sharding if isinstance(x, jax.Array) and not arguments.traced(x) else None
+
+
+def _is_array(x: object) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
 
 
 def stack(values: Sequence[Any], members: Members) -> Any:
@@ -49,16 +55,40 @@ def stack(values: Sequence[Any], members: Members) -> Any:
     An only member becomes a stack of one by a reshape, which costs nothing.
     """
     chosen = [values[i] for i in members]
-    return jax.tree.map(lambda x, *xs: jnp.stack((x, *xs)) if isinstance(x, jax.Array) else x, *chosen)
+    return jax.tree.map(lambda x, *xs: jnp.stack((x, *xs)) if _is_array(x) else x, *chosen)
 
 
 def unstack(stacked: Sequence[Any], groups: Sequence[Members]) -> list[Any]:
-    """A tree for each leaf, in their order, from the stacks of `alike`."""
+    """A tree for each leaf, in their order, from the stacks of `alike`; arrays of numbers and bools."""
     rows: dict[int, Any] = {}
     for tree, members in zip(stacked, groups, strict=True):
-        for row, i in enumerate(members):
-            rows[i] = jax.tree.map(lambda x, row=row: jax.lax.index_in_dim(x, row, keepdims=False), tree)
+        at = _places(tree, len(members))
+        for i, place in zip(members, at, strict=True):
+            take = functools.partial(jax.lax.dynamic_index_in_dim, index=place, keepdims=False)
+            rows[i] = jax.tree.map(take, tree)
     return [rows[i] for i in range(len(rows))]
+
+
+def _places(tree: Any, n: int) -> Sequence[Any]:
+    """0, 1, ..., n - 1; in a traced program as numbers that XLA does not know.
+
+    With places that it knows, XLA builds and compiles one kernel for each row: more time than for all that was computed
+    on the stack. Kernels that differ in an operand alone it compiles once.
+    """
+    known = tuple(np.uint32(i) for i in range(n))
+    arrays = [x for x in jax.tree.leaves(tree) if arguments.traced(x)]
+    if n == 1 or not arrays:
+        return known
+    # The loop would turn the places round, but never runs: a word of one bit has less than 33. XLA cannot tell.
+    smallest = min(arrays, key=lambda x: x.size)
+    bits = jax.lax.population_count(jnp.any(jax.lax.index_in_dim(smallest, 0).astype(bool)).astype(jnp.uint32))
+
+    def turn(carry: tuple[jax.Array, tuple[Any, ...]]) -> tuple[jax.Array, tuple[Any, ...]]:
+        left, places = carry
+        return left - 1, (*places[1:], places[0])
+
+    places: Sequence[Any] = jax.lax.while_loop(lambda carry: carry[0] > 32, turn, (bits, known))[1]
+    return places
 
 
 def mapped(fn: Callable[..., Any], names: Sequence[str], *columns: Sequence[Any]) -> list[Any]:
@@ -92,6 +122,6 @@ def _split(values: list[Any]) -> tuple[list[jax.Array], Callable[[list[jax.Array
 
     def rebuild(arrays: list[jax.Array]) -> list[Any]:
         rest = iter(arrays)
-        return list(treedef.unflatten([next(rest) if isinstance(x, jax.Array) else x for x in leaves]))
+        return list(treedef.unflatten([next(rest) if _is_array(x) else x for x in leaves]))
 
-    return [x for x in leaves if isinstance(x, jax.Array)], rebuild
+    return [x for x in leaves if _is_array(x)], rebuild

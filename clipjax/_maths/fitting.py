@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._maths import counts, grids, ranking
+from clipjax._maths import counts, grids, wide
 
 _ROUNDS, _POINTS = 4, 8  # the passes of a least-squares fit
 
@@ -43,21 +43,24 @@ def order_statistic(x: jax.Array, percent: float, axes: tuple[int, ...]) -> jax.
 
     Exact, by 32 counting passes over the bits of the floats, which are in the order of their magnitudes: no sort.
     """
-    shared = math.prod(x.shape[a] for a in axes)
+    lead = wide.first_axes(x.shape, axes)
     remedy = "Give more of them with `axis` or `group`, or use `steps.absmax()` or `steps.sigma()`."
-    arguments.require(shared <= ranking.MOST, "step", "rank less than 2**32 weights for each step", shared, remedy)
-    keys = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
-    count = over(lambda m, **k: jnp.sum(m, dtype=jnp.uint32, **k), keys > 0, axes)
-    rank = count if percent >= 100 else jnp.maximum(counts.of_fraction(jnp.float32(percent / 100), count), 1)
+    ok = math.prod(x.shape[a] for a in axes[:lead]) < 2**30
+    arguments.require(ok, "step", "rank weights along axes of less than 2**30 in all for each step", x.shape, remedy)
+    keys = jax.lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7FFFFFFF)  # |x|, where a float's could flush
+    count = wide.count(keys > 0, axes)
+    rank = count if percent >= 100 else counts.of_fraction(jnp.float32(percent / 100), count)
+    rank = wide.where(wide.equal(rank, wide.of(0)), wide.of(1), rank)
 
     def halve(_: Any, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = ends
         middle = low + (high - low) // 2
-        below = over(lambda m, **k: jnp.sum(m, dtype=jnp.uint32, **k), (keys > 0) & (keys <= middle), axes)
-        return jnp.where(below >= rank, low, middle + 1), jnp.where(below >= rank, middle, high)
+        reached = ~wide.less(wide.count((keys > 0) & (keys <= middle), axes), rank)
+        return jnp.where(reached, low, middle + 1), jnp.where(reached, middle, high)
 
-    ends = (jnp.zeros_like(count), jnp.full_like(count, np.uint32(0x7F800000)))
-    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 32, halve, ends)[1], jnp.float32)
+    ends = (jnp.zeros_like(count.low), jnp.full_like(count.low, np.uint32(0x7F800000)))
+    found = jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 32, halve, ends)[1], jnp.float32)
+    return found.reshape(()) if len(axes) == x.ndim else found
 
 
 def least_squares(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:

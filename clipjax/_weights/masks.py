@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from clipjax import structures
-from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
-from clipjax._maths import ranking
+from clipjax._arrays import arguments, dtypes, elementwise, picking, stacks, trees
+from clipjax._maths import counts, ranking, wide
 from clipjax._weights import sparsities
 from clipjax.typing import Leaf, Sparsity, Structure, Tree, Where
 
@@ -38,8 +42,8 @@ def make_mask(
       A tree of bool arrays of the shapes of `scores`.
 
     Raises:
-      ValueError: for a sparsity outside [0, 1), None where the structure needs one, an unknown scope, and 2**32 units
-        or more that are compared.
+      ValueError: for a sparsity outside [0, 1), None where the structure needs one, an unknown scope, and an array
+        with an axis of 2**32 units or more.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,9 +64,9 @@ def make_mask(
         filled = _where(structure.holds, filled)
         scored = _where(picking.weights, filled)
     structure.check(filled, scored)
-    check_sizes(jax.eval_shape(structure.reduce, scored), structure, amount)
-    units, owners = pool(scored, structure), structure.owners(filled)
-    kept = cut(units, structure, amount, amount.removed(None, units.sizes, owners))
+    check_sizes(jax.eval_shape(structure.reduce, scored), structure)
+    units = pool(scored, structure, structure.owners(filled))
+    kept = cut(units, structure, amount, removed(units, amount, None))
 
     def full(x: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:
         if x is None:
@@ -78,38 +82,50 @@ def _where(where: Where, tree: Tree) -> Tree:
     return trees.map_with_path(lambda path, x: x if where(path, x) else None, tree)
 
 
-def check_sizes(units: Tree, structure: Structure, amount: sparsities.Amount) -> None:
-    """Refuse more units than are counted exactly: of one array, or of all that are compared together."""
-    if structure.keep is not None:
-        return
-    sizes = [(path, int(u.size)) for path, u in trees.governed(units)]
-    remedy = "Remove larger units (`structures.unit()`, `block()`) or n of m, or split the array."
-    for path, size in sizes:
-        rule = "make less than 2**32 units of each array"
-        arguments.require(size <= ranking.MOST, "structure", rule, (path, size), remedy)
-    total = sum(size for _, size in sizes)
-    remedy = 'Use "leaf" or "erk", which compare each array alone, or larger units (`structures.unit()`).'
-    ok = not amount.pooled or total <= ranking.MOST
-    arguments.require(ok, "scope", "compare less than 2**32 units together", ("global", total), remedy)
+def check_sizes(units: Tree, structure: Structure) -> None:
+    """Refuse arrays whose units have no index of two words."""
+    for path, leaf in trees.governed(units) if structure.keep is None else ():
+        remedy = "Remove larger units (`structures.unit()`, `block()`) or n of m, or split the array."
+        rule = "make arrays of units whose axes divide into two parts of less than 2**32 (the first 2**30)"
+        arguments.require(ranking.countable(leaf.shape), "structure", rule, (path, leaf.shape), remedy)
 
 
 class Pool(NamedTuple):
-    """The units of all governed leaves, ready to be compared.
+    """The units of all governed leaves, ready to be compared. Lists of leaves are in the order of the stacks.
 
     Attributes:
-      keys: unsigned arrays, the lowest go first.
-      sizes: how many units of each may go, i32 or u32.
+      keys: stacks of unsigned arrays [leaves, *layers, *units], of which the lowest go first.
+      members: which leaves are in each stack, by their place among the leaves that own units.
+      layers: for each stack the axes of an array of units along which it has layers.
+      owners: path and leaf of every array of units.
+      sizes: how many units of each may go; of each of its layers, where it has several.
       treedef: the structure of the tree.
     """
 
     keys: list[jax.Array]
-    sizes: list[int | jax.Array]
+    members: list[stacks.Members]
+    layers: list[tuple[int, ...]]
+    owners: list[tuple[str, Leaf]]
+    sizes: sparsities.Sizes
     treedef: jax.tree_util.PyTreeDef
+
+    def stacked(self, leaves: Sequence[Tree]) -> list[Tree]:
+        """Trees of arrays like those of the units, one for each leaf of the tree, as its keys are stacked."""
+        return [
+            jax.tree.map(lambda x, axes=axes: _layers_first(x, axes), stacks.stack(leaves, group))
+            for group, axes in zip(self.members, self.layers, strict=True)
+        ]
+
+    def depths(self) -> list[int]:
+        """How many layers each leaf has."""
+        of_stack = [math.prod(x.shape[1 : 1 + len(n)]) for x, n in zip(self.keys, self.layers, strict=True)]
+        return [depth for depth, group in zip(of_stack, self.members, strict=True) for _ in group]
 
 
 def pool(
     values: Tree,
     structure: Structure,
+    owners: Tree,
     *,
     finite: Tree = None,
     before: Tree = None,
@@ -118,12 +134,13 @@ def pool(
 ) -> Pool:
     """Order the units: those already gone lowest, those that may not go highest.
 
-    Each key is protected in turn, and no protection is ever lifted, so the order of the steps does not matter but for
-    the first: `min_keep` protects the best units by their scores, before any other reason has changed their keys.
+    A protection is never lifted, so the order of the steps matters in one place alone: `min_keep` protects the best of
+    the units that may go by their scores, before any other reason has changed their keys.
 
     Args:
       values: a tree of scores.
       structure: what makes a unit.
+      owners: the leaves that own units.
       finite: where the weights of `values` are finite; others count as 0 in their unit, and on their own may not go.
       before: masks of units, those that are False go first.
       chosen: masks of units, only these may go, and only they are counted.
@@ -131,41 +148,97 @@ def pool(
     """
     scores, treedef = trees.arrays(values)
     if not scores:
-        return Pool([], [], treedef)
+        return Pool([], [], [], [], [], treedef)
     dtype = dtypes.widest(scores)
     scores = [x.astype(dtype) for x in scores]
     if finite is not None:
         alive = jax.tree.leaves(finite)
         scores = [elementwise.where(f, x, jnp.zeros_like(x)) for x, f in zip(scores, alive, strict=True)]
     units, treedef = trees.arrays(structure.reduce(treedef.unflatten(scores)))
-    gone = [None] * len(units) if before is None else [~m for m in jax.tree.leaves(before)]
-    keys = [ranking.order(u, gone=g) for u, g in zip(units, gone, strict=True)]
-    sizes: list[int | jax.Array] = [u.size for u in units]
-    if structure.min_keep and safe is None:
-        spare = [max(u.size - structure.min_keep, 0) for u in units]
-        best = ranking.keep(keys, jnp.asarray(spare, jnp.uint32), pooled=False)
-        keys = [ranking.protect(x, b) for x, b in zip(keys, best, strict=True)]
-    if finite is not None and structure.whole:
-        keys = [ranking.protect(x, ~f) for x, f in zip(keys, alive, strict=True)]
-    if safe is not None:
-        keys = [ranking.protect(x, s) for x, s in zip(keys, jax.tree.leaves(safe), strict=True)]
+
+    def given(masks: Tree) -> list[Tree]:
+        return [None] * len(units) if masks is None else jax.tree.leaves(masks)
+
+    spread = [None if c is None else jnp.broadcast_to(c, u.shape) for c, u in zip(given(chosen), units, strict=True)]
+    alone = given(finite if structure.whole else None)
+    leaves = list(zip(units, given(before), alone, spread, given(safe), strict=True))
+    named = trees.governed(owners)
+    members = stacks.alike([path for path, _ in named], leaves)
+    order = [i for group in members for i in group]
+    layers = [tuple(axis % units[group[0]].ndim for axis in structure.layers) for group in members]
+    found = Pool([], members, layers, [named[i] for i in order], [], treedef)
+    scored, gone, whole, among, stays = zip(*found.stacked(leaves), strict=True)
+    keys = [ranking.order(u, gone=None if m is None else ~m) for u, m in zip(scored, gone, strict=True)]
+    found = found._replace(keys=keys)
+    sizes: sparsities.Sizes = [units[i].size // depth for i, depth in zip(order, found.depths(), strict=True)]
+    depth = [len(axes) for axes in layers]
     if chosen is not None:
-        picked = [jnp.broadcast_to(c, u.shape) for c, u in zip(jax.tree.leaves(chosen), units, strict=True)]
-        keys = [ranking.protect(x, ~c) for x, c in zip(keys, picked, strict=True)]
-        sizes = [jnp.sum(c, dtype=jnp.uint32) for c in picked]
-    return Pool(keys, sizes, treedef)
+        keys = [ranking.protect(x, ~c) for x, c in zip(keys, among, strict=True)]
+        sizes = ranking.open_counts(keys, depth)
+    if structure.min_keep and safe is None:
+        keys = _with_best_protected(keys, structure.min_keep, sizes, depth)
+    if finite is not None and structure.whole:
+        keys = [ranking.protect(x, ~f) for x, f in zip(keys, whole, strict=True)]
+    if safe is not None:
+        keys = [ranking.protect(x, s) for x, s in zip(keys, stays, strict=True)]
+    return found._replace(keys=keys, sizes=sizes)
 
 
-def cut(units: Pool, structure: Structure, amount: sparsities.Amount, removed: list[jax.Array]) -> Tree:
+def _with_best_protected(
+    keys: list[jax.Array], min_keep: int, sizes: sparsities.Sizes, depth: list[int]
+) -> list[jax.Array]:
+    """The best units of every row that may go stay, so that no layer is removed whole."""
+    if min_keep == 1:  # one pass for the highest key, one for its place
+        best = [ranking.best(x, n) for x, n in zip(keys, depth, strict=True)]
+    else:
+        spare = wide.rest(wide.of(sizes), wide.of(min_keep))
+        best = ranking.keep(keys, spare, pooled=False, layers=tuple(depth))
+    return [ranking.protect(x, b) for x, b in zip(keys, best, strict=True)]
+
+
+def removed(units: Pool, amount: sparsities.Amount, count: jax.Array | None) -> wide.Wide:
+    """How many units go: of each layer of each leaf, or of the pool."""
+    axes = [axes for axes, group in zip(units.layers, units.members, strict=True) for _ in group]
+    return amount.removed(count, sparsities.Leaves(units.owners, units.sizes, units.depths(), axes))
+
+
+def cut(units: Pool, structure: Structure, amount: sparsities.Amount, removed: wide.Wide) -> Tree:
     """Masks of units without the lowest `removed` of each leaf, or of the pool."""
     if not units.keys:
         return units.treedef.unflatten([])
     if structure.keep is not None:
-        return units.treedef.unflatten([structure.keep(x) for x in units.keys])
-    free = ranking.open_count(units.keys)  # protected units stay, also where more than the others are asked for
-    free = jnp.full_like(free, free.sum(dtype=jnp.uint32)) if amount.pooled else free
-    counts = jnp.stack([jnp.asarray(n, jnp.uint32) for n in removed])
-    return units.treedef.unflatten(ranking.keep(units.keys, jnp.minimum(counts, free), pooled=amount.pooled))
+        masks = [jax.vmap(structure.keep)(x) for x in units.keys]
+    else:
+        depth = tuple(len(axes) for axes in units.layers)
+        places = tuple(map(tuple, units.members))
+        masks = ranking.keep(units.keys, removed, pooled=amount.pooled, places=places, layers=depth)
+    masks = [_layers_back(x, axes) for x, axes in zip(masks, units.layers, strict=True)]
+    return units.treedef.unflatten(stacks.unstack(masks, units.members))
+
+
+def before_growth(
+    units: Pool, amount: sparsities.Amount, removed: wide.Wide, before: Tree, share: ArrayLike
+) -> wide.Wide:
+    """How many units go before others grow in their place: the share of those that stay is exchanged."""
+    kept_before = units.stacked(jax.tree.leaves(before))
+    highest = [ranking.protect(jnp.zeros_like(x), ~m) for x, m in zip(units.keys, kept_before, strict=True)]
+    alive = ranking.open_counts(highest, [len(axes) for axes in units.layers])
+    sizes = wide.of(units.sizes)
+    if amount.pooled:
+        depths = np.asarray(units.depths(), np.uint32)
+        alive, sizes = (wide.total(wide.times(x, depths), 0) for x in (alive, sizes))
+    kept = wide.rest(sizes, removed)
+    grown = counts.of_fraction(jnp.asarray(share, jnp.float32), kept)
+    return wide.minus(sizes, wide.minimum(wide.minus(kept, grown), alive))
+
+
+def _layers_first(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """A stack with its axes of layers right after the first."""
+    return jnp.moveaxis(x, [axis + 1 for axis in axes], range(1, 1 + len(axes))) if axes else x
+
+
+def _layers_back(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.moveaxis(x, range(1, 1 + len(axes)), [axis + 1 for axis in axes]) if axes else x
 
 
 def as_mask(path: str, p: Leaf, m: object) -> jax.Array:

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from clipjax import scores as scoring
 from clipjax import structures
 from clipjax._arrays import arguments, picking, trees
-from clipjax._maths import counts, drawing
+from clipjax._maths import drawing
 from clipjax._weights import masks, projecting, refreshing, sparsities, zeros
 from clipjax._weights.constraints import Constraint
 from clipjax._weights.zeros import NEVER, PruneState, zeroed
@@ -117,9 +116,8 @@ def prune_mask(
     Raises:
       ValueError: for a sparsity outside [0, 1), a schedule without `stop`, stop < start, every < 1, an unknown scope,
         `regrow` without `inner`, `regrow` together with `carry` or `structures.n_of_m`, both sparsity and mask, or
-        neither where the structure does not fix the sparsity; at init for a mask of the wrong shape, for 2**32 units or
-        more in one array, or in all with scope "global"; at update for missing `params`, or a
-        missing `grad` of a gradient score.
+        neither where the structure does not fix the sparsity; at init for a mask of the wrong shape, and an array
+        with an axis of 2**32 units or more; at update for missing `params`, or a missing `grad` of a gradient score.
       TypeError: for a factory that is not called; at init for a complex leaf that `where` picks.
 
     Example:
@@ -207,7 +205,7 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
         units = jax.tree.map(
             lambda u: u == 0, structure.reduce(jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights))
         )
-        masks.check_sizes(units, structure, pruning.amount)
+        masks.check_sizes(units, structure)
         pruning.amount.check(structure.owners(params))
         asked = jnp.full_like(pruning.amount.asked(structure.owners(params)), NEVER)
         return PruneState(
@@ -269,29 +267,16 @@ def _refreshed(
     if pruning.select is not None:
         ready["chosen"] = drawing.choose(pruning.select, structure.reduce(values), pruning.key, context.count)
     # With latent weights a removed unit competes again by its score; without them it is 0, and stays removed.
-    units = masks.pool(values, structure, before=None if carry else before, **ready)
-    removed = amount.removed(since, units.sizes, owners)
+    units = masks.pool(values, structure, owners, before=None if carry else before, **ready)
+    removed = masks.removed(units, amount, since)
     if pruning.regrow is None:
         kept = masks.cut(units, structure, amount, removed)
         return kept if carry else jax.tree.map(jnp.logical_and, kept, before)
     # Two cuts: the first removes more than asked, by score; the second fills up again, by the score of growth.
     share = pruning.regrow(since)
-    stay = masks.cut(units, structure, amount, _before_growth(removed, units, before, share, amount.pooled))
-    units = masks.pool(pruning.grow.score(target, grow_state, context), structure, safe=stay, **ready)
+    stay = masks.cut(units, structure, amount, masks.before_growth(units, amount, removed, before, share))
+    units = masks.pool(pruning.grow.score(target, grow_state, context), structure, owners, safe=stay, **ready)
     return masks.cut(units, structure, amount, removed)
-
-
-def _before_growth(
-    removed: list[jax.Array], units: masks.Pool, before: Tree, share: ArrayLike, pooled: bool
-) -> list[jax.Array]:
-    """How many units go before others grow in their place: the share of those that stay is exchanged."""
-    alive = jnp.stack([jnp.sum(m, dtype=jnp.uint32) for m in jax.tree.leaves(before)])
-    sizes = jnp.stack([jnp.asarray(n, jnp.uint32) for n in units.sizes])
-    if pooled:
-        alive, sizes = (jnp.full_like(x, x.sum(dtype=jnp.uint32)) for x in (alive, sizes))
-    kept = sizes - jnp.minimum(jnp.stack([jnp.asarray(n, jnp.uint32) for n in removed]), sizes)
-    grown = jnp.stack([counts.of_fraction(jnp.asarray(share, jnp.float32), n) for n in kept])
-    return list(sizes - jnp.minimum(kept - grown, alive))
 
 
 def _restricted(context: Context, only: Callable[[Tree], Tree]) -> Context:

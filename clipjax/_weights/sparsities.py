@@ -5,21 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments, picking, trees
-from clipjax._maths import counts
-from clipjax.typing import Number, PerLeaf, Schedule, Sparsity, Structure, Tree, Where
+from clipjax._maths import counts, wide
+from clipjax._maths.wide import Wide
+from clipjax.typing import Leaf, Number, PerLeaf, Schedule, Sparsity, Structure, Tree, Where
 
 SCOPES = ("global", "leaf", "erk")
 _REMEDY = "It is the fraction of zeros, e.g. 0.9; `per_leaf` or a tree gives every leaf its own."
 
-Sizes = Sequence[int | jax.Array]
-"""How many units of every leaf may go; traced where a selection draws the candidates."""
+
+Sizes: TypeAlias = Sequence[int] | Wide
+"""How many units of each leaf may go; traced where a selection draws the candidates."""
+
+
+class Leaves(NamedTuple):
+    """The leaves that own units, in any order.
+
+    Attributes:
+      owners: their paths and arrays.
+      sizes: how many units of each may go; of each of its layers, where it has several.
+      depths: how many layers each has.
+      axes: the axes of its layers.
+    """
+
+    owners: list[tuple[str, Leaf]]
+    sizes: Sizes
+    depths: list[int]
+    axes: list[tuple[int, ...]]
 
 
 class Amount(NamedTuple):
@@ -32,15 +50,15 @@ class Amount(NamedTuple):
         for a schedule, and for a structure that fixes it.
       default: the `where` without a caller's own: embeddings are left out unless they have a fraction of their own.
       check: `check(owners)` raises where a leaf has no fraction, or a wrong one.
-      removed: `removed(count, sizes, owners) -> u32 for each leaf`, how many units go: of each leaf, or where `pooled`
-        of all together, every entry the same.
+      removed: `removed(count, leaves)`, how many units go: of each layer of each leaf, or where `pooled` of all
+        together, a scalar.
     """
 
     pooled: bool
     scheduled: bool
     asked: Callable[[Tree], jax.Array]
     check: Callable[[Tree], object]
-    removed: Callable[[jax.Array | None, Sizes, Tree], list[jax.Array]]
+    removed: Callable[[jax.Array | None, Leaves], Wide]
     default: Where = picking.layers
 
 
@@ -55,7 +73,7 @@ def resolve(sparsity: Sparsity, structure: Structure, scope: str) -> Amount:
     if structure.keep is not None:
         remedy = "This structure fixes the sparsity itself: leave it out."
         arguments.require(sparsity is None, "sparsity", "be None for n_of_m", sparsity, remedy)
-        return Amount(scope == "global", False, _nothing, lambda owners: None, lambda count, sizes, owners: [])
+        return Amount(scope == "global", False, _nothing, lambda owners: None, lambda count, leaves: wide.of(0))
     arguments.require(sparsity is not None, "sparsity", "be given for this structure", sparsity, _REMEDY)
     if arguments.is_tree(sparsity):  # also `per_leaf`, a tuple: with own fractions no leaves are compared with others
         return _leaf_by_leaf(sparsity)
@@ -72,39 +90,46 @@ def _nothing(owners: Tree) -> jax.Array:
     return jnp.zeros(())
 
 
-def _uniform(schedule: Schedule, scope: str) -> Callable[[jax.Array | None, Sizes, Tree], list[jax.Array]]:
+def _uniform(schedule: Schedule, scope: str) -> Callable[[jax.Array | None, Leaves], Wide]:
     """The counts for one fraction."""
 
-    def removed(count: jax.Array | None, sizes: Sizes, owners: Tree) -> list[jax.Array]:
+    def removed(count: jax.Array | None, leaves: Leaves) -> Wide:
         fraction: Number = schedule(count)  # type: ignore[arg-type, assignment]
         arguments.scalar(fraction, "sparsity", _REMEDY)
         if scope == "global":
-            return [counts.of_fraction(fraction, sum(sizes))] * len(sizes)
-        fractions: Sequence[Number] = [fraction] * len(sizes)
-        if scope == "erk":
-            fractions = _erdos_renyi(fraction, [leaf.shape for _, leaf in trees.governed(owners)], sizes)
-        return [counts.of_fraction(f, n) for f, n in zip(fractions, sizes, strict=True)]
+            return counts.of_fraction(fraction, _together(leaves))
+        if scope == "leaf":
+            return counts.of_fraction(fraction, leaves.sizes)
+        return counts.of_fraction(_erdos_renyi(fraction, leaves), leaves.sizes)
 
     return removed
+
+
+def _together(leaves: Leaves) -> int | Wide:
+    """How many units may go of all leaves."""
+    if isinstance(leaves.sizes, Wide):
+        return wide.total(wide.times(leaves.sizes, np.asarray(leaves.depths, np.uint32)), 0)
+    return sum(size * depth for size, depth in zip(leaves.sizes, leaves.depths, strict=True))
 
 
 def _leaf_by_leaf(sparsity: Tree) -> Amount:
     """The counts for fractions by path."""
 
-    def fractions(owners: Tree) -> list[Number]:
+    def fractions(owners: Tree) -> dict[str, Number]:
         found = picking.values(sparsity, owners)
         missing = [path for path, _ in trees.governed(owners) if path not in found]
         remedy = "Leave the others out with `where`."
         arguments.require(not missing, "sparsity", "name every picked leaf", missing, remedy)
         for fraction in found.values():
             arguments.fraction(fraction, "sparsity", _REMEDY)
-        return list(found.values())
+        return found
 
-    def removed(count: jax.Array | None, sizes: Sizes, owners: Tree) -> list[jax.Array]:
-        return [counts.of_fraction(f, n) for f, n in zip(fractions(owners), sizes, strict=True)]
+    def removed(count: jax.Array | None, leaves: Leaves) -> Wide:
+        found = fractions(dict(leaves.owners))
+        return counts.of_fraction([found[path] for path, _ in leaves.owners], leaves.sizes)
 
     def asked(owners: Tree) -> jax.Array:
-        return jnp.asarray(fractions(owners) or 0.0, jnp.float32)
+        return jnp.asarray(list(fractions(owners).values()) or 0.0, jnp.float32)
 
     return Amount(False, False, asked, fractions, removed, _picks_own(sparsity))
 
@@ -118,16 +143,20 @@ def _picks_own(sparsity: Tree) -> Where:
     return lambda path, leaf: picking.layers(path, leaf) or (picking.weights(path, leaf) and path in named)
 
 
-def _erdos_renyi(sparsity: Number, shapes: list[tuple[int, ...]], sizes: Sizes) -> list[Number]:
+def _erdos_renyi(sparsity: Number, leaves: Leaves) -> Number | list[float]:
     """Densities in proportion to sum(shape) / prod(shape), at most 1, that keep (1 - sparsity) of all units together.
 
-    A leaf that would be denser than 1 is dense, and the others share the rest, until none would be.
+    A leaf that would be denser than 1 is dense, and the others share the rest, until none would be. The shape is that
+    of one layer.
     """
-    static = arguments.known(sparsity) and all(isinstance(n, int) for n in sizes)
+    static = arguments.known(sparsity) and not isinstance(leaves.sizes, Wide)
     xp: ModuleType = np if static else jnp
     real = np.float64 if static else jnp.float32
+    at = zip(leaves.owners, leaves.axes, strict=True)
+    shapes = [[n for i, n in enumerate(leaf.shape) if i not in axes] for (_, leaf), axes in at]
     raw = xp.asarray([sum(shape) / math.prod(shape) for shape in shapes], real)
-    n = xp.stack([xp.asarray(size).astype(real) for size in sizes])
+    sizes = wide.real(leaves.sizes) if isinstance(leaves.sizes, Wide) else xp.asarray(leaves.sizes, real)
+    n = sizes * xp.asarray(leaves.depths, real)
     kept = (1 - xp.asarray(sparsity, real)) * n.sum()
     dense, density = xp.zeros(len(shapes), bool), raw
     for _ in shapes:  # each round makes at least one more leaf dense, or changes nothing
@@ -135,4 +164,4 @@ def _erdos_renyi(sparsity: Number, shapes: list[tuple[int, ...]], sizes: Sizes) 
         scale = (kept - xp.where(dense, n, 0).sum()) / xp.where(weight > 0, weight, 1)
         density = xp.where(dense, 1, xp.clip(scale * raw, 0, 1))
         dense = density >= 1
-    return [1 - float(d) for d in density] if static else list(1 - density)
+    return [1 - float(d) for d in density] if static else 1 - density

@@ -66,6 +66,6 @@ MUTANTS = (
         "eager and soft",
     ),
     Mutant("_arrays/elementwise.py", "placed = max(", "placed = min(", "explicit_axes", "groups or soft"),
-    Mutant("_arrays/stacks.py", "return jax.typeof(x), None", "return x.shape, None", "stacks", "alike"),
+    Mutant("_arrays/stacks.py", "return jax.typeof(x), x.sharding", "return x.shape, x.sharding", "stacks", "alike"),
     Mutant("_arrays/stacks.py", r're.sub(r"\d+", "0", name)', '""', "stacks", "alike"),
 )

@@ -32,10 +32,13 @@ MUTANTS = (
     Mutant(
         "_maths/ranking.py", "jnp.where(bits == sign, kind.type(0), bits)", "bits", "ranking", "order or adversarial"
     ),
-    Mutant("_maths/ranking.py", "counts - removed\n", "counts - removed + 1\n", "ranking", "keep"),
-    Mutant("_maths/ranking.py", "[::-1] - counts  # ties", "[::-1] - 0 * counts  # ties", "ranking", "keep"),
-    Mutant("_maths/counts.py", "twice > divisor) |", "twice >= divisor) |", "ranking", "share"),
-    Mutant("_maths/counts.py", "near & 1 == 1", "near & 1 == 0", "ranking", "share"),
+    Mutant("_maths/ranking.py", "wide.minus(ties, removed))", "ties)", "ranking", "keep"),
+    Mutant("_maths/ranking.py", "order[None] > order[:, None]", "order[None] >= order[:, None]", "ranking", "keep"),
+    Mutant("_maths/ranking.py", "(index[0] < end[0]) | ((", "((", "ranking", "two_words"),
+    Mutant("_maths/counts.py", "lower | (active & half)", "lower", "ranking", "share"),
+    Mutant("_maths/counts.py", "whole.low & 1 == 1))\n", "whole.low & 1 == 0))\n", "ranking", "share"),
+    Mutant("_maths/wide.py", "(low < a.low)", "(low <= a.low)", "ranking", "two_words"),
+    Mutant("_maths/wide.py", "while summands << part", "while part << part", "ranking", "sums_of_many"),
     Mutant(
         "_maths/grids.py",
         "RoundingMethod.TO_NEAREST_EVEN",

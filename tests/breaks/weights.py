@@ -63,8 +63,14 @@ MUTANTS = (
         "pruning_cycles",
         "rigl",
     ),
-    Mutant("_weights/pruning.py", "jnp.minimum(kept - grown, alive)", "kept - grown", "pruning_cycles", "falling"),
-    Mutant("_weights/masks.py", "max(u.size - structure.min_keep, 0)", "max(u.size, 0)", "pruning", "min_keep"),
+    Mutant(
+        "_weights/masks.py",
+        "wide.minimum(wide.minus(kept, grown), alive)",
+        "wide.minus(kept, grown)",
+        "pruning_cycles",
+        "falling",
+    ),
+    Mutant("_weights/masks.py", "wide.of(min_keep))", "wide.of(0))", "pruning", "min_keep"),
     Mutant("_weights/masks.py", "[ranking.protect(x, ~c)", "[ranking.protect(x, c)", "pruning", "select"),
     Mutant("_weights/masks.py", "[ranking.protect(x, ~f)", "[ranking.protect(x, f & False)", "pruning", "non_finite"),
     Mutant(
@@ -129,8 +135,7 @@ MUTANTS = (
         "roundings",
         "parq_matches",
     ),
-    Mutant("_weights/masks.py", "total <= ranking.MOST", "True", "masks", "counted"),
-    Mutant("_weights/masks.py", "arguments.require(size <= ranking.MOST", "arguments.require(True", "masks", "counted"),
+    Mutant("_weights/masks.py", "ranking.countable(leaf.shape)", "True", "masks", "refused"),
     Mutant(
         "_weights/quantizing.py",
         "jnp.isnan(ratio), 0, ratio) +",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipjax._maths import counts, ranking
+from clipjax._maths import counts, ranking, wide
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -35,13 +35,17 @@ def reference(arrays, counts):
 @functools.partial(jax.jit, static_argnames=("pooled", "devices"))
 def masks(arrays, counts, pooled, devices):
     """`devices` only keeps the compiled functions apart."""
-    return ranking.keep([ranking.order(x) for x in arrays], counts, pooled=pooled)
+    return [mask[0] for mask in ranking.keep([ranking.order(x[None]) for x in arrays], counts, pooled=pooled)]
+
+
+def number(value):
+    """Numbers of two words, as Python's."""
+    return (np.asarray(value.high, np.uint64) << np.uint64(wide.WORD)) + np.asarray(value.low, np.uint64)
 
 
 def check(arrays, counts, devices=8):
     pooled = isinstance(counts, int)
-    ks = jnp.asarray(np.full(len(arrays), counts) if pooled else counts, jnp.uint32)
-    got = masks([jnp.asarray(x, jnp.float32) for x in arrays], ks, pooled, devices)
+    got = masks([jnp.asarray(x, jnp.float32) for x in arrays], wide.of(counts), pooled, devices)
     for g, e in zip(got, reference(arrays, counts), strict=True):
         np.testing.assert_array_equal(g, e)
 
@@ -89,9 +93,11 @@ def test_keep_denormals_compare_like_zero_or_like_themselves():
     """A device may flush them; the count is exact either way, and no normal number goes first."""
     x = np.array([1e-40, 0.0, 1e-45, F32.tiny, -1e-40, 1.0], np.float32)
     for k in range(7):
-        (mask,) = jax.jit(lambda x, k: ranking.keep([ranking.order(x)], k[None], pooled=True))(x, jnp.uint32(k))
+        (mask,) = jax.jit(lambda x, k: ranking.keep([ranking.order(x[None])], wide.word(k), pooled=True))(
+            x, jnp.uint32(k)
+        )
         assert int((~mask).sum()) == k
-        assert k > 4 or (bool(mask[3]) and bool(mask[5]))
+        assert k > 4 or (bool(mask[0, 3]) and bool(mask[0, 5]))
 
 
 def test_keep_one_element():
@@ -102,7 +108,7 @@ def test_keep_one_element():
 
 def test_keep_many_elements_matches_partition():
     x = np.random.default_rng(0).normal(size=(100, 1000)).astype(np.float32)
-    (mask,) = masks([jnp.asarray(x)], jnp.array([90_000], jnp.uint32), True, 8)
+    (mask,) = masks([jnp.asarray(x)], wide.of(90_000), True, 8)
     np.testing.assert_array_equal(mask, x >= np.partition(x.ravel(), 90_000)[90_000])
 
 
@@ -122,16 +128,66 @@ def test_order_of_narrow_and_integer_scores(dtype):
 
 
 def test_protected_keys_are_not_open_and_stay():
-    keys = [ranking.order(jnp.array([1.0, 2.0, 3.0, 4.0]))]
-    keys = [ranking.protect(keys[0], jnp.array([True, False, False, True]))]
-    assert int(ranking.open_count(keys)[0]) == 2
-    (mask,) = ranking.keep(keys, jnp.array([2], jnp.uint32), pooled=True)
-    np.testing.assert_array_equal(mask, [True, False, False, True])
+    keys = [ranking.order(jnp.array([[1.0, 2.0, 3.0, 4.0]]))]
+    keys = [ranking.protect(keys[0], jnp.array([[True, False, False, True]]))]
+    assert number(ranking.open_counts(keys)).tolist() == [2]
+    for k in (2, 4):
+        (mask,) = ranking.keep(keys, wide.of(k), pooled=True)
+        np.testing.assert_array_equal(mask, [[True, False, False, True]])
 
 
-def test_index_is_row_major():
-    for shape in ((7,), (3, 4), (2, 3, 5), ()):
-        np.testing.assert_array_equal(ranking._index(shape), np.arange(int(np.prod(shape))).reshape(shape))
+@pytest.fixture
+def short_words(monkeypatch):
+    """Words of 8 bits, so that small arrays carry into the second; programs of other words are dropped."""
+    monkeypatch.setattr(wide, "WORD", 8)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+LONG = ((20, 20), (30, 3, 40), (7,), (2, 2, 150))  # 400, 3600, 7 and 600 entries: indices and counts of two words
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["ties", "distinct"])
+def test_counts_and_indices_of_two_words(few, short_words, devices):
+    rng = np.random.default_rng(4)
+    arrays = [np.float32(rng.integers(0, 3, shape) if few else rng.normal(size=shape)) for shape in LONG]
+    for k in (0, 255, 256, 1000, 2305, 4607):
+        check(arrays, k, devices)
+    check(arrays, [399, 3000, 6, 255], devices)
+    check(arrays, [256, 1, 0, 600], devices)
+
+
+@functools.partial(jax.jit, static_argnames="word")
+def arithmetic(a, b, word):
+    """`word` only keeps the compiled functions apart."""
+    more = wide.where(wide.less(a, b), b, a)
+    found = (wide.add(a, b), wide.minus(more, wide.minimum(a, b)), wide.rest(a, b), wide.halved(a), wide.total(a, 0))
+    return *found, wide.times(a, BY), wide.quotient(a, BY), wide.multiple(a, BY), wide.least(a, (0,))
+
+
+BY = np.array([1, 2, 3, 7, 13, 15], np.uint32)
+
+
+@pytest.mark.parametrize("word", [8, 32])
+def test_arithmetic_of_two_words(word, monkeypatch):
+    monkeypatch.setattr(wide, "WORD", word)
+    rng, top = np.random.default_rng(5), 2 ** (word - 4)
+    edges = [0, 1, 2**word - 1, 2**word, 2 ** (word + 1) - 1, 2**word * top - 1]
+    for _ in range(20):
+        a, b = (rng.permutation([*edges[:3], *rng.integers(0, 2**word * top, 3)]) for _ in "ab")
+        got = [np.atleast_1d(number(x)) for x in arithmetic(wide.of(a), wide.of(b), word)]
+        a, b, by = a.astype(object), b.astype(object), BY.astype(object)
+        exact = [a + b, abs(a - b), np.maximum(a - b, 0), a // 2, [sum(a)], a * by, a // by, a // by * by, [min(a)]]
+        for g, e in zip(got, exact, strict=True):
+            assert g.tolist() == list(e)
+
+
+@pytest.mark.parametrize("summands", [15, 16, 63, 100])
+def test_sums_of_many_numbers_of_two_words(summands, monkeypatch):
+    monkeypatch.setattr(wide, "WORD", 8)
+    values = np.full(summands, 2**12 - 1)
+    assert number(wide.total(wide.of(values), 0)) == values.sum()
 
 
 def exact_share(fraction, n):
@@ -148,20 +204,20 @@ SHARE = jax.jit(counts.of_fraction)
         st.floats(0, 1, width=32, exclude_max=True),
         st.builds(lambda a, b: a / 2**b, st.integers(0, 255), st.integers(8, 40)),
     ),
-    n=st.one_of(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3, 5, 10, 2**31, 2**32 - 1, 10**7])),
+    n=st.one_of(st.integers(0, 2**50), st.sampled_from([1, 2, 3, 5, 10, 2**31, 2**32 - 1, 2**32, 10**7, 7 * 10**9])),
 )
 def test_share_traced_is_exact(fraction, n):
     if 0 < fraction < F32.tiny:
         fraction = 0.0  # a device may flush denormals; n of them are no entry
-    assert int(SHARE(jnp.float32(fraction), jnp.uint32(n))) == exact_share(fraction, n)
+    assert number(SHARE(jnp.float32(fraction), wide.of(n))) == exact_share(fraction, n)
 
 
 def test_share_traced_out_of_range_and_nan_stay_in_range():
-    got = [int(SHARE(jnp.float32(f), jnp.uint32(10))) for f in (-1.0, np.nan, 1.0, 5.0, 0.25, 0.35)]
-    assert got == [0, 0, 10, 10, 2, exact_share(0.35, 10)]
+    got = number(SHARE(jnp.array([-1.0, np.nan, 1.0, 5.0, 0.25, 0.35], jnp.float32), wide.of([10] * 6)))
+    assert got.tolist() == [0, 0, 10, 10, 2, exact_share(0.35, 10)]
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 7, 10**6])
 @pytest.mark.parametrize("fraction", [0, 0.1, 0.25, 0.5, 0.7, 0.9, np.float32(0.3)])
 def test_share_static_is_pythons_round(n, fraction):
-    assert int(counts.of_fraction(fraction, n)) == round(float(fraction) * n)
+    assert number(counts.of_fraction(fraction, n)) == round(float(fraction) * n)
