@@ -21,18 +21,33 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def element() -> Structure:
+_MIN_KEEP = "Give how many of each array are kept at least, e.g. 1, or 0 to let an array vanish."
+
+
+def element(min_keep: int = 1) -> Structure:
     """Each weight on its own, the default.
+
+    The best `min_keep` weights of every array are kept, so that no layer is removed whole. Of n weights in L arrays
+    that are compared together min(round(sparsity * n), n - L * min_keep) go: where one array may not lose more, the
+    others do. With `select=` all of these are numbers of the weights that it selects.
+
+    Args:
+      min_keep: how many weights of every array are kept, whatever their scores. Static.
 
     Returns:
       A `Structure`.
+
+    Raises:
+      ValueError: for a negative `min_keep`.
 
     Example:
       >>> import clipjax, jax.numpy as jnp
       >>> clipjax.make_mask(jnp.array([4.0, 1.0, 3.0]), 0.5, structure=element()).tolist()
       [True, False, False]
     """
-    return _leafwise(lambda scores: scores, lambda path, leaf: None, whole=True)
+    arguments.static(min_keep, "min_keep")
+    arguments.whole(min_keep, "min_keep", low=0, remedy=_MIN_KEEP)
+    return _leafwise(lambda scores: scores, lambda path, leaf: None, min_keep=int(min_keep), whole=True)
 
 
 def n_of_m(n: int, m: int, axis: int = -2) -> Structure:
@@ -83,7 +98,7 @@ def n_of_m(n: int, m: int, axis: int = -2) -> Structure:
     return _leafwise(lambda scores: scores, _has_axis(axis), whole=True, keep=keep)
 
 
-def block(height: int, width: int) -> Structure:
+def block(height: int, width: int, min_keep: int = 1) -> Structure:
     """Rectangles of `height` x `width` entries in the last two axes; sparsity counts blocks.
 
     The score of a block is the mean of the scores of its entries. Blocks at the lower and the right edge are smaller
@@ -92,12 +107,13 @@ def block(height: int, width: int) -> Structure:
     Args:
       height: rows of a block, along axis -2. Static, as is the other.
       width: columns of a block, along axis -1.
+      min_keep: how many blocks of every array are kept, whatever their scores; 0 lets an array vanish.
 
     Returns:
       A `Structure`.
 
     Raises:
-      ValueError: for a size below 1, and at init for an array of rank below 2.
+      ValueError: for a size below 1 or a negative `min_keep`, and at init for an array of rank below 2.
 
     Example:
       >>> import clipjax, jax.numpy as jnp
@@ -111,6 +127,8 @@ def block(height: int, width: int) -> Structure:
     for name, value in (("height", height), ("width", width)):
         arguments.static(value, name)
         arguments.whole(value, name, low=1, remedy="Give the size of a block, e.g. 16.")
+    arguments.static(min_keep, "min_keep")
+    arguments.whole(min_keep, "min_keep", low=0, remedy=_MIN_KEEP)
 
     def totals(x: jax.Array) -> jax.Array:
         return blocks.split(blocks.split(x, x.ndim - 1, width), x.ndim - 2, height).sum((-3, -1))
@@ -126,11 +144,11 @@ def block(height: int, width: int) -> Structure:
             units = blocks.join(repeated, axis, leaf.shape[axis])
         return sharding.laid_as(units, leaf)
 
-    return _leafwise(reduce, _has_axis(-2), expand)
+    return _leafwise(reduce, _has_axis(-2), expand, min_keep=int(min_keep))
 
 
 def unit(
-    axis: int = -1,
+    axis: int | tuple[int, ...] = -1,
     reduce: Literal["mean", "sum", "max"] = "mean",
     min_keep: int = 1,
     groups: Groups | None = None,
@@ -138,6 +156,12 @@ def unit(
     """Whole units: all weights at one index of `axis`, such as the weights into one neuron or one output channel.
 
     Sparsity counts units. The score of a unit is, by default, the mean of the scores of its entries.
+
+    An array may be a stack of layers, as `nn.scan` makes them. With one axis the same units go in all of its layers;
+    with ``axis=(0, -1)`` axis 0 is that of the layers, and each loses units of its own. All layers of a stack lose the
+    same number, so that it can shrink: round(sparsity * units) with scope "leaf". With scope "global" all arrays have
+    one threshold t. If c units of a stack of L layers score below t, each layer loses its floor(c / L) lowest. Together
+    all arrays lose round(sparsity * n) of n units, or less by at most L - 1 where t falls inside a stack.
 
     With `groups` a unit extends over several leaves: the outputs of a kernel, their biases, the scale and offset of a
     batch norm, the inputs of the next kernel. All entries of a removed unit are exactly 0 in all of these leaves, so
@@ -154,9 +178,10 @@ def unit(
 
     Args:
       axis: the axis of the units; -1 is the output of Flax's Dense and Conv kernels, -2 the heads of the kernels that
-        project in `nn.MultiHeadDotProductAttention`. Leave it out with `groups`, which name the axis of each leaf.
+        project in `nn.MultiHeadDotProductAttention`. A tuple names the axes of layers first and that of the units last.
+        Leave it out with `groups`, which name the axis of each leaf.
       reduce: how the scores of its entries become the score of a unit: "mean", "sum" or "max".
-      min_keep: how many units are kept of every array (of every group), so that no layer is removed whole.
+      min_keep: how many units are kept of every array (of every layer, of every group), so that none is removed whole.
       groups: a list of dicts path -> axis, or a tuple of axes. A path is that of the params, with or without Linen's
         "params/" in front. Leaves named mean or var are taken for running statistics, which are no params, and are left
         out; so are leaves that are None or `optax.MaskedNode`.
@@ -165,9 +190,9 @@ def unit(
       A `Structure`.
 
     Raises:
-      ValueError: for an unknown reduction, a negative `min_keep`, and an axis together with groups; at init for an axis
-        that does not exist, an unknown path, sizes that do not match, and a first leaf that `where` does not pick or
-        that is the first of another group too.
+      ValueError: for an unknown reduction, a negative `min_keep`, an empty tuple, and an axis together with groups; at
+        init for an axis that does not exist or is named twice, an unknown path, sizes that do not match, and a first
+        leaf that `where` does not pick or that is the first of another group too.
       TypeError: for groups that are not dicts of paths.
 
     Example:
@@ -178,27 +203,31 @@ def unit(
       >>> masks = clipjax.make_mask(scores, 0.5, structure=unit(groups=[{"in": -1, "bias": 0, "out": 0}]))
       >>> masks["in"].tolist(), masks["bias"].tolist(), masks["out"].tolist()
       ([[True, False]], [True, False], [[True], [False]])
+      >>> stack = jnp.array([[[1.0, 9.0]], [[8.0, 2.0]]])  # two layers of one input and two units
+      >>> clipjax.make_mask(stack, 0.5, structure=unit(axis=(0, -1))).tolist()
+      [[[False, True]], [[True, False]]]
 
     References:
       D0, section 2.2, steps 1 and 2: a "node" is a unit's incoming weights. Fang et al., "DepGraph: Towards Any
       Structural Pruning", 2023, https://arxiv.org/abs/2301.12900.
     """
     arguments.choice(reduce, "reduce", ("mean", "sum", "max"))
-    arguments.whole(min_keep, "min_keep", low=0, remedy="Give the number of units to keep.")
-    arguments.axis(axis)
+    arguments.whole(min_keep, "min_keep", low=0, remedy=_MIN_KEEP)
+    axes = arguments.axes(axis)
     arguments.static(min_keep, "min_keep")
     if groups is not None:
         arguments.require(axis == -1, "axis", "be left out with `groups`", axis, "They name the axis of every leaf.")
         return group_units.structure(groups, reduce, int(min_keep))
 
     def reduce_unit(scores: jax.Array) -> jax.Array:
-        others = tuple(i for i in range(scores.ndim) if i != axis % scores.ndim)
+        own = [a % scores.ndim for a in axes]
+        others = tuple(i for i in range(scores.ndim) if i not in own)
         if reduce == "max":
             return jnp.max(scores, axis=others, keepdims=True)
         total = jnp.sum if reduce == "sum" else jnp.mean
         return total(scores, axis=others, keepdims=True)
 
-    return _leafwise(reduce_unit, _has_axis(axis), min_keep=int(min_keep))
+    return _leafwise(reduce_unit, _has_axis(*axes), min_keep=int(min_keep), layers=axes[:-1])
 
 
 def _leafwise(
@@ -209,6 +238,7 @@ def _leafwise(
     min_keep: int = 0,
     whole: bool = False,
     keep: Callable[[jax.Array], jax.Array] | None = None,
+    layers: tuple[int, ...] = (),
 ) -> Structure:
     """The structure that treats each leaf on its own, from functions of one array."""
     return Structure(
@@ -218,12 +248,16 @@ def _leafwise(
         min_keep=min_keep,
         whole=whole,
         keep=keep,
+        layers=layers,
     )
 
 
-def _has_axis(axis: int) -> Callable[[str, Leaf], None]:
+def _has_axis(*axes: int) -> Callable[[str, Leaf], None]:
     def check(path: str, leaf: Leaf) -> None:
         remedy = f"Leaf {path!r} has rank {leaf.ndim}; choose an axis it has, or leave it out with `where`."
-        arguments.require(-leaf.ndim <= axis < leaf.ndim, "axis", "exist in every picked leaf", axis, remedy)
+        for axis in axes:
+            arguments.require(-leaf.ndim <= axis < leaf.ndim, "axis", "exist in every picked leaf", axis, remedy)
+        apart = len({axis % leaf.ndim for axis in axes}) == len(axes)
+        arguments.require(apart, "axis", "name different axes of every picked leaf", axes, remedy)
 
     return check

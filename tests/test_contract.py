@@ -172,6 +172,8 @@ STATIC = {
     "project_carry": (clipjax.project, {"projection": clipjax.projections.identity(), "carry": True}),
     "unit_axis": (clipjax.structures.unit, {"axis": -1}),
     "unit_min_keep": (clipjax.structures.unit, {"min_keep": 1}),
+    "element_min_keep": (clipjax.structures.element, {"min_keep": 1}),
+    "block_min_keep": (clipjax.structures.block, {"height": 1, "width": 1, "min_keep": 1}),
 }
 
 

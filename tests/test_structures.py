@@ -21,7 +21,7 @@ def reference_units(x, axis, reduce):
 def test_element_is_every_weight_alone():
     element = structures.element()
     np.testing.assert_array_equal(element.reduce(X), X)
-    assert element.whole and element.min_keep == 0
+    assert element.whole and element.min_keep == 1 == structures.block(2, 2).min_keep
     element.check(jnp.ones(()), jnp.ones(()))
 
 
@@ -38,6 +38,15 @@ def test_unit_mean_does_not_prefer_large_units():
     """A conv and a dense kernel of equal weights score alike: the mean, not the sum."""
     unit = structures.unit()
     assert float(unit.reduce(jnp.ones((3, 3, 8, 2))).max()) == float(unit.reduce(jnp.ones((5, 2))).max()) == 1
+
+
+def test_unit_of_stacked_layers_has_an_entry_for_each_layer():
+    got = structures.unit(axis=(0, -1)).reduce(jnp.asarray(X))
+    np.testing.assert_allclose(got, X.mean(1, keepdims=True), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"`axis` must name different axes of every picked leaf, got \(0, -2\).*'w'"):
+        structures.unit(axis=(0, -2)).check(*[{"w": jnp.ones((2, 3))}] * 2)
+    with pytest.raises(ValueError, match=r"`axis` must name an axis, got \(\)"):
+        structures.unit(axis=())
 
 
 def test_unit_of_a_vector_is_the_entry():

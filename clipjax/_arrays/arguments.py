@@ -134,6 +134,15 @@ def axis(value: object) -> None:
     require(ok, "axis", "be a whole number", value, "Output units of Flax kernels are on axis -1.")
 
 
+def axes(value: object) -> tuple[int, ...]:
+    """One static axis or a tuple of some, checked."""
+    found = tuple(value) if isinstance(value, tuple | list) else (value,)
+    require(found, "axis", "name an axis", value, "Output units of Flax kernels are on axis -1.")
+    for one in found:
+        axis(one)
+    return found
+
+
 def bits(value: object, name: str = "bits") -> None:
     """Check a bit width: a static whole number between 1 and 16."""
     static(value, name)

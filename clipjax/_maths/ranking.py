@@ -133,10 +133,11 @@ def _shared(keys: Keys, k: Wide, free: Wide, depths: np.ndarray, order: np.ndarr
     """
     layered, depth = bool((depths > 1).any()), depths.astype(np.uint32)
     limit = wide.times(free, depth) if layered else free
+    most = jax.tree.map(lambda x: x[None], limit)
 
     def below(trials: jax.Array) -> Wide:
         counts = _below(keys, [1] * len(keys), jnp.broadcast_to(trials, (len(trials), len(depth))))
-        return wide.minimum(wide.multiple(counts, depth), limit) if layered else counts
+        return wide.minimum(wide.multiple(counts, depth[None]), most) if layered else counts
 
     def together(trials: jax.Array) -> Wide:
         return jax.tree.map(lambda x: x[:, None], wide.total(below(trials), 1))
@@ -150,7 +151,7 @@ def _shared(keys: Keys, k: Wide, free: Wide, depths: np.ndarray, order: np.ndarr
     later = (order[None] > order[:, None]).astype(np.uint32)  # [leaf, leaf after it]
     before = wide.total(jax.tree.map(lambda x: x[None] * later, ties), 1)
     removed = wide.minimum(wide.rest(surplus, before), ties)
-    lost = wide.add(lower, wide.multiple(removed, depth) if layered else removed)
+    lost = wide.add(lower, removed)
     return jnp.broadcast_to(cut, len(depth)), inside, wide.quotient(lost, depth) if layered else lost
 
 
@@ -219,11 +220,8 @@ def _tally(marks: Keys, row: int) -> Wide:
         counts = jnp.stack(jax.lax.reduce(tuple(mark.astype(jnp.uint32) for mark in marks), zeros, _add, axes))
     else:
         counts = jnp.stack([jnp.sum(mark, axis=axes, dtype=jnp.uint32) for mark in marks])
-    for axis in range(2, 1 + row):  # axes of layers may be sharded: a sum makes them whole on all devices, no gather
-        own = np.eye(counts.shape[axis], dtype=np.uint32).reshape(
-            -1, counts.shape[axis], *[1] * (counts.ndim - axis - 1)
-        )
-        counts = jnp.sum(jnp.expand_dims(counts, axis) * own[(None,) * axis], axis=axis + 1, dtype=jnp.uint32)
+    for axis in range(2, 1 + row):
+        counts = _loosened(counts, axis)
     found = wide.word(counts)
     found = wide.total(found, tuple(range(1 + row, 1 + row + lead))) if lead else found
     return jax.tree.map(lambda x: x.reshape(len(marks), -1), found)
@@ -295,7 +293,20 @@ def _split(values: jax.Array, keys: Keys, rows: Sequence[int]) -> Keys:
     shapes = [key.shape[:row] for key, row in zip(keys, rows, strict=True)]
     ends = list(itertools.accumulate(map(math.prod, shapes), initial=0))
     parts = [jax.lax.slice_in_dim(values, *at) for at in itertools.pairwise(ends)]
-    return [x.reshape(*s, *[1] * (k.ndim - len(s))) for x, s, k in zip(parts, shapes, keys, strict=True)]
+    parts = [x.reshape(shape) for x, shape in zip(parts, shapes, strict=True)]
+    parts = [functools.reduce(_loosened, range(1, x.ndim), x) for x in parts]
+    return [jnp.expand_dims(x, tuple(range(x.ndim, key.ndim))) for x, key in zip(parts, keys, strict=True)]
+
+
+def _loosened(x: jax.Array, axis: int) -> jax.Array:
+    """The same values, laid out over devices in a way of their own along an axis.
+
+    Layers may be on several devices. XLA would lay out their counts and thresholds like them, and gather and permute
+    these; a sum with ones and zeros gives every device all of them.
+    """
+    size, behind = x.shape[axis], x.ndim - axis - 1
+    own = np.eye(size, dtype=x.dtype).reshape(*[1] * axis, size, size, *[1] * behind)
+    return jnp.sum(jnp.expand_dims(x, axis) * own, axis=axis + 1, dtype=x.dtype)
 
 
 def _by_row(values: jax.Array, keys: Keys, rows: Sequence[int]) -> jax.Array:

@@ -105,6 +105,8 @@ FACTORY = {
     "steps.fixed/zero": (lambda: steps.fixed(0.0), "step", "0.0"),
     "structures.unit/reduce": (lambda: structures.unit(reduce="median"), "reduce", "'median'"),
     "structures.unit/min_keep": (lambda: structures.unit(min_keep=-1), "min_keep", "-1"),
+    "structures.element/min_keep": (lambda: structures.element(min_keep=-1), "min_keep", "-1"),
+    "structures.block/min_keep": (lambda: structures.block(2, 2, min_keep=1.5), "min_keep", "1.5"),
     "structures.unit/axis": (lambda: structures.unit(axis="in"), "axis", "'in'"),
     "structures.n_of_m/axis": (lambda: structures.n_of_m(2, 4, axis=None), "axis", "None"),
     "selections.bernoulli/p": (lambda: selections.bernoulli(1.5), "p", "1.5"),

@@ -21,8 +21,8 @@ MUTANTS = (
     Mutant("scores.py", "jnp.abs(weight * grad)", "jnp.abs(weight + grad)", "scores documents pruning", "taylor"),
     Mutant(
         "structures.py",
-        "range(scores.ndim) if i != axis % scores.ndim",
-        "range(scores.ndim) if i == axis",
+        "range(scores.ndim) if i not in own",
+        "range(scores.ndim) if i in own",
         "pruning",
         "unit",
     ),
