@@ -25,7 +25,8 @@ def parq(updates: int, steepness: float = 10.0) -> Rounding:
         \varsigma(t) = \frac{1}{1 + e^{\kappa (t - 1/2)}}
 
     q₋ and q₊ being the levels on both sides of w, m their mean, t the share of the annealing that is over. At first
-    (ρ = 1) every weight inside the grid is itself; from t = 1 on this is the nearest level.
+    (ρ = 1) every weight inside the grid is itself; from t = 1 on this is the nearest level. A weight beyond the
+    outermost level is that level throughout, as PARQ's regularizer is infinite there.
 
     Args:
       updates: how many, from `start`, the annealing takes.
@@ -68,7 +69,8 @@ def binary_relax(updates: int) -> Rounding:
 
     .. math:: Q(w) = (1 - t)\,w + t\,q
 
-    t being the share of the annealing that is over.
+    t being the share of the annealing that is over; a weight beyond the outermost level starts as itself too. In a
+    chain, constraints of the transformations before still hold: of the mean beyond a bound the bound is shown.
 
     Args:
       updates: how many, from `start`, the annealing takes.

@@ -235,12 +235,14 @@ class Step(NamedTuple):
       sides: `sides(x)`, a tuple of arrays whose largest entries are how far weights extend: (|x|,), or below zero and
         above, (-x, x); None for the former.
       min_bits: the smallest width that the rule allows.
+      covers: False for a rule that clips large weights by design, so that weights on its grid get a smaller one.
     """
 
     fit: Callable[[jax.Array, int | jax.Array, tuple[int, ...]], jax.Array]
     levels: Callable[[jax.Array, int | jax.Array, Sides, Sides], Levels] | None = None
     sides: Callable[[jax.Array], tuple[jax.Array, ...]] | None = None
     min_bits: int = 1
+    covers: bool = True
 
 
 class Width(NamedTuple):
@@ -261,7 +263,8 @@ class Rounding(NamedTuple):
 
     Attributes:
       soften: `soften(ratio, code, below, above, since) -> level`, all in units of the step: the weight, its nearest
-        level, the levels on its two sides (its own at the ends of the grid), and the updates since `start`.
+        level, the levels on its two sides (twice the outermost one for a weight beyond it), and the updates since
+        `start`.
     """
 
     soften: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]

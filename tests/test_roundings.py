@@ -53,7 +53,8 @@ def test_parq_matches_torchao(bits, count):
 @pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("count", [0, 25, 100])
 def test_binary_relax_matches_torchao(bits, count):
-    w = RNG.uniform(-0.25, 0.25, size=(1, 100)).astype(np.float32)
+    """Also beyond the outermost levels, where three quarters of these weights are."""
+    w = RNG.uniform(-1, 1, size=(1, 100)).astype(np.float32)
     levels = np.array([-0.25, 0.25] if bits == 1 else [-0.25, 0, 0.25])
     got = held(roundings.binary_relax(100), bits, count, jnp.asarray(w))
     np.testing.assert_allclose(got, relaxed(np.float64(w[0]), levels, count / 100), rtol=1e-5, atol=1e-6)
@@ -79,6 +80,18 @@ def test_the_float_weights_survive_the_annealing_and_the_end_is_on_the_grid(rule
     assert distinct[0] > 15 >= distinct[-1]
     q = clipjax.quantized(params, state)["kernel"]
     np.testing.assert_array_equal(clipjax.dequantize(q.codes, q.step), params["kernel"])
+
+
+@pytest.mark.parametrize("rule", [roundings.parq(100), roundings.binary_relax(100)], ids=["parq", "binary_relax"])
+def test_a_bound_holds_while_annealing(rule):
+    """Latent weights beyond it are shown on it, though BinaryRelax would show them as they are."""
+    tx = optax.chain(clipjax.clamp_weights(0.5), clipjax.fake_quantize(2, step=0.25, rounding=rule))
+    params, state = {"kernel": jnp.asarray([[0.4, -0.5, 0.1]])}, None
+    for _ in range(4):
+        updates, state = tx.update({"kernel": jnp.full((1, 3), 0.3)}, state or tx.init(params), params)
+        params = optax.apply_updates(params, updates)
+        assert np.abs(params["kernel"]).max() <= 0.5
+    assert np.abs(state[1].carry["kernel"]).max() > 0.5
 
 
 def test_an_edited_weight_still_wins_while_annealing():

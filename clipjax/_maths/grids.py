@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import arguments, elementwise
+from clipjax._arrays import arguments, dtypes, elementwise
 
 ROUNDINGS = ("nearest", "half_away", "stochastic")
 
@@ -62,17 +63,47 @@ def rounded(ratio: jax.Array, rounding: str, key: Any) -> jax.Array:
 
 
 def short(step: jax.Array, bits: Any) -> jax.Array:
-    """Keep 23 - bits significant bits, toward zero, so that codes * s and their differences are exact in f32."""
-    raw = jax.lax.bitcast_convert_type(step.astype(jnp.float32), jnp.uint32)
-    drop = jnp.asarray(1 + bits, jnp.uint32)
+    """Keep 24 - bits significant bits, toward zero: codes * s and their differences are then exact in f32."""
+    raw, drop = jax.lax.bitcast_convert_type(step.astype(jnp.float32), jnp.uint32), jnp.asarray(bits, jnp.uint32)
     return jax.lax.bitcast_convert_type((raw >> drop) << drop, jnp.float32)
 
 
-def share(whole: jax.Array, parts: Any, bits: Any) -> jax.Array:
-    """The largest short step of which so many do not exceed `whole`; the quotient itself may round to more."""
-    step = short(whole / parts, bits)
-    below = jax.lax.bitcast_convert_type(step, jnp.uint32) - (jnp.uint32(1) << jnp.asarray(1 + bits, jnp.uint32))
-    return jnp.where(step * parts > whole, short(jax.lax.bitcast_convert_type(below, jnp.float32), bits), step)
+def best_short(step: jax.Array, bits: Any, covered: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The short step beside `step` that covers the most, the smallest of equals.
+
+    From 12 bits on the next short step below may be so much smaller that its codes end several levels before the
+    largest weight; the next one above then covers more with fewer codes. Where the step came from a quotient that was
+    rounded up, the one below covers more than the nearest. As a step that covers the most of some weights covers the
+    most of their levels too, weights on a grid get this grid again.
+    """
+    near, unit = short(step, bits), jnp.uint32(1) << jnp.asarray(bits, jnp.uint32)
+    raw = jax.lax.bitcast_convert_type(near, jnp.uint32)
+    below, above = (jax.lax.bitcast_convert_type(other, jnp.float32) for other in (raw - unit, raw + unit))
+    best = jnp.where(covered(near) > covered(below), near, below)
+    best = jnp.where(covered(above) > covered(best), above, best)
+    return jnp.where((near > 0) & jnp.isfinite(near), best, near)
+
+
+def share(below: jax.Array, above: jax.Array, parts: Any) -> jax.Array:
+    """The largest s for which i * s and (parts - i) * s do not exceed `below` and `above`, for the best whole i."""
+    half, parts = jnp.maximum(below / 2 + above / 2, jnp.finfo(below.dtype).tiny), jnp.asarray(parts, below.dtype)
+    first, best = jnp.floor(parts * (below / 2 / half)), jnp.zeros_like(below)
+    for i in (first - 1, first, first + 1, first + 2):  # the quotient may be one off
+        i = jnp.clip(i, 0, parts)
+        shares = (jnp.where(n > 0, side / jnp.maximum(n, 1), jnp.inf) for n, side in ((i, below), (parts - i, above)))
+        best = jnp.maximum(best, jnp.minimum(*shares))
+    return best
+
+
+def reach(end: jax.Array) -> jax.Array:
+    """The largest f32 that is rounded to at most `end`, a magnitude, in the dtype of `end`."""
+    wide = end.astype(jnp.float32)
+    if jnp.dtype(end.dtype).itemsize >= 4:
+        return wide
+    above = jnp.nextafter(end, jnp.asarray(jnp.inf, end.dtype)).astype(jnp.float32)
+    middle = wide + (above - wide) / 2
+    tie = jnp.where(dtypes.narrowed(middle, end.dtype) > wide, jnp.nextafter(middle, wide), middle)  # half to even
+    return jnp.where((wide > 0) & jnp.isfinite(above), tie, wide)
 
 
 @elementwise.leafwise

@@ -6,19 +6,20 @@ pairs, below zero and above: how far the weights extend, and how far levels may.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import arguments
+from clipjax._arrays import arguments, dtypes
 from clipjax._maths import fitting, grids
 from clipjax.typing import Levels, Number, Sides, Step
 
 Bits: TypeAlias = int | jax.Array
 
-UNLIMITED = (jnp.inf, jnp.inf)
+UNLIMITED = (math.inf, math.inf)
 
 
 def resolve(step: Number | Step | None, default: Step) -> Step:
@@ -52,11 +53,19 @@ def of(
       x: f32; zeros are no weights.
       bits: the width, which may be traced where it is at least 2.
       axes: those that share a step.
-      max_level: the largest magnitude of a level below zero and above.
+      max_level: the largest magnitude of a level below zero and above, once it is rounded to the dtype of these.
     """
+    ends = tuple(end if isinstance(end, jax.Array) else jnp.asarray(end, jnp.float32) for end in max_level)
+    limits = (grids.reach(ends[0]), grids.reach(ends[1]))
     extents = extent(rule, x, axes)
-    limits = (jnp.asarray(max_level[0], jnp.float32), jnp.asarray(max_level[1], jnp.float32))
-    return (rule.levels or symmetric)(rule.fit(x, bits, axes), bits, (extents[0], extents[-1]), limits)
+    step = rule.fit(x, bits, axes)
+    if rule.levels is not None:
+        if len(extents) > 1:  # both outermost levels are to be the outermost weights, once they are rounded
+            extents = [grids.reach(dtypes.narrowed(end, ends[0].dtype).astype(ends[0].dtype)) for end in extents]
+        return rule.levels(step, bits, (extents[0], extents[-1]), limits)
+    found = symmetric(step, bits, (extents[0], extents[-1]), limits)
+    exact, held = fitting.on_grid(x, step, bits, axes, ends[0].dtype)
+    return _laid(jnp.where(held, exact, found.step), bits, found.zero_point, limits)
 
 
 def extent(rule: Step, x: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:
@@ -67,7 +76,19 @@ def extent(rule: Step, x: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:
 
 def symmetric(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> Levels:
     """As many levels below zero as above; the step is at most the largest level, so that a level is left."""
-    step = _usable(grids.short(jnp.minimum(s, _largest(max_level)), bits))
+    step = jnp.minimum(s, _largest(max_level))
+    return _reaching(step, bits, jnp.minimum(step * grids.top(bits), _largest(max_level)), max_level)
+
+
+def covering(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> Levels:
+    """Symmetric levels of which one comes closest to the largest weight, and is not beyond it."""
+    return _reaching(s, bits, _largest(_lesser(extents, max_level)), max_level)
+
+
+def _reaching(s: jax.Array, bits: Bits, end: jax.Array, max_level: Sides) -> Levels:
+    """Symmetric levels of the short step with which they come closest to an end."""
+    top = jnp.asarray(grids.top(bits), jnp.float32)
+    step = _usable(grids.best_short(s, bits, lambda s: jnp.minimum(grids.multiples(end, s), top) * s))
     return _laid(step, bits, jnp.zeros(step.shape, jnp.int32), max_level)
 
 
@@ -81,37 +102,49 @@ def power_of_two(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> 
     """Symmetric levels of the power of two nearest to the step, or the next smaller one if a level needs it."""
     largest = _largest(max_level)
     near = fitting.power_of_two(jnp.minimum(s, largest))
-    return symmetric(jnp.where(near > largest, near / 2, near), bits, extents, max_level)
+    step = _usable(jnp.where(near > largest, near / 2, near))
+    return _laid(step, bits, jnp.zeros(step.shape, jnp.int32), max_level)
 
 
 def affine(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> Levels:
     """Levels from the lowest weight to the highest, 0 among them; for two bits or more."""
-    step = _usable(grids.short(jnp.minimum(s, _largest(max_level)), bits))
-    return _laid(step, bits, _zero_point(step, bits, extents), max_level)
+    parts = 2 * grids.top(bits)
+
+    def covered(s: jax.Array) -> jax.Array:
+        """The step that would be best for the outermost levels of this one."""
+        low, high = grids.ends(s, bits, *extents)
+        return grids.share(low * s, high * s, parts)
+
+    step = _usable(grids.best_short(grids.share(*extents, parts), bits, covered))
+    return _laid(step, bits, _zero_point(step, bits, extents), _lesser(extents, max_level))
 
 
 def between(lo: float, hi: float) -> Callable[[jax.Array, Bits, Sides, Sides], Levels]:
     """Levels inside of [lo, hi], an interval that encloses 0; one bit has the levels -s and s."""
+    ends = (jnp.float32(-lo), jnp.float32(hi))
 
     def levels(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> Levels:
-        step = _usable(grids.short(s, bits))
-        ends = (jnp.float32(-lo), jnp.float32(hi))
         one = jnp.asarray(bits) == 1
+        best = grids.best_short(s, bits, lambda s: sum(grids.ends(s, bits, *ends)) * s)
+        step = _usable(jnp.where(one, grids.short(s, bits), best))
         zero_point = jnp.where(one, 0, _zero_point(step, bits, ends))
         inside = tuple(jnp.where(one, jnp.inf, end) for end in ends)
-        limits = (jnp.minimum(inside[0], max_level[0]), jnp.minimum(inside[1], max_level[1]))
-        return _laid(step, bits, zero_point, limits)
+        return _laid(step, bits, zero_point, _lesser((inside[0], inside[1]), max_level))
 
     return levels
 
 
 def _usable(step: jax.Array) -> jax.Array:
     """The step, 1 where nothing could be fitted: all entries are zero."""
-    return jnp.where(step > 0, step, jnp.ones_like(step))
+    return jnp.where((step > 0) & jnp.isfinite(step), step, jnp.ones_like(step))
 
 
 def _largest(max_level: Sides) -> jax.Array:
     return jnp.maximum(*max_level)
+
+
+def _lesser(one: Sides, other: Sides) -> Sides:
+    return jnp.minimum(one[0], other[0]), jnp.minimum(one[1], other[1])
 
 
 def _zero_point(step: jax.Array, bits: Bits, extents: Sides) -> jax.Array:

@@ -118,8 +118,8 @@ class Measured(NamedTuple):
 
     Attributes:
       values: f32, in the view of step groups; zeros where a weight is not to be counted.
-      max_level: f32[2] per step group, the largest magnitude of a level below zero and above, a value of the leaf's
-        dtype; the largest one where nothing bounds it.
+      max_level: [2] per step group, the largest magnitude of a level below zero and above, in the dtype of the params
+        where that is narrower than f32; the largest value where nothing bounds it.
     """
 
     values: jax.Array
@@ -143,7 +143,8 @@ def measure(plan: Plan, x: jax.Array, allowed: tuple[jax.Array, jax.Array], dtyp
     finite = elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))
     reached = [fitting.over(jnp.max, side, plan.groups.axes) for side in (-lowest, highest)]
     max_level = intervals.toward(jnp.maximum(jnp.stack(reached), 0), dtype, up=False).astype(jnp.float32)
-    return Measured(intervals.limit(finite, -max_level[0], max_level[1]), max_level)
+    narrow = dtype if jnp.dtype(dtype).itemsize < 4 else jnp.float32
+    return Measured(intervals.limit(finite, -max_level[0], max_level[1]), max_level.astype(narrow))
 
 
 def fit(plan: Plan, measured: Measured) -> LeafGrid:
@@ -198,13 +199,13 @@ def _softened(
     """Codes between the levels on both sides of each weight."""
     ends = (-jnp.inf, jnp.inf) if plan.unbounded else (grid.low, grid.high)
     low, high = (sharding.filled(end, w) for end in ends)
-    inside = intervals.limit(grids.ratio(w, grid.step), low, high)
-    below = jnp.minimum(jnp.floor(inside), high)
+    ratio = grids.ratio(w, grid.step)
+    below = jnp.minimum(jnp.floor(intervals.limit(ratio, low, high)), high)
     above = jnp.minimum(below + 1, high)
     binary = plan.binary(grid)
     if binary is not None:
         below, above = jnp.where(binary, low, below), jnp.where(binary, high, above)
-    return soften(inside, code, below, above, since)
+    return soften(ratio, code, below, above, since)
 
 
 def surely_zero(plan: Plan, x: jax.Array, grid: LeafGrid) -> jax.Array:

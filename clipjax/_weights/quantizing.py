@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from clipjax.typing import (
     Rounding,
     RoundingMode,
     State,
+    Step,
     StepSize,
     Tree,
     Where,
@@ -122,6 +124,7 @@ def fake_quantize(
     mode, soften = _rounding(rounding)
     cycle = refreshing.cycle(start, every, stop)
     where = widths.picks(picking.resolve(where, widths.default))
+    _warn_if_it_shrinks(rule, cycle, carry)
 
     def plans(tree: Tree) -> dict[str, Plan]:
         """The static part of the grid of every governed leaf."""
@@ -171,7 +174,9 @@ def fake_quantize(
             key = jax.random.fold_in(context.key, index[path]) if mode == "stochastic" else None
             return leaf_grid.level(by_path[path], x, leaf_grid.at(state, path), key, since)
 
-        return trees.map_with_path(level, target)
+        shown = trees.map_with_path(level, target)
+        # A weight that is not on its level yet may lie beyond the bound that levels keep.
+        return shown if soften is None or context.settle is None else context.settle(shown)
 
     def surely_zero(target: Tree, state: QuantizeState) -> Tree:
         by_path = plans(target)
@@ -196,6 +201,17 @@ def fake_quantize(
         return tx.init(params)
 
     return optax.GradientTransformationExtraArgs(checked_init, tx.update)
+
+
+def _warn_if_it_shrinks(rule: Step, cycle: refreshing.Cycle, carry: bool) -> None:
+    """Warn of a rule that cuts its weights at every refresh, where these are all that is left of them."""
+    if rule.covers or carry or not refreshing.repeated(cycle):
+        return
+    warnings.warn(
+        "`step` cuts the largest weights, and without latent weights every refresh cuts them again: the weights shrink."
+        " Use `carry=True`, `every=None`, or `steps.mse()`.",
+        stacklevel=3,
+    )
 
 
 def _rounding(rounding: RoundingMode) -> tuple[str, leaf_grid.Soften | None]:

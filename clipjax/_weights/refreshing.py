@@ -35,6 +35,14 @@ def cycle(start: Count, every: Count | None, stop: Count | None) -> Cycle:
     return Cycle(start, every, stop)
 
 
+def repeated(cycle: Cycle) -> bool:
+    """True unless it is known that there is one refresh at most."""
+    if cycle.stop is None:
+        return cycle.every is not None
+    known = arguments.known(cycle.start) and arguments.known(cycle.stop)
+    return not known or int(cycle.stop) > int(cycle.start)
+
+
 def refreshed(
     cycle: Cycle,
     context: Context,

@@ -29,8 +29,8 @@ MUTANTS = (
     Mutant("steps.py", "0.7 * fitting.mean_size", "0.0 * fitting.mean_size", "steps", "twn"),
     Mutant(
         "steps.py",
-        "grids.share(fitting.over(jnp.max, jnp.abs(x), axes), grids.top(bits)",
-        "grids.share(fitting.over(jnp.max, x, axes), grids.top(bits)",
+        "fitting.over(jnp.max, jnp.abs(x), axes) / grids.top(bits)",
+        "fitting.over(jnp.max, x, axes) / grids.top(bits)",
         "steps",
         "absmax",
     ),
@@ -65,5 +65,6 @@ MUTANTS = (
         "jax.random.uniform(k, x.shape)",
         "explicit_axes",
     ),
+    Mutant("steps.py", "high <= grids.top(bits) * common, common", "high < 0, common", "levels", "bit_for_bit"),
     Mutant("steps.py", "sides=lambda x: (-x, x)", "sides=lambda x: (x, x)", "leaf_grid", "affine"),
 )

@@ -143,22 +143,32 @@ def test_clamp_bound_may_be_an_array():
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(step=st.floats(2.0**-60, 2.0**60, width=32), bits=st.integers(1, 16), code=st.integers(0, 2**15 - 1))
 def test_short_steps_have_exact_multiples_and_differences(step, bits, code):
-    """S keeps 23 − bits significant bits, toward zero, so that codes·s and their differences are exact in f32."""
+    """S keeps 24 − bits significant bits, toward zero, so that codes·s and their differences are exact in f32."""
     s = np.asarray(grids.short(jnp.float32(step), bits))
-    assert 0 < s <= np.float32(step) and s >= np.float32(step) * (1 - 2.0 ** -(22 - bits))
+    assert 0 < s <= np.float32(step) and s >= np.float32(step) * (1 - 2.0 ** -(23 - bits))
     top = max(1, 2 ** (bits - 1) - 1)
     a, b = code % (top + 1), (code // 3) % (top + 1)
     assert np.float32(a) * s == np.float64(a) * np.float64(s)
     assert np.float32(a) * s + np.float32(b) * s == np.float64(a + b) * np.float64(s)
 
 
-def test_a_share_fits_into_the_whole_and_is_the_largest_that_does():
+def test_the_best_short_step_fits_into_the_whole_and_is_the_largest_that_does():
     """7 s <= w < 7 (s + one unit in its last kept place), also where w/7 rounds up to a short number."""
     whole = jnp.asarray(np.r_[np.float32(0.11141526), np.random.default_rng(0).uniform(0.01, 10, 20_000)], jnp.float32)
-    s = np.asarray(jax.jit(lambda w: grids.share(w, 7, 4))(whole), np.float64)
-    unit = 2.0 ** (np.floor(np.log2(s)) - 18)
+    covered = lambda s: jnp.minimum(grids.multiples(whole, s), 7) * s
+    s = np.asarray(jax.jit(lambda w: grids.best_short(w / 7, 4, covered))(whole), np.float64)
+    unit = 2.0 ** (np.floor(np.log2(s)) - 19)
     assert (7 * s <= np.asarray(whole)).all() and (7 * (s + 2 * unit) > np.asarray(whole)).all()
     assert (np.float64(jax.jit(lambda w, s: grids.multiples(w, s))(whole, jnp.asarray(s, jnp.float32))) == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reach_is_the_last_f32_that_is_rounded_to_the_end(dtype):
+    ends = jnp.abs(jnp.asarray(RNG.normal(size=500), dtype)).at[:3].set(jnp.array([0, 1, jnp.inf], dtype))
+    reach = grids.reach(ends)
+    np.testing.assert_array_equal(reach.astype(dtype), ends)
+    beyond = jnp.nextafter(reach, jnp.float32(jnp.inf)).astype(dtype)
+    assert (beyond[3:] > ends[3:]).all() and (reach[0], reach[2]) == (0, jnp.inf)
 
 
 @pytest.mark.parametrize("off", [-1, 0, 1])
