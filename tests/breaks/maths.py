@@ -74,7 +74,7 @@ MUTANTS = (
     Mutant("_maths/fitting.py", "low + (high - low) / 2, step)", "step, step)", "levels", "bit_for_bit"),
     Mutant("_maths/fitting.py", "step + unit * moment / squares, best)", "step, best)", "steps", "small_groups"),
     Mutant("_maths/fitting.py", "rest > finest / 4, rest", "rest > 1e9 * finest, rest", "levels", "any_array"),
-    Mutant("_maths/fitting.py", "jnp.where(none, jnp.zeros_like(found), found)", "found", "steps", "zeros"),
+    Mutant("_maths/fitting.py", "jnp.where(none, jnp.zeros_like(found), found)", "found", "levels", "whatever"),
     Mutant("_maths/grids.py", "(k + 1) * step <= limit, k + 1, k", "(k + 1) * step <= limit, k, k", "grids", "off"),
     Mutant(
         "_maths/grids.py",

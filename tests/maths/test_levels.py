@@ -69,6 +69,11 @@ def test_weights_on_the_grid_of_a_rule_stay_bit_for_bit(name, n, dtype):
         assert name == "interval" or (step[-4:] == 1).all()
 
 
+@pytest.mark.parametrize("rule", [steps.percentile(), steps.sigma()], ids=["percentile", "sigma"])
+def test_zeros_have_the_step_1_whatever_bounds_the_levels(rule):
+    np.testing.assert_array_equal(projected(jnp.zeros((2, 4)), jnp.int32(4), rule, jnp.float32)[1], [[1], [1]])
+
+
 @pytest.mark.parametrize("n", [6, 300])
 def test_mse_leaves_any_array_of_codes_times_a_step_as_it_is(n):
     """Any f32 step, of which code * s is rounded; also where few of the codes occur, or with a common factor."""
