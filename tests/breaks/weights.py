@@ -77,8 +77,8 @@ MUTANTS = (
     Mutant("_weights/masks.py", "[ranking.protect(x, ~f)", "[ranking.protect(x, f & False)", "pruning", "non_finite"),
     Mutant(
         "_weights/sparsities.py",
-        "Amount(False, False, asked, fractions, removed)",
-        "Amount(True, False, asked, fractions, removed)",
+        "Amount(False, False, asked, fractions, removed, _",
+        "Amount(True, False, asked, fractions, removed, _",
         "pruning",
         "scope_leaf",
     ),
