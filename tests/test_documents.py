@@ -45,7 +45,8 @@ def test_d1_keeps_the_largest(rule):
     score = scores.magnitude() if rule == "absolute" else scores.relative_magnitude()
     params = jax.tree.map(lambda p: p, PARAMS)
     params["b"]["kernel"] = params["b"]["kernel"] / 4
-    tx = optax.chain(optax.sgd(RATE), clipjax.prune_mask(0.75, score=score))
+    alone = structures.element(min_keep=0)
+    tx = optax.chain(optax.sgd(RATE), clipjax.prune_mask(0.75, score=score, structure=alone))
     ((before, grads, after, _),) = train(tx, params, 1)
     target = [p - np.float32(RATE) * g for p, g in zip(kernels(before), kernels(grads), strict=True)]
     values = [np.abs(w) / (np.abs(w).max() if rule == "relative" else np.float32(1)) for w in target]

@@ -64,11 +64,12 @@ def count_zeros(params):
 
 @pytest.mark.parametrize("n", [1, 5, 10])
 def test_make_mask_removes_exactly_pythons_round(n):
-    """round(2.5) = 2: halves go to even, as Python has it."""
+    """round(2.5) = 2: halves go to even, as Python has it; the best one stays unless told otherwise."""
     for sparsity in (0, 0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999):
-        mask = clipjax.make_mask(jnp.arange(n, 0, -1), sparsity)
-        assert mask.dtype == bool
-        np.testing.assert_array_equal(mask, np.arange(n) < n - round(sparsity * n))
+        for min_keep in (0, 1):
+            mask = clipjax.make_mask(jnp.arange(n, 0, -1), sparsity, structure=structures.element(min_keep))
+            assert mask.dtype == bool
+            np.testing.assert_array_equal(mask, np.arange(n) < max(n - round(sparsity * n), min_keep))
 
 
 @pytest.mark.parametrize("values", ["random", "equal", "ties", "nan", "infinite"])
@@ -83,7 +84,8 @@ def test_make_mask_matches_a_sort(values):
         "infinite": lambda x: np.where(x > 0.5, np.inf, np.where(x < -0.5, -np.inf, x)),
     }[values]
     tree = jax.tree.map(lambda x: edit(x).astype(np.float32), base)
-    chex.assert_trees_all_equal(clipjax.make_mask(tree, 0.4), reference_mask(tree, 0.4))
+    got = clipjax.make_mask(tree, 0.4, structure=structures.element(min_keep=0))
+    chex.assert_trees_all_equal(got, reference_mask(tree, 0.4))
 
 
 def test_make_mask_scope_leaf_prunes_each_alone():
