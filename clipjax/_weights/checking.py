@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from clipjax._arrays import dtypes, picking, trees
-from clipjax._maths import drawing, landing
+from clipjax._maths import drawing, intervals, landing
 from clipjax._weights import latents, leaf_grid, visiting
 from clipjax._weights.clamping import ClampState
 from clipjax._weights.leaf_grid import Grid
@@ -215,8 +215,10 @@ def _bounds(rule: str, state: ClampState, leaves: dict[str, jax.Array]) -> list[
     """Where no leaf is beyond the bound of all of them it holds; else the state does not say which it governs."""
     low, high = state.bound
     floats = [(path, p) for path, p in leaves.items() if picking.floating(p)]
-    missed = [(path, landing.missed(p, jnp.clip(dtypes.widened(p), low, high))) for path, p in floats]
-    return [_Row(path, rule, "unchecked", *found) for path, found in missed if int(found[0]) or bool(jnp.isnan(low))]
+    if bool(low > high):  # not known, or not the same for all
+        return [_unchecked(path, rule) for path, _ in floats]
+    missed = [(path, landing.missed(p, intervals.limit(dtypes.widened(p), low, high))) for path, p in floats]
+    return [_Row(path, rule, "unchecked", *found) for path, found in missed if int(found[0])]
 
 
 def _nearly_empty(state: State, rule: str) -> list[_Row]:
