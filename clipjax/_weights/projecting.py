@@ -58,6 +58,9 @@ def project(
     ``optax.chain(optax.apply_if_finite(optimizer, 5), project(...))``: the weights then stay in the set also where an
     update is skipped. Inside, it is refused where gradients are narrower than f32.
 
+    Derivatives pass through u' as through P(p + u) - p. Masks, the steps and widths of a grid, and the level that a
+    weight is rounded to are constants in them.
+
     Args:
       projection: a plain function params -> params, which is given the tree with None where `where` picks no leaf, in
         f32 (f64 for f64 params). Or a `clipjax.Projection`, from `clipjax.projections` or your own, which may keep a

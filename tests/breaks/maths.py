@@ -102,10 +102,10 @@ MUTANTS = (
     ),
     Mutant(
         "_arrays/elementwise.py",
-        "jnp.where(y > 0, dx / ",
-        "jnp.where(y == y, dx / ",
+        "jnp.where(y > 0, dx / jnp.where(y > 0, 2 * y, 1.0), 0.0)",
+        "dx / (2 * y)",
         "contract_derivatives",
-        "deviation",
+        "deviation or first",
     ),
     Mutant("_maths/intervals.py", "near < exact if up", "near > exact if up", "grids", "inwards"),
     Mutant("_maths/fitting.py", "counted = size > 0", "counted = size >= 0", "steps", "one_bit"),
