@@ -121,6 +121,7 @@ class Context(NamedTuple):
         before the update, so that a branch of `lax.cond` that calls it does not make the program store the updates.
       settle: `settle(tree) -> tree`: what the transformations of clipjax that are chained before make of other values
         of the params, where that is known: they are bounded, or set to 0.
+      bounds: `bounds(tree) -> [(low, high), ...]`: for each leaf of the tree the interval in which those leave it.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -131,6 +132,7 @@ class Context(NamedTuple):
     refresh: bool | None = None
     memory: Callable[[], Tree] | None = None
     settle: Callable[[Tree], Tree] | None = None
+    bounds: Callable[[Tree], list[tuple[jax.Array, jax.Array]]] | None = None
 
 
 class Projection(NamedTuple):

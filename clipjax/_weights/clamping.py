@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
 from clipjax._maths import drawing, intervals
 from clipjax._weights import projecting
 from clipjax._weights.constraints import Constraint
-from clipjax._weights.facts import Settle
+from clipjax._weights.facts import Fact
 from clipjax.typing import Bound, Context, Number, Projection, Selection, Tree, Where
 
 
@@ -69,7 +68,7 @@ def clamp_weights(
       D3, section 3, step 4.
     """
     arguments.choice(when, "when", ("after", "before"))
-    select = drawing.resolve(select)
+    some, select = select is not None, drawing.resolve(select)
     where = picking.resolve(where, picking.everything)
     bounds = intervals.resolve(bound)
 
@@ -104,17 +103,20 @@ def clamp_weights(
 
         return trees.map_with_path(at_end, new, context.params)
 
-    def settles(target: Tree, before: ClampState, after: ClampState, context: Context) -> list[Settle]:
-        def settle(chosen: jax.Array, low: jax.Array, high: jax.Array, x: jax.Array) -> jax.Array:
-            return elementwise.where(chosen, intervals.limit(x, low, high), x)
+    def facts(target: Tree, before: ClampState, after: ClampState, context: Context) -> list[Fact]:
+        def fact(chosen: jax.Array, low: jax.Array, high: jax.Array) -> Fact:
+            def settle(x: jax.Array) -> jax.Array:
+                return elementwise.where(chosen, intervals.limit(x, low, high), x)
+
+            return Fact(settle, None if some else (low, high))
 
         chosen = jax.tree.leaves(drawing.choose(select, target, None, context.count))
         limits = [ends(path, p, context) for path, p in trees.governed(context.params)]
-        return [functools.partial(settle, c, *limit) for c, limit in zip(chosen, limits, strict=True)]
+        return [fact(c, *limit) for c, limit in zip(chosen, limits, strict=True)]
 
     after = when == "after"
     projection = Projection(init_fn, apply_fn, outward=outward if after else None)
-    constraint = Constraint(projection, ClampState, "clamp_weights", after, settles=settles if after else None)
+    constraint = Constraint(projection, ClampState, "clamp_weights", after, facts=facts if after else None)
     return projecting.constrain(constraint, carry=False, inner=None, start=0, where=where, key=None)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from clipjax._weights.facts import Settle
+from clipjax._weights.facts import Fact
 from clipjax.typing import Context, Projection, State, Tree
 
 
@@ -22,9 +22,9 @@ class Constraint(NamedTuple):
       fitted: `fitted(state)`, a bool: False before the first refresh, when there is nothing yet to hold weights to.
       kept: `kept(target, before, after) -> masks` that broadcast to the target, from the projection's states before and
         after the update; for a projection that keeps these entries and sets all others to 0.
-      settles: `settles(target, before, after, context) -> functions`, one for each leaf of the target in order: what
-        the projection, in the states before and after the update, makes of any values of the leaf, whatever the other
-        leaves are. For the transformations that are chained behind, see `facts`; None for a projection of whole trees.
+      facts: `facts(target, before, after, context) -> facts`, one for each leaf of the target in order: what the
+        projection, in the states before and after the update, makes of any values of the leaf, whatever the other
+        leaves are. For the transformations that are chained behind; None for a projection of whole trees.
       surely_zero: `surely_zero(target, state) -> bool tree`, True only where the target is projected to 0: a cheaper
         answer than projecting it.
       tolerance: the relative difference up to which params count as the projection of the latent weights; 0 where
@@ -38,7 +38,7 @@ class Constraint(NamedTuple):
     fitted: Callable[[State], jax.Array | bool] = lambda state: True
     kept: Callable[[Tree, State, State], Tree] | None = None
     surely_zero: Callable[[Tree, State], Tree] | None = None
-    settles: Callable[[Tree, State, State, Context], list[Settle]] | None = None
+    facts: Callable[[Tree, State, State, Context], list[Fact]] | None = None
     tolerance: float = 0.0
 
     def frozen(self, target: Tree, state: State, context: Context) -> Tree:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from clipjax._arrays import arguments, dtypes, elementwise, trees
 from clipjax._maths import drawing
-from clipjax._weights import checking, latents, visiting
+from clipjax._weights import checking, facts, latents, visiting
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.visiting import Visited
 from clipjax.typing import State, Tree
@@ -56,38 +59,42 @@ def hold_once(
       D2, section 2.2: prune a trained network. D4, section 2.2: quantize one.
     """
     given = opt_state is not None
-    found: dict[str, jax.Array] = {}
 
-    def hold(params: Tree, opt_state: State, extra: dict[str, object]) -> tuple[Tree, State]:
-        found.clear()
-        found.update(trees.governed(params))
-        held: list[Visited] = []
+    def hold(params: Tree, opt_state: State) -> tuple[Tree, State]:
+        found: _Found = {path: (p, ()) for path, p in trees.governed(params)}
+        times = 0
 
         def act(visited: Visited) -> State:
-            held.append(visited)
+            nonlocal times
+            times += 1
             return _held(visited, found, given)
 
         new_state = visiting.visit(tx, act, params, opt_state, extra)
-        remedy = "Pass the transformation inside of `MultiSteps`, `apply_if_finite` or your own wrapper, and its state."
-        ok = held and len(held) == len(checking.states(opt_state))
-        arguments.require(ok, "tx", "have weight transformations that a call of it reaches", len(held), remedy)
-        new = trees.map_with_path(lambda path, p: found[path], params)
-        return new, _merged(opt_state, new_state)
+        _require_reached(times == len(checking.states(opt_state)) > 0, times)
+        return trees.map_with_path(lambda path, p: found[path][0], params), _merged(opt_state, new_state)
 
-    state = opt_state if given else tx.init(params)
     try:
-        return jax.jit(hold)(params, state, extra)
+        return jax.jit(hold)(params, opt_state if given else tx.init(params))
     except jax.errors.UnexpectedTracerError:
-        remedy = "Pass the transformation inside of `MultiSteps`, `apply_if_finite` or your own wrapper, and its state."
-        arguments.require(False, "tx", "have weight transformations that a call of it reaches", "a branch", remedy)
+        _require_reached(False, "some in a branch")
         raise
 
 
-def _held(visited: Visited, found: dict[str, jax.Array], given: bool) -> State:
+_Found: TypeAlias = dict[str, tuple[jax.Array, facts.Facts]]
+"""By path the value that a leaf has so far, and what the transformations so far make of any other."""
+
+
+def _require_reached(ok: bool, got: object) -> None:
+    remedy = "Pass the transformation inside of `MultiSteps`, `apply_if_finite` or your own wrapper, and its state."
+    arguments.require(ok, "tx", "have weight transformations that a call of it reaches", got, remedy)
+
+
+def _held(visited: Visited, found: _Found, given: bool) -> State:
     """Project the values found so far; returns the state after the last refresh."""
     constraint, state, context = visited.constraint, visited.state, visited.context
-    params = trees.map_with_path(lambda path, p: found[path], context.params)
+    params = trees.map_with_path(lambda path, p: found[path][0], context.params)
     target = jax.tree.map(dtypes.widened, params)
+    known = [found[path][1] if path in found else () for path in trees.paths(context.params)]
     last = jnp.asarray(_LATE if visited.stop is None else visited.stop, jnp.int32)
     context = context._replace(
         count=last,
@@ -96,7 +103,8 @@ def _held(visited: Visited, found: dict[str, jax.Array], given: bool) -> State:
         landed=target,
         refresh=True,
         memory=lambda: target,
-        settle=lambda tree: tree,
+        settle=lambda tree: tree,  # the values are what the transformations before have left
+        bounds=functools.partial(facts.bounds, known),
     )
     _, projected = constraint.projection.apply(target, state.projection, context)
     if given:  # masks and grids of the run, where it has chosen them
@@ -105,13 +113,15 @@ def _held(visited: Visited, found: dict[str, jax.Array], given: bool) -> State:
         projected = jax.tree.map(keep, state.projection, projected)
     new = latents.rounded(constraint.frozen(target, projected, context._replace(refresh=False)), params)
     finite = jax.tree.map(lambda n, z: elementwise.where(jnp.isfinite(z), n, z), new, target)
-    for (path, p), value in zip(trees.governed(params), jax.tree.leaves(finite), strict=True):
-        found[path] = value.astype(p.dtype)
+    governed = trees.governed(params)
+    own: list[facts.Fact | None] = [None] * len(governed)
+    if constraint.facts is not None:
+        own = list(constraint.facts(target, state.projection, projected, context))
+    for (path, p), value, fact in zip(governed, jax.tree.leaves(finite), own, strict=True):
+        found[path] = value.astype(p.dtype), found[path][1] + (() if fact is None else (fact,))
     carry = target if jax.tree.leaves(state.carry) else state.carry
-    after = jnp.maximum(
-        state.count, jnp.asarray(visited.start if visited.stop is None else visited.stop, jnp.int32) + 1
-    )
-    return state._replace(count=after, carry=carry, projection=projected)
+    end = jnp.asarray(visited.start if visited.stop is None else visited.stop, jnp.int32)
+    return state._replace(count=jnp.maximum(state.count, end + 1), carry=carry, projection=projected)
 
 
 def _merged(old: State, new: State) -> State:

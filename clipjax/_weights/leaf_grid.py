@@ -118,31 +118,30 @@ class Measured(NamedTuple):
 
     Attributes:
       values: f32, in the view of step groups; zeros where a weight is not to be counted.
-      max_level: [2] per step group, the largest magnitude of a level below zero and above, in the dtype of the params
-        where that is narrower than f32; the largest value where nothing bounds it.
+      max_level: [2], the largest magnitude of a level below zero and above, in the dtype of the params where that is
+        narrower than f32; the largest value where nothing bounds it.
     """
 
     values: jax.Array
     max_level: jax.Array
 
 
-def measure(plan: Plan, x: jax.Array, allowed: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> Measured:
+def measure(plan: Plan, x: jax.Array, bound: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> Measured:
     """The nonzero finite weights, limited to the largest level.
 
     Args:
       plan: of the leaf.
       x: the weights, latent ones where there are some, as the transformations before leave them: 0 where they remove
         one.
-      allowed: what these transformations make of the largest floats, negative and positive.
+      bound: the interval in which these leave all weights, two scalars.
       dtype: of the params.
     """
-    x, lowest, highest = (step_groups.view(v, plan.groups).astype(jnp.float32) for v in (x, *allowed))
+    x = step_groups.view(x, plan.groups).astype(jnp.float32)
     if plan.unbounded:
-        shape = levels.extent(plan.rule, x, plan.groups.axes)[0].shape
-        return Measured(x, jnp.zeros((2, *shape)))
+        return Measured(x, jnp.zeros((2,)))
     finite = elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    reached = [fitting.over(jnp.max, side, plan.groups.axes) for side in (-lowest, highest)]
-    max_level = intervals.toward(jnp.maximum(jnp.stack(reached), 0), dtype, up=False).astype(jnp.float32)
+    reached = jnp.stack([jnp.maximum(-bound[0], 0), jnp.maximum(bound[1], 0)]).astype(jnp.float32)
+    max_level = intervals.toward(reached, dtype, up=False).astype(jnp.float32)
     narrow = dtype if jnp.dtype(dtype).itemsize < 4 else jnp.float32
     return Measured(intervals.limit(finite, -max_level[0], max_level[1]), max_level.astype(narrow))
 

@@ -183,8 +183,8 @@ def constrain(
         steps = _aligned(updates, params, picks)
         target = jax.tree.map(jnp.add, floats, steps)
         landed = target if inner or not carry else jax.tree.map(jnp.add, weights, steps)
-        settle = functools.partial(facts.settled, known)
-        context = context._replace(landed=landed, memory=current, settle=settle)
+        settle, bounds = (functools.partial(fn, known) for fn in (facts.settled, facts.bounds))
+        context = context._replace(landed=landed, memory=current, settle=settle, bounds=bounds)
         active = None if always else state.count >= start
         update = Update(narrow, weights, steps, floats, target, context, active)
         new, projected = projection.apply(target, state.projection, context)
@@ -199,8 +199,8 @@ def constrain(
                 inner_state = moments.cleared(inside, inner_state, params, alive, active)
         else:
             emitted = _projected(constraint, update, new)
-        if constraint.settles is not None:
-            _note(constraint.settles(target, state.projection, projected, context), active, emitted, known)
+        if constraint.facts is not None:
+            _note(constraint.facts(target, state.projection, projected, context), active, emitted, known)
         surroundings.check_outer(arrived, emitted)
         count = optax.safe_increment(state.count)
         return picking.merge(updates, emitted, picks), ProjectState(count, latent, projected, inner_state)
@@ -208,18 +208,12 @@ def constrain(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _note(
-    settles: list[facts.Settle], active: jax.Array | None, emitted: Tree, known: list[tuple[facts.Settle, ...]]
-) -> None:
+def _note(own: list[facts.Fact], active: jax.Array | None, emitted: Tree, known: list[facts.Facts]) -> None:
     """Leave a note about the emitted updates for the transformations behind."""
-    own = iter(settles)
-
-    def from_start(settle: facts.Settle, x: jax.Array) -> jax.Array:
-        return elementwise.keep(active, settle(x), x)
-
+    rest = iter(own)
     for update, before in zip(trees.flatten(emitted)[0], known, strict=True):
         if update is not None:
-            facts.note(update, (*before, functools.partial(from_start, next(own))))
+            facts.note(update, (*before, facts.from_start(active, next(rest))))
 
 
 def _latent(constraint: Constraint, update: Update, new: Tree, projected: State, *, chained: bool) -> tuple[Tree, Tree]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from clipjax import steps
-from clipjax._arrays import arguments, picking, trees
+from clipjax._arrays import arguments, picking, stacks, trees
 from clipjax._maths import blocks, grids, integers, landing, levels, step_groups
 from clipjax._weights import bit_widths, leaf_grid, projecting, refreshing
 from clipjax._weights.constraints import Constraint
@@ -145,22 +144,20 @@ def fake_quantize(
         by_path = plans(target)
         if not by_path:
             return target, state
-        settle = context.settle
-        assert settle is not None  # `project` always gives it
+        bounds = context.bounds
+        assert bounds is not None  # `project` always gives them
 
         def refresh(target: Tree) -> QuantizeState:
-            largest = jnp.finfo(jnp.float32).max
-            ends = [jax.tree.map(functools.partial(jnp.full_like, fill_value=x), target) for x in (-largest, largest)]
-            low, high = (dict(trees.governed(jax.lax.stop_gradient(settle(tree)))) for tree in ends)
-            values, shown = dict(trees.governed(target)), dict(trees.governed(context.params))
-            measured = {
-                path: leaf_grid.measure(plan, values[path], (low[path], high[path]), shown[path].dtype)
-                for path, plan in by_path.items()
-            }
-            if widths.choose is not None:
-                sizes = [values[path].size for path in by_path]
-                return leaf_grid.gathered(_chosen(widths.choose, by_path, measured, sizes))
-            return leaf_grid.gathered({path: leaf_grid.fit(plan, measured[path]) for path, plan in by_path.items()})
+            paths = list(by_path)
+            values, plans = jax.tree.leaves(target), list(by_path.values())
+            limits = bounds(target)
+            kinds = [p.dtype for p in jax.tree.leaves(context.params)]
+            measured = [leaf_grid.measure(*row) for row in zip(plans, values, limits, kinds, strict=True)]
+            if widths.choose is None:
+                found = stacks.mapped(leaf_grid.fit, paths, plans, measured)
+            else:
+                found = _chosen(widths.choose, by_path, measured)
+            return leaf_grid.gathered(dict(zip(paths, found, strict=True)))
 
         new = refreshing.refreshed(cycle, context, refresh, state, target)
         return frozen_fn(target, new, context), new
@@ -226,13 +223,13 @@ def _rounding(rounding: RoundingMode) -> tuple[str, leaf_grid.Soften | None]:
 
 
 def _chosen(
-    choose: bit_widths.Chooser, plans: dict[str, Plan], measured: dict[str, leaf_grid.Measured], sizes: list[int]
-) -> dict[str, leaf_grid.LeafGrid]:
+    choose: bit_widths.Chooser, plans: dict[str, Plan], measured: list[leaf_grid.Measured]
+) -> list[leaf_grid.LeafGrid]:
     """The grid of every leaf at the width that the rule chooses from all distributions."""
-    found = {path: leaf_grid.spectrum(plan, measured[path]) for path, plan in plans.items()}
-    energy, noise = (jnp.stack([getattr(s, name) for s in found.values()]) for name in ("energy", "noise"))
-    index = choose(sizes, energy, noise)
-    return {path: leaf_grid.chosen(plan, found[path], i) for (path, plan), i in zip(plans.items(), index, strict=True)}
+    found = stacks.mapped(leaf_grid.spectrum, list(plans), list(plans.values()), measured)
+    energy, noise = (jnp.stack([getattr(s, name) for s in found]) for name in ("energy", "noise"))
+    index = choose([x.values.size for x in measured], energy, noise)
+    return [leaf_grid.chosen(*row) for row in zip(plans.values(), found, index, strict=True)]
 
 
 def quantized(params: Tree, opt_state: State) -> Tree:

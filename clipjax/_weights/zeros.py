@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from clipjax._arrays import elementwise, picking, trees
 from clipjax._weights import masks
 from clipjax._weights.constraints import Constraint
-from clipjax._weights.facts import Settle
+from clipjax._weights.facts import Fact
 from clipjax.typing import Context, Projection, State, Tree, Where
 
 
@@ -41,19 +41,19 @@ def zeroed(target: Tree, kept: Tree) -> Tree:
     return jax.tree.map(lambda w, m: elementwise.where(m, w, jnp.zeros_like(w)), target, kept)
 
 
-def settles(kept: Callable[[Tree, State, State], Tree]) -> Callable[[Tree, State, State, Context], list[Settle]]:
+def _facts(kept: Callable[[Tree, State, State], Tree]) -> Callable[[Tree, State, State, Context], list[Fact]]:
     """What a mask makes of any values: 0 where it removes the weight."""
 
-    def settle(target: Tree, before: State, after: State, context: Context) -> list[Settle]:
-        return [functools.partial(zeroed, kept=mask) for mask in jax.tree.leaves(kept(target, before, after))]
+    def facts(target: Tree, before: State, after: State, context: Context) -> list[Fact]:
+        return [Fact(functools.partial(zeroed, kept=mask)) for mask in jax.tree.leaves(kept(target, before, after))]
 
-    return settle
+    return facts
 
 
 def constraint(projection: Projection, kept: Callable[[Tree, State, State], Tree]) -> Constraint:
     """The constraint of a projection that keeps some entries and sets all others to 0."""
     chosen = lambda state: jnp.all(state.asked != NEVER)  # noqa: E731
-    return Constraint(projection, PruneState, "prune_mask", fitted=chosen, kept=kept, settles=settles(kept))
+    return Constraint(projection, PruneState, "prune_mask", fitted=chosen, kept=kept, facts=_facts(kept))
 
 
 def given(mask: Tree) -> Constraint:

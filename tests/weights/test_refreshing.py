@@ -63,8 +63,9 @@ def test_a_branch_reads_memory_alone(tx, dtype):
 def test_a_note_belongs_to_its_array():
     """Another array, at the same place in memory or with the same values, has none."""
     update = jnp.ones(3)
-    facts.note(update, (jnp.abs,))
-    assert facts.of(update) == (jnp.abs,) and facts.of(update + 0) == () and facts.of(None) == ()
+    fact = facts.Fact(jnp.abs)
+    facts.note(update, (fact,))
+    assert facts.of(update) == (fact,) and facts.of(update + 0) == () and facts.of(None) == ()
     number, (_, settles) = id(update), facts._notes[id(update)]
     del update
     assert number not in facts._notes
