@@ -141,9 +141,10 @@ def measure(plan: Plan, x: jax.Array, bound: tuple[jax.Array, jax.Array], dtype:
         return Measured(x, jnp.zeros((2,)))
     finite = elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))
     reached = jnp.stack([jnp.maximum(-bound[0], 0), jnp.maximum(bound[1], 0)]).astype(jnp.float32)
-    max_level = intervals.toward(reached, dtype, up=False).astype(jnp.float32)
-    narrow = dtype if jnp.dtype(dtype).itemsize < 4 else jnp.float32
-    return Measured(intervals.limit(finite, -max_level[0], max_level[1]), max_level.astype(narrow))
+    largest = intervals.toward(reached, dtype, up=False)  # NumPy's where it is known
+    max_level = jnp.asarray(largest, dtype if jnp.dtype(dtype).itemsize < 4 else jnp.float32)
+    low, high = (end.astype(jnp.float32) for end in max_level)
+    return Measured(intervals.limit(finite, -low, high), max_level)
 
 
 def fit(plan: Plan, measured: Measured) -> LeafGrid:

@@ -107,8 +107,8 @@ MUTANTS = (
     Mutant("_weights/pruning.py", "structure.holds or where", "where", "groups", "reference"),
     Mutant(
         "_weights/leaf_grid.py",
-        "for side in (-lowest, highest)",
-        "for side in (highest, highest)",
+        "jnp.maximum(-bound[0], 0)",
+        "jnp.maximum(bound[1], 0)",
         "quantizing",
         "allow",
     ),
@@ -140,8 +140,8 @@ MUTANTS = (
     Mutant("_weights/masks.py", "ranking.countable(leaf.shape)", "True", "masks", "refused"),
     Mutant(
         "_weights/quantizing.py",
-        "jnp.isnan(ratio), 0, ratio) +",
-        "jnp.isnan(ratio), 0, ratio) + 0 *",
+        "code = code + blocks.spread(zero, leaf.shape)",
+        "code = code + 0 * blocks.spread(zero, leaf.shape)",
         "leaf_grid",
         "affine",
     ),
