@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import thresholds
+from clipjax import steps, thresholds, widths
 
 
 @contextlib.contextmanager
@@ -44,6 +44,23 @@ def test_the_flags_find_what_they_are_for():
     for jit in (False, True):
         with pytest.raises(FloatingPointError):
             train(bad, jit)
+
+
+REFRESHING = {
+    "mse": lambda: clipjax.fake_quantize(4, every=1),
+    "absmax": lambda: clipjax.fake_quantize(4, step=steps.absmax(), every=1),
+    "minmax": lambda: clipjax.fake_quantize(4, step=steps.minmax(), every=1),
+    "percentile": lambda: clipjax.fake_quantize(4, step=steps.percentile(99.0), every=1),
+    "interval": lambda: clipjax.fake_quantize(4, step=steps.interval(-0.2, 0.3), every=1),
+    "sqnr": lambda: clipjax.fake_quantize(widths.sqnr(12.0, (2, 4)), every=1),
+    "prune": lambda: clipjax.prune_mask(0.5, every=1),
+}
+
+
+@pytest.mark.parametrize("name", REFRESHING)
+def test_a_refresh_outside_of_a_branch_makes_no_infinity_either(name):
+    """`every=1` has no branch, so that each of its operations is checked."""
+    train(REFRESHING[name](), jit=False)
 
 
 UNLIMITED = {

@@ -109,7 +109,7 @@ def least_squares(x: jax.Array, bits: Any, axes: tuple[int, ...]) -> jax.Array:
         return divisor, first, ratio, jnp.where(better, error, least_error), best
 
     ratio = (last / first) ** (1 / (points - 1))
-    start = (unit, first, ratio, jnp.full_like(high, jnp.inf), finest)
+    start = (unit, first, ratio, jnp.full_like(high, dtypes.largest(high.dtype)), finest)
     best = jax.lax.fori_loop(0, part + points + _ROUNDS * _POINTS, trial, start)[-1]
     return jnp.where(high > 0, best, jnp.zeros_like(best))
 
@@ -148,7 +148,8 @@ def on_grid(x: jax.Array, step: jax.Array, bits: Any, axes: tuple[int, ...], dty
     def allowed(step: jax.Array, most: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The codes, and the smallest and largest step that all entries up to `most` allow."""
         code = jnp.minimum(jnp.round(size / step), top)
-        counted, none = (code > 0) & (size <= most), jnp.full_like(size, jnp.inf)
+        none = jnp.full_like(size, dtypes.largest(size.dtype) / 4)  # no bound; finite, as are its differences
+        counted = (code > 0) & (size <= most)
         quotient, below, above = (v / jnp.maximum(code, 1) for v in (size, half_below, half))
         low = over(jnp.max, jnp.where(counted, quotient - below, -none), axes)
         return code, low, over(jnp.min, jnp.where(counted, quotient + above, none), axes)

@@ -108,10 +108,10 @@ def reach(end: jax.Array) -> jax.Array:
 
 @elementwise.leafwise
 def multiples(limit: jax.Array, step: jax.Array) -> jax.Array:
-    """The largest whole k with k * s <= limit, exact where k * s is; 0 for limit < 0."""
+    """The largest whole k with k * s <= limit, exact where k * s is; 0 for limit < 0, never infinite."""
     k = jnp.floor(limit / step)  # may be one off: XLA may take it as a product, hardware may round it
     k = jnp.where((k + 1) * step <= limit, k + 1, k)
-    return jnp.maximum(jnp.where(k * step > limit, k - 1, k), 0)
+    return jnp.clip(jnp.where(k * step > limit, k - 1, k), 0, dtypes.largest(k.dtype))
 
 
 def ends(step: jax.Array, bits: Any, below: jax.Array, above: jax.Array) -> tuple[jax.Array, jax.Array]:
