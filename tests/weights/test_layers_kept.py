@@ -204,7 +204,9 @@ def test_one_axis_removes_the_same_units_in_all_layers():
     np.testing.assert_array_equal(gone, np.broadcast_to(expected, (4, 8)))
 
 
-@pytest.mark.parametrize("options", [{}, {"carry": True}, {"regrow": 0.5, "inner": optax.sgd(0.1)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"carry": True}, {"regrow": 0.5, "inner": optax.sgd(0.1)}], ids=["plain", "carry", "regrow"]
+)
 def test_a_ramp_over_stacks_keeps_their_layers_alike(options):
     """At every refresh each layer of a stack has lost the same number, whatever comes back."""
     params = {name: jnp.asarray(x) for name, x in stacks().items()}
