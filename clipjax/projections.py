@@ -89,7 +89,7 @@ def clamp(bound: Number | tuple[Number, Number]) -> Projection:
     def outward(new: Tree, context: Context) -> Tree:
         return jax.tree.map(lambda x, p: intervals.outward(x, *_ends(bound, x, p)), new, context.params)
 
-    return Projection(check, apply, outward=outward)
+    return Projection(check, apply, outward=None if intervals.encloses_zero(bound) else outward)
 
 
 def _ends(bound: intervals.Interval, x: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -153,7 +153,7 @@ class Projection(NamedTuple):
     init: Callable[[Tree], State]
     apply: Callable[[Tree, State, Context], tuple[Tree, State]]
     apply_frozen: Callable[[Tree, State, Context], Tree] | None = None
-    outward: Callable[[Tree, Context], Tree] | None = None
+    outward: Callable[[Tree, Context], Tree | None] | None = None
 
 
 class Score(NamedTuple):

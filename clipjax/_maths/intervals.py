@@ -68,27 +68,44 @@ class Bounds(NamedTuple):
       scheduled: True where it changes with the count.
       of_leaf: `of_leaf(path, leaf, count) -> (low, high)`, the interval of one leaf, rounded into its dtype.
       shared: `shared(count) -> (low, high)`, the interval of all leaves; NOWHERE where it differs by leaf.
+      around_zero: `around_zero(path, leaf, count)`, True where it is known that 0 lies in the interval of a leaf.
     """
 
     scheduled: bool
     of_leaf: Callable[[str, Leaf, jax.Array], tuple[jax.Array, jax.Array]]
     shared: Callable[[jax.Array], tuple[Number, Number]]
+    around_zero: Callable[[str, Leaf, jax.Array], bool]
 
 
 def resolve(bound: Bound) -> Bounds:
     """Read a bound: a number, a pair, a schedule of either, or `per_leaf` of any of these."""
 
+    def own(path: str, leaf: Leaf) -> Bound:
+        return bound.fn(path, leaf) if isinstance(bound, PerLeaf) else bound  # type: ignore[return-value]
+
     def of_leaf(path: str, leaf: Leaf, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        own = bound.fn(path, leaf) if isinstance(bound, PerLeaf) else bound
-        return inside(_scalars(arguments.schedule(own)(count)), leaf.dtype, checked=not callable(own))
+        given = own(path, leaf)
+        return inside(_scalars(arguments.schedule(given)(count)), leaf.dtype, checked=not callable(given))
+
+    def around_zero(path: str, leaf: Leaf, count: jax.Array) -> bool:
+        return encloses_zero(arguments.schedule(own(path, leaf))(count))
 
     if isinstance(bound, PerLeaf):
-        return Bounds(False, of_leaf, lambda count: NOWHERE)
+        return Bounds(False, of_leaf, lambda count: NOWHERE, around_zero)
     arguments.check_schedule(bound, "bound", "a number or a pair (lo, hi)")
     if not callable(bound):
         interval(_scalars(bound))
     at = arguments.schedule(bound)
-    return Bounds(callable(bound), of_leaf, lambda count: interval(at(count), checked=not callable(bound)))
+    shared = lambda count: interval(at(count), checked=not callable(bound))  # noqa: E731
+    return Bounds(callable(bound), of_leaf, shared, around_zero)
+
+
+def encloses_zero(bound: Interval) -> bool:
+    """True where it is known that 0 lies in an interval: in [-T, T] always, in a pair where its ends are known."""
+    if not isinstance(bound, Sequence):
+        return True
+    low, high = bound
+    return arguments.known(low) and arguments.known(high) and bool(low <= 0 <= high)
 
 
 def _scalars(bound: Interval) -> Interval:

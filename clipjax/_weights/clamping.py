@@ -97,7 +97,10 @@ def clamp_weights(
         low, high = bounds.of_leaf(path, p, context.count)
         return low.astype(dtypes.wide(p.dtype)), high.astype(dtypes.wide(p.dtype))
 
-    def outward(new: Tree, context: Context) -> Tree:
+    def outward(new: Tree, context: Context) -> Tree | None:
+        if all(bounds.around_zero(path, p, context.count) for path, p in trees.governed(context.params)):
+            return None
+
         def at_end(path: str, w: jax.Array, p: jax.Array) -> jax.Array:
             return intervals.outward(w, *ends(path, p, context))
 

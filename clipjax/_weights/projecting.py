@@ -248,7 +248,8 @@ def _projected(constraint: Constraint, update: Update, new: Tree) -> Tree:
 def _outward(constraint: Constraint, update: Update, new: Tree) -> tuple[Tree, ...]:
     """Where weights are rounded away from zero: a tree, or none where that is nowhere."""
     outward = constraint.projection.outward
-    return () if outward is None else (outward(new, update.context),)
+    where = None if outward is None else outward(new, update.context)
+    return () if where is None else (where,)
 
 
 def _context(count: jax.Array, params: Tree, grad: Tree | None, key: jax.Array | None, refresh: bool | None) -> Context:
