@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from clipjax._arrays import elementwise
+from clipjax._arrays import dtypes, elementwise
+from clipjax.typing import Number
 
 
 @elementwise.leafwise
@@ -74,19 +74,23 @@ def emptied(active: jax.Array | None, u: jax.Array, p: jax.Array, landed: jax.Ar
     return jax.lax.select(gone & jnp.isfinite(landed), -p, u)
 
 
-@functools.partial(jax.jit, static_argnames="whole")
-def missed(p: jax.Array, q: jax.Array, *, whole: bool = False) -> tuple[jax.Array, jax.Array]:
+@jax.jit
+def missed(p: jax.Array, q: jax.Array, slack: Number = 0.0) -> tuple[jax.Array, jax.Array]:
     """How many finite values are off their wanted ones by more than two units in the last place, and the largest gap.
 
     Args:
       p: values in the dtype of a param.
       q: the wanted ones, rounded to that dtype, in computing dtype.
-      whole: compare with units in the last place of the largest value of the array instead of each: for a set of whole
-        arrays, in which the rounding of one entry moves the others.
+      slack: how much more a value may be off, a number or an array that broadcasts to it.
     """
     wide = p.astype(q.dtype)
     gap = jnp.where(jnp.isfinite(wide), jnp.abs(q - wide), jnp.zeros_like(q))
-    size = jnp.abs(wide)
-    size = jnp.max(jnp.where(jnp.isfinite(size), size, 0), initial=0) if whole else size
-    off = gap > 2 * float(jnp.finfo(p.dtype).eps) * size
+    off = gap > 2 * float(jnp.finfo(p.dtype).eps) * jnp.abs(wide) + jnp.asarray(slack, q.dtype)
     return jnp.sum(off, dtype=jnp.int32), jnp.max(jnp.where(off, gap, jnp.zeros_like(gap)), initial=0)
+
+
+def late(p: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Two units in the last place that the largest finite value has in a dtype: what one that was so large may miss."""
+    size = jnp.abs(dtypes.widened(p))
+    size = jnp.where(jnp.isfinite(size), size, jnp.zeros_like(size))
+    return 2 * float(jnp.finfo(dtype).eps) * jnp.max(size, initial=0)

@@ -17,7 +17,7 @@ from clipjax._files import leaf_codec
 from clipjax._maths import landing
 from clipjax._reports import distributions
 from clipjax._weights import holding, leaf_grid
-from clipjax._weights.leaf_grid import Grid
+from clipjax._weights.leaf_grid import Grid, LeafGrid
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.zeros import PruneState
 from clipjax.typing import State, Tree
@@ -232,12 +232,17 @@ def _row(
         "masked": max((float(np.mean(~np.asarray(mask))) for mask in own_masks), default=None),
         "bits": (int(grid.bits) or None) if grid else None,
         "step": float(np.mean(grid.step)) if grid else None,
-        "off_grid": int(landing.missed(leaf, leaf_grid.nearest(grid, leaf)[1])[0]) if grid else None,
+        "off_grid": _off_grid(grid, leaf) if grid else None,
         "sqnr_db": _sqnr(x, z),
         **_sizes(np.asarray(leaf)),
         "state_bytes": None,
         **_distribution(_surviving(leaf if z is None else z, own_masks), widths),
     }
+
+
+def _off_grid(grid: LeafGrid, leaf: jax.Array) -> int:
+    level = leaf_grid.nearest(grid, leaf)[1]
+    return int(landing.missed(leaf, level, landing.late(leaf, level.dtype))[0])
 
 
 def _surviving(leaf: Any, masks: list[jax.Array]) -> np.ndarray | None:

@@ -68,9 +68,11 @@ def check(
 
     .. math:: |P(w) - w| \le 2\, \epsilon\, |w|
 
-    ε being the spacing of floats at 1: a weight that jumped to less than half of itself may be two units in the last
-    place beside its value until the next update. Weights that are not finite are left out, as they are by the
-    transformations. Before its `start` a transformation promises nothing, and nothing is checked.
+    ε being the spacing of floats at 1 in the dtype of the params. On a grid, :math:`2 \epsilon_{32} \max |w|` more are
+    allowed, ε₃₂ being that of f32: a weight that jumped to less than half of itself may be a little beside its level
+    until the next update. For a projection of whole arrays it is :math:`2 \epsilon \max |w|` more. Weights that are
+    not finite are left out, as they are by the transformations. Before its `start` a transformation promises nothing,
+    and nothing is checked.
 
     Args:
       params: a tree of concrete arrays; call `check` outside of jit.
@@ -160,7 +162,9 @@ def _missed(visited: Visited, rule: str) -> list[_Row]:
     active = (state.count > visited.start) & constraint.fitted(state.projection)
     rows = []
     for (path, p), q in zip(named, images, strict=True):
-        entries, distance = landing.missed(p, q, whole=kind == "projection" or constraint.tolerance > 0)
+        whole = kind == "projection" or constraint.tolerance > 0
+        slack = landing.late(p, p.dtype if whole else q.dtype) if whole or kind == "grid" else 0.0
+        entries, distance = landing.missed(p, q, slack)
         rows.append(_Row(path, rule, kind, jnp.where(active, entries, 0), jnp.where(active, distance, 0)))
     return [*rows, *_nearly_empty(state.projection, rule)]
 
@@ -206,7 +210,8 @@ def _zeros(path: str, rule: str, mask: jax.Array, leaf: jax.Array) -> _Row:
 
 def _levels(path: str, rule: str, state: Grid, leaf: jax.Array) -> _Row:
     grid = leaf_grid.at(state, path)
-    entries, distance = landing.missed(leaf, leaf_grid.nearest(grid, leaf)[1])
+    level = leaf_grid.nearest(grid, leaf)[1]
+    entries, distance = landing.missed(leaf, level, landing.late(leaf, level.dtype))
     active = grid.fitted
     return _Row(path, rule, "grid", jnp.where(active, entries, 0), jnp.where(active, distance, 0))
 

@@ -235,8 +235,8 @@ def _chosen(
 def quantized(params: Tree, opt_state: State) -> Tree:
     """The integers behind quantized params: a `Quantized` at every leaf on a grid, other leaves untouched.
 
-    A weight that jumped to less than half of itself onto a grid of a given step may be two units in the last place
-    beside its level until the next update; it has the code of that level.
+    A weight that jumped to less than half of itself may be a little beside its level until the next update; it has the
+    code of that level, as does every weight that is nearer to it than 1/256 of a step.
 
     Args:
       params: the parameters that the optimizer state belongs to, outside of jit.
@@ -278,7 +278,9 @@ def quantized(params: Tree, opt_state: State) -> Tree:
 def _integers(path: str, leaf: jax.Array, grid: leaf_grid.LeafGrid) -> integers.Quantized:
     bits = int(grid.bits) or None
     code, level = leaf_grid.nearest(grid, leaf)
-    entries, distance = landing.missed(leaf, level)
+    # One landing late, a weight from far outside is beside its level by units in the last place of where it was.
+    late = blocks.spread(leaf_grid.flat(grid.step, leaf), leaf.shape).astype(level.dtype) / 256
+    entries, distance = landing.missed(leaf, level, late)
     remedy = (
         f"{int(entries)} weights of {path!r} are between its levels, by up to {float(distance):.3g}: an average (EMA),"
         " another checkpoint, or something chained behind the quantizer. Hold them with `clipjax.hold_once` first."
