@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes, elementwise
 
@@ -95,15 +96,16 @@ def share(below: jax.Array, above: jax.Array, parts: Any) -> jax.Array:
     return best
 
 
-def reach(end: jax.Array) -> jax.Array:
-    """The largest f32 that is rounded to at most `end`, a magnitude, in the dtype of `end`."""
-    wide = end.astype(jnp.float32)
-    if jnp.dtype(end.dtype).itemsize >= 4:
-        return wide
-    above = jnp.nextafter(end, jnp.asarray(jnp.inf, end.dtype)).astype(jnp.float32)
-    middle = wide + (above - wide) / 2
-    tie = jnp.where(dtypes.narrowed(middle, end.dtype) > wide, jnp.nextafter(middle, wide), middle)  # half to even
-    return jnp.where((wide > 0) & jnp.isfinite(above), tie, wide)
+def reach(end: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The largest f32 that a dtype rounds to at most `end`, a magnitude in f32 that it can hold."""
+    if jnp.dtype(dtype).itemsize >= 4:
+        return end
+    inner = (end > 0) & (end < dtypes.largest(dtype))
+    start = jnp.where(inner, end, jnp.zeros_like(end)).astype(dtype)  # what follows the largest is infinite
+    above = jnp.nextafter(start, jnp.asarray(dtypes.largest(dtype), dtype)).astype(jnp.float32)
+    middle = end + (above - end) / 2
+    tie = jnp.where(dtypes.narrowed(middle, dtype) > end, jnp.nextafter(middle, end), middle)  # half to even
+    return jnp.where(inner, tie, end)
 
 
 @elementwise.leafwise

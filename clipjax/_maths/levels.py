@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes
 from clipjax._maths import fitting, grids
@@ -44,7 +45,12 @@ def given(step: Number) -> Step:
 
 
 def of(
-    rule: Step, x: jax.Array, bits: Bits, axes: tuple[int, ...], max_level: tuple[Number, Number] = UNLIMITED
+    rule: Step,
+    x: jax.Array,
+    bits: Bits,
+    axes: tuple[int, ...],
+    max_level: tuple[Number, Number] = UNLIMITED,
+    dtype: DTypeLike = jnp.float32,
 ) -> Levels:
     """The levels of a rule for an array, fitted to its nonzero entries.
 
@@ -53,18 +59,19 @@ def of(
       x: f32; zeros are no weights.
       bits: the width, which may be traced where it is at least 2.
       axes: those that share a step.
-      max_level: the largest magnitude of a level below zero and above, once it is rounded to the dtype of these.
+      max_level: the largest magnitude of a level below zero and above, once it is rounded.
+      dtype: to which it is rounded, that of the params.
     """
-    ends = tuple(end if isinstance(end, jax.Array) else jnp.asarray(end, jnp.float32) for end in max_level)
-    limits = (grids.reach(ends[0]), grids.reach(ends[1]))
+    below, above = (grids.reach(jnp.asarray(end, jnp.float32), dtype) for end in max_level)
+    limits = (below, above)
     extents = extent(rule, x, axes)
     step = rule.fit(x, bits, axes)
     if rule.levels is not None:
         if len(extents) > 1:  # both outermost levels are to be the outermost weights, once they are rounded
-            extents = [grids.reach(dtypes.narrowed(end, ends[0].dtype).astype(ends[0].dtype)) for end in extents]
+            extents = [grids.reach(dtypes.narrowed(end, dtype), dtype) for end in extents]
         return rule.levels(step, bits, (extents[0], extents[-1]), limits)
     found = symmetric(step, bits, (extents[0], extents[-1]), limits)
-    exact, held = fitting.on_grid(x, step, bits, axes, ends[0].dtype)
+    exact, held = fitting.on_grid(x, step, bits, axes, dtype)
     return _laid(jnp.where(held, exact, found.step), bits, found.zero_point, limits)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from clipjax._maths import grids, intervals, levels
 from clipjax.typing import Levels, Number, Step
@@ -32,6 +33,7 @@ def spectrum(
     allowed: tuple[int, ...],
     max_level: tuple[Number, Number] = levels.UNLIMITED,
     sensitivity: jax.Array | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> Spectrum:
     """The spectrum of an array whose zeros are no weights, by one loop over all widths above 1.
 
@@ -42,10 +44,11 @@ def spectrum(
       allowed: the widths, rising.
       max_level: the largest magnitude of a level below zero and above.
       sensitivity: how much the squared error of each entry counts; all alike by default.
+      dtype: to which levels are rounded.
     """
 
     def on_grid_of(bits: int | jax.Array, binary: bool | None = None) -> tuple[jax.Array, Levels]:
-        found = levels.of(rule, x, bits, axes, max_level)
+        found = levels.of(rule, x, bits, axes, max_level, dtype)
         code = intervals.limit(grids.codes(x, found.step, binary), found.low, found.high)
         nearest = jnp.where(x == 0, x, code * found.step)
         return _weighted(jnp.square(nearest - x), sensitivity), found

@@ -118,12 +118,14 @@ class Measured(NamedTuple):
 
     Attributes:
       values: f32, in the view of step groups; zeros where a weight is not to be counted.
-      max_level: [2], the largest magnitude of a level below zero and above, in the dtype of the params where that is
-        narrower than f32; the largest value where nothing bounds it.
+      max_level: f32[2], the largest magnitude of a level below zero and above, once it is rounded; the largest value
+        where nothing bounds it.
+      dtype: of the params, to which levels are rounded.
     """
 
     values: jax.Array
     max_level: jax.Array
+    dtype: DTypeLike
 
 
 def measure(plan: Plan, x: jax.Array, bound: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> Measured:
@@ -138,13 +140,11 @@ def measure(plan: Plan, x: jax.Array, bound: tuple[jax.Array, jax.Array], dtype:
     """
     x = step_groups.view(x, plan.groups).astype(jnp.float32)
     if plan.unbounded:
-        return Measured(x, jnp.zeros((2,)))
+        return Measured(x, jnp.zeros((2,)), dtype)
     finite = elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))
     reached = jnp.stack([jnp.maximum(-bound[0], 0), jnp.maximum(bound[1], 0)]).astype(jnp.float32)
-    largest = intervals.toward(reached, dtype, up=False)  # NumPy's where it is known
-    max_level = jnp.asarray(largest, dtype if jnp.dtype(dtype).itemsize < 4 else jnp.float32)
-    low, high = (end.astype(jnp.float32) for end in max_level)
-    return Measured(intervals.limit(finite, -low, high), max_level)
+    max_level = jnp.asarray(intervals.toward(reached, dtype, up=False), jnp.float32)
+    return Measured(intervals.limit(finite, -max_level[0], max_level[1]), max_level, dtype)
 
 
 def fit(plan: Plan, measured: Measured) -> LeafGrid:
@@ -155,14 +155,15 @@ def fit(plan: Plan, measured: Measured) -> LeafGrid:
         zero = jnp.zeros_like(step)
         return Grid(step, jnp.ones((), bool), zero.astype(jnp.int32), jnp.zeros((), jnp.int32), zero, zero)
     (bits,) = plan.allowed
-    found = levels.of(plan.rule, measured.values, bits, axes, (measured.max_level[0], measured.max_level[1]))
+    limits = (measured.max_level[0], measured.max_level[1])
+    found = levels.of(plan.rule, measured.values, bits, axes, limits, measured.dtype)
     return _grid(found, jnp.asarray(bits, jnp.int32))
 
 
 def spectrum(plan: Plan, measured: Measured) -> spectra.Spectrum:
     """The error of the leaf on the grid of each allowed width."""
     limits = (measured.max_level[0], measured.max_level[1])
-    return spectra.spectrum(measured.values, plan.rule, plan.groups.axes, plan.allowed, limits)
+    return spectra.spectrum(measured.values, plan.rule, plan.groups.axes, plan.allowed, limits, dtype=measured.dtype)
 
 
 def chosen(plan: Plan, spectrum: spectra.Spectrum, index: jax.Array) -> LeafGrid:
