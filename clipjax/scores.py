@@ -66,7 +66,8 @@ def magnitude(normalize: Literal["rms", "l2"] | None = None) -> Score:
         total = jnp.sum(jnp.square(_finite(size) / largest))
         return size / (largest * _or_one(jnp.sqrt(total / x.size if normalize == "rms" else total)))
 
-    return _of_weights(score)
+    # The other two sum up: batched in another order, so that masks would depend on which arrays are alike.
+    return _of_weights(score, batched=normalize is None)
 
 
 def relative_magnitude() -> Score:
@@ -314,12 +315,13 @@ def _averaged(value: Callable[[jax.Array, jax.Array], jax.Array], decay: Number)
     return Score(init, observe, score)
 
 
-def _of_weights(fn: Callable[[jax.Array], jax.Array]) -> Score:
+def _of_weights(fn: Callable[[jax.Array], jax.Array], *, batched: bool = True) -> Score:
     """The score that follows from each array of weights alone."""
     return Score(
         lambda params: (),
         lambda target, state, context: state,
         lambda target, state, context: jax.tree.map(fn, target),
+        fn if batched else None,
     )
 
 

@@ -163,11 +163,14 @@ class Score(NamedTuple):
       init: `init(params) -> state`.
       observe: `observe(target, state, context) -> state`, called at every update.
       score: `score(target, state, context) -> scores`, called at a refresh: a tree of arrays like the target.
+      of_weights: `of_weights(weights) -> scores` of one array, for a score that follows from the weights of the array
+        alone. It is optional and for speed: a refresh may call it once for all arrays that are alike, under `jax.vmap`.
     """
 
     init: Callable[[Tree], State]
     observe: Callable[[Tree, State, Context], State]
     score: Callable[[Tree, State, Context], Tree]
+    of_weights: Callable[[jax.Array], jax.Array] | None = None
 
 
 class Structure(NamedTuple):

@@ -103,12 +103,16 @@ def best(keys: jax.Array, layers: int) -> jax.Array:
 
 def open_counts(keys: Keys, layers: Sequence[int] | None = None) -> Wide:
     """[leaves], how many keys of each leaf are not protected; in a leaf of several layers, of the layer with fewest."""
-    rows = [1 + n for n in layers or (0,) * len(keys)]
-    number = sum(math.prod(key.shape[:row]) for key, row in zip(keys, rows, strict=True))
-    counts = _below(keys, rows, jnp.full((1, number), _highest(keys[0].dtype)))
-    parts = zip(*(_split(x[0], keys, rows) for x in counts), strict=True)
-    fewest = [wide.least(Wide(high, low), tuple(range(1, high.ndim))) for high, low in parts]
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *fewest)
+    return marked([key != _highest(key.dtype) for key in keys], layers)
+
+
+def marked(marks: Keys, layers: Sequence[int] | None = None) -> Wide:
+    """[leaves], how many entries of each leaf are True; in a leaf of several layers, of the layer with fewest."""
+    counts = [_tally([mark], 1 + n) for mark, n in zip(marks, layers or (0,) * len(marks), strict=True)]
+    of_layers = [
+        jax.tree.map(lambda x, m=mark: x.reshape(len(m), -1), c) for mark, c in zip(marks, counts, strict=True)
+    ]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *[wide.least(count, (1,)) for count in of_layers])
 
 
 def countable(shape: Sequence[int]) -> bool:

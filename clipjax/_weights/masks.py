@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -127,6 +127,7 @@ def pool(
     structure: Structure,
     owners: Tree,
     *,
+    measure: Callable[[jax.Array], jax.Array] | None = None,
     finite: Tree = None,
     before: Tree = None,
     chosen: Tree = None,
@@ -135,53 +136,64 @@ def pool(
     """Order the units: those already gone lowest, those that may not go highest.
 
     A protection is never lifted, so the order of the steps matters in one place alone: `min_keep` protects the best of
-    the units that may go by their scores, before any other reason has changed their keys.
+    those units that may go.
 
     Args:
-      values: a tree of scores.
+      values: a tree of scores; of weights, where there is a `measure` of single arrays, for a structure of single
+        weights.
       structure: what makes a unit.
       owners: the leaves that own units.
+      measure: the scores of an array of weights. Stacks are made of the weights then, which lie in memory: stacks of
+        scores would be stored beside the scores.
       finite: where the weights of `values` are finite; others count as 0 in their unit, and on their own may not go.
       before: masks of units, those that are False go first.
       chosen: masks of units, only these may go, and only they are counted.
       safe: masks of units that stay.
     """
-    scores, treedef = trees.arrays(values)
-    if not scores:
+    units, treedef = trees.arrays(values)
+    if not units:
         return Pool([], [], [], [], [], treedef)
-    dtype = dtypes.widest(scores)
-    scores = [x.astype(dtype) for x in scores]
-    if finite is not None:
-        alive = jax.tree.leaves(finite)
-        scores = [elementwise.where(f, x, jnp.zeros_like(x)) for x, f in zip(scores, alive, strict=True)]
-    units, treedef = trees.arrays(structure.reduce(treedef.unflatten(scores)))
-
-    def given(masks: Tree) -> list[Tree]:
-        return [None] * len(units) if masks is None else jax.tree.leaves(masks)
-
-    spread = [None if c is None else jnp.broadcast_to(c, u.shape) for c, u in zip(given(chosen), units, strict=True)]
-    alone = given(finite if structure.whole else None)
-    leaves = list(zip(units, given(before), alone, spread, given(safe), strict=True))
+    dtype = dtypes.widest(units)
+    if measure is None:
+        units = [_finite(x.astype(dtype), f) for x, f in zip(units, _or_none(finite, units), strict=True)]
+        units, treedef = trees.arrays(structure.reduce(treedef.unflatten(units)))
+    picked = _or_none(chosen, units)
+    spread = [None if c is None else jnp.broadcast_to(c, u.shape) for c, u in zip(picked, units, strict=True)]
+    alone = _or_none(finite if structure.whole and measure is None else None, units)
+    leaves = list(zip(units, _or_none(before, units), alone, spread, _or_none(safe, units), strict=True))
     named = trees.governed(owners)
     members = stacks.alike([path for path, _ in named], leaves)
     order = [i for group in members for i in group]
     layers = [tuple(axis % units[group[0]].ndim for axis in structure.layers) for group in members]
     found = Pool([], members, layers, [named[i] for i in order], [], treedef)
-    scored, gone, whole, among, stays = zip(*found.stacked(leaves), strict=True)
+    scored, gone, whole, among, stays = map(list, zip(*found.stacked(leaves), strict=True))
+    if measure is not None:
+        whole = [jnp.isfinite(x) for x in scored]
+        scored = [_finite(jax.vmap(measure)(x).astype(dtype), f) for x, f in zip(scored, whole, strict=True)]
     keys = [ranking.order(u, gone=None if m is None else ~m) for u, m in zip(scored, gone, strict=True)]
+    if whole[0] is not None:
+        keys = [ranking.protect(x, ~f) for x, f in zip(keys, whole, strict=True)]
     found = found._replace(keys=keys)
     sizes: sparsities.Sizes = [units[i].size // depth for i, depth in zip(order, found.depths(), strict=True)]
     depth = [len(axes) for axes in layers]
     if chosen is not None:
         keys = [ranking.protect(x, ~c) for x, c in zip(keys, among, strict=True)]
-        sizes = ranking.open_counts(keys, depth)
+        sizes = ranking.marked(among, depth)
     if structure.min_keep and safe is None:
         keys = _with_best_protected(keys, structure.min_keep, sizes, depth)
-    if finite is not None and structure.whole:
-        keys = [ranking.protect(x, ~f) for x, f in zip(keys, whole, strict=True)]
     if safe is not None:
         keys = [ranking.protect(x, s) for x, s in zip(keys, stays, strict=True)]
     return found._replace(keys=keys, sizes=sizes)
+
+
+def _or_none(masks: Tree, units: list[jax.Array]) -> list[Tree]:
+    """The masks of all leaves, None for each where there are none."""
+    return [None] * len(units) if masks is None else jax.tree.leaves(masks)
+
+
+def _finite(scores: jax.Array, finite: jax.Array | None) -> jax.Array:
+    """Scores, 0 where the weight is not finite."""
+    return scores if finite is None else elementwise.where(finite, scores, jnp.zeros_like(scores))
 
 
 def _with_best_protected(
@@ -220,9 +232,7 @@ def before_growth(
     units: Pool, amount: sparsities.Amount, removed: wide.Wide, before: Tree, share: ArrayLike
 ) -> wide.Wide:
     """How many units go before others grow in their place: the share of those that stay is exchanged."""
-    kept_before = units.stacked(jax.tree.leaves(before))
-    highest = [ranking.protect(jnp.zeros_like(x), ~m) for x, m in zip(units.keys, kept_before, strict=True)]
-    alive = ranking.open_counts(highest, [len(axes) for axes in units.layers])
+    alive = ranking.marked(units.stacked(jax.tree.leaves(before)), [len(axes) for axes in units.layers])
     sizes = wide.of(units.sizes)
     if amount.pooled:
         depths = np.asarray(units.depths(), np.uint32)

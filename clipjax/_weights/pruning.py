@@ -262,12 +262,13 @@ def _refreshed(
 ) -> Tree:
     """The units that are kept from now on."""
     structure, amount = pruning.structure, pruning.amount
-    values = pruning.score.score(target, score_state, context)
+    measure = pruning.score.of_weights if structure.whole and pruning.select is None else None
+    values = pruning.score.score(target, score_state, context) if measure is None else target
     ready = {"finite": jax.tree.map(jnp.isfinite, target)}
     if pruning.select is not None:
         ready["chosen"] = drawing.choose(pruning.select, structure.reduce(values), pruning.key, context.count)
     # With latent weights a removed unit competes again by its score; without them it is 0, and stays removed.
-    units = masks.pool(values, structure, owners, before=None if carry else before, **ready)
+    units = masks.pool(values, structure, owners, measure=measure, before=None if carry else before, **ready)
     removed = masks.removed(units, amount, since)
     if pruning.regrow is None:
         kept = masks.cut(units, structure, amount, removed)

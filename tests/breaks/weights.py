@@ -71,7 +71,7 @@ MUTANTS = (
         "falling",
     ),
     Mutant("_weights/masks.py", "structure.min_keep and safe is None", "False", "layers_kept", "weak_head"),
-    Mutant("_weights/masks.py", "sizes = ranking.open_counts(keys, depth)", "pass", "layers_kept", "candidates"),
+    Mutant("_weights/masks.py", "sizes = ranking.marked(among, depth)", "pass", "layers_kept", "candidates"),
     Mutant("_weights/masks.py", "wide.of(min_keep))", "wide.of(0))", "pruning", "min_keep"),
     Mutant("_weights/masks.py", "[ranking.protect(x, ~c)", "[ranking.protect(x, c)", "pruning", "select"),
     Mutant("_weights/masks.py", "[ranking.protect(x, ~f)", "[ranking.protect(x, f & False)", "pruning", "non_finite"),
