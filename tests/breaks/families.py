@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant("projections.py", "shown = dtypes.narrowed(x, p.dtype)", "shown = x", "projections", "max_norm_holds"),
     Mutant(
         "projections.py",
-        "Projection(check, apply, outward=outward)",
+        "None if intervals.encloses_zero(bound) else outward",
         "Projection(check, apply)",
         "clamping",
         "without_0",

@@ -46,12 +46,12 @@ def samples(shape):
 def projected(x, bits, rule, dtype):
     """The levels of every row, rounded to a dtype; those of every other row are held to what its weights reach."""
     x = x.astype(dtype).astype(jnp.float32)
-    limits = [jnp.max(jnp.maximum(side, 0), axis=1, keepdims=True).astype(dtype) for side in (-x, x)]
+    limits = [jnp.max(jnp.maximum(side, 0), axis=1, keepdims=True) for side in (-x, x)]
     if rule.sides is None:
         limits = [jnp.maximum(*limits)] * 2
     free = (jnp.arange(len(x)) % 2 == 0)[:, None]
-    limits = [jnp.where(free, jnp.finfo(dtype).max, end) for end in limits]
-    found = levels.of(rule, x, bits, (1,), tuple(limits))
+    limits = [jnp.where(free, dtypes.largest(dtype), end) for end in limits]
+    found = levels.of(rule, x, bits, (1,), tuple(limits), dtype)
     code = intervals.limit(grids.codes(x, found.step), found.low, found.high)
     return dtypes.narrowed(code * found.step, dtype), found.step, found.high - found.low
 

@@ -128,12 +128,8 @@ def test_both_forms_give_the_same_weights(bits, axis):
             return ((visible, state), (z, plain_state)), same
 
         # both begin on the grid: the first gradient of the one form is taken there
-        zeros = jax.tree.map(jnp.zeros_like, floats)
-        hold = clipjax.fake_quantize(bits, step=rule, axis=axis)
-        updates, _ = hold.update(zeros, hold.init(floats), floats)
-        start = optax.apply_updates(floats, updates)
-        state = tx.init(start)._replace(carry=floats)
-        state = state._replace(projection=hold.update(zeros, hold.init(floats), floats)[1].projection)
+        start, held = clipjax.hold_once(clipjax.fake_quantize(bits, step=rule, axis=axis), floats)
+        state = tx.init(start)._replace(carry=floats, projection=held.projection)
         return jax.lax.scan(one, ((start, state), (floats, plain.init(floats))), length=200)
 
     with jax.numpy_dtype_promotion("standard"):  # adam's
