@@ -63,7 +63,8 @@ LIMITS = {
     "zscore": (norm(thresholds.zscore()), None, 44, 4, 4),
     "percentile": (norm(thresholds.percentile(50)), None, 44.06, 4, 4),
     "skip_spikes": (clipjax.skip_spikes(adam, thresholds.zscore()), None, 72, 7, 6),
-    "mask_refresh": (chain(prune()), True, 115.03, 13.5, 38),
+    # two passes of these for the best weight of each array, which stays, and its place
+    "mask_refresh": (chain(prune()), True, 139.05, 17.5, 35.05),
     "step_refresh": (chain(quantize(step=steps.absmax())), True, 140, 11, 16),
 }
 

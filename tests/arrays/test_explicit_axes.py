@@ -88,7 +88,9 @@ def test_explicit_axes_compute_what_one_device_computes(name, spec, inside):
     for x in jax.tree.leaves(state) if inside else []:
         assert x.sharding.is_fully_replicated or x.dtype == bool or x.shape == (64, 32)  # masks, the carry
     assert len(np.unique(params["kernel"])) > 2
-    chex.assert_trees_all_equal(jax.device_get((params, state)), on_one_device(name))
+    # between the levels of a soft rounding two programs may round differently
+    same = functools.partial(chex.assert_trees_all_close, rtol=1e-6) if name == "soft" else chex.assert_trees_all_equal
+    same(jax.device_get((params, state)), on_one_device(name))
 
 
 @pytest.mark.parametrize("transform", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
