@@ -48,7 +48,7 @@ def adam(steps: int, rate: float = 2e-3) -> optax.GradientTransformation:
 
 def prune(start: int, stop: int, **kwargs: Any) -> optax.GradientTransformation:
     """Zeros from none to `SPARSITY`, on the cubic schedule of Zhu and Gupta, in about 20 refreshes."""
-    schedule = optax.polynomial_schedule(0.0, SPARSITY, power=3, transition_steps=stop - start, transition_begin=start)
+    schedule = optax.polynomial_schedule(0.0, SPARSITY, power=3, transition_steps=stop - start)
     return clipjax.prune_mask(schedule, start=start, stop=stop, every=max(1, (stop - start) // 20), **kwargs)
 
 

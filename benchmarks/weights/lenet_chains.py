@@ -47,7 +47,7 @@ def adam(course: Course, rate: float = 6e-3) -> optax.GradientTransformation:
 def gradual(course: Course, *, begin: float = 0.1, end: float = LAST, **options: Any) -> Any:
     """Zeros from none to the level on the cubic schedule of Zhu and Gupta, in 40 refreshes."""
     start, stop = int(begin * course.steps), int(end * course.steps)
-    schedule = optax.polynomial_schedule(0.0, course.level, 3, stop - start, start)
+    schedule = optax.polynomial_schedule(0.0, course.level, 3, stop - start)
     every = max(1, (stop - start) // 40)
     return clipjax.prune_mask(schedule, start=start, stop=stop, every=every, key=course.key, **options)
 

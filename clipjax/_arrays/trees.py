@@ -143,7 +143,12 @@ def _is_array(x: object) -> bool:
 def find(state: Tree, kind: type[Kind]) -> list[Kind]:
     """Every state of one kind inside any optimizer state, in tree order, boxes removed."""
     found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
-    return [jax.tree.map(_unboxed, x, is_leaf=_is_box) for x in found if isinstance(x, kind)]
+    return [unboxed(x) for x in found if isinstance(x, kind)]
+
+
+def unboxed(tree: Tree) -> Tree:
+    """The arrays of a tree out of their boxes."""
+    return jax.tree.map(_unboxed, tree, is_leaf=_is_box)
 
 
 def _is_box(x: object) -> bool:

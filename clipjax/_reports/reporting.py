@@ -67,7 +67,7 @@ def _states(opt_state: State) -> Iterator[State]:
             state = state._replace(inner=())
         if isinstance(state, ProjectState) and type(state.projection) in _KINDS:
             state = state.projection  # what `clamp_weights`, `prune_mask` and `fake_quantize` give to `project`
-        yield jax.tree.map(jnp.asarray, state)
+        yield trees.unboxed(state)
 
 
 def _clip(state: ClipState, per_leaf: bool) -> Metrics:
