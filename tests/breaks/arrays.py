@@ -37,7 +37,13 @@ MUTANTS = (
         "where_is",
     ),
     Mutant("_arrays/elementwise.py", "if x.shape != y.shape or np", "if x is not y or np", "passes", "no_call"),
-    Mutant("_arrays/trees.py", "_unboxed, x, is_leaf=_is_box", "jnp.asarray, x", "contract_models", "nnx_optimizer"),
+    Mutant(
+        "_arrays/trees.py",
+        "jax.tree.map(_unboxed, tree, is_leaf=_is_box)",
+        "jax.tree.map(jnp.asarray, tree)",
+        "contract_models",
+        "nnx_optimizer",
+    ),
     Mutant(
         "_arrays/arguments.py",
         "callable(value) and not is_tree(value)",
