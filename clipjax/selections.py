@@ -107,11 +107,11 @@ def largest(fraction: Number) -> Selection:
             remedy = "Select with `bernoulli`, or split the array."
             rule = "compare arrays whose axes divide into two parts of less than 2**32 (the first 2**30)"
             arguments.require(ranking.countable(x.shape), "select", rule, (path, x.shape), remedy)
-        members = stacks.alike([path for path, _ in trees.governed(tree)], arrays)
-        keys = [ranking.order(jnp.abs(stacks.stack(arrays, group).astype(jnp.float32))) for group in members]
+        positions = stacks.alike([path for path, _ in trees.governed(tree)], arrays)
+        keys = [ranking.order(jnp.abs(stacks.stack(arrays, group).astype(jnp.float32))) for group in positions]
         cut = counts.of_fraction(1 - fraction, sum(x.size for x in arrays))
-        chosen = ranking.keep(keys, cut, pooled=True, places=tuple(map(tuple, members)))
-        return treedef.unflatten(stacks.unstack(chosen, members))
+        chosen = ranking.keep(keys, cut, pooled=True, places=tuple(map(tuple, positions)))
+        return treedef.unflatten(stacks.unstack(chosen, positions))
 
     return Selection(choose)
 

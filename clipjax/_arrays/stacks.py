@@ -16,11 +16,11 @@ import numpy as np
 
 from clipjax._arrays import arguments
 
-Members = list[int]
+Positions = list[int]
 """The positions, in a list of leaves, of those that form one stack."""
 
 
-def alike(names: Sequence[str], *columns: Sequence[Any]) -> list[Members]:
+def alike(names: Sequence[str], *columns: Sequence[Any]) -> list[Positions]:
     """The leaves that may be stacked, in order of the first of each stack.
 
     Leaves are alike if their names are equal up to digits and their values in every column have equal types: shape,
@@ -31,7 +31,7 @@ def alike(names: Sequence[str], *columns: Sequence[Any]) -> list[Members]:
       names: a path for each leaf.
       columns: trees of arrays for each leaf. Whatever in them is no array must be hashable, and equal to be alike.
     """
-    found: dict[Hashable, Members] = {}
+    found: dict[Hashable, Positions] = {}
     for i, (name, *values) in enumerate(zip(names, *columns, strict=True)):
         leaves, treedef = jax.tree.flatten(values)
         kind = (re.sub(r"\d+", "0", name), treedef, tuple(_kind(x) for x in leaves))
@@ -49,21 +49,21 @@ def _is_array(x: object) -> bool:
     return isinstance(x, jax.Array | np.ndarray)
 
 
-def stack(values: Sequence[Any], members: Members) -> Any:
+def stack(values: Sequence[Any], positions: Positions) -> Any:
     """The trees of these leaves as one, with a new first axis in every array; of values that are no arrays the first's.
 
-    An only member becomes a stack of one by a reshape, which costs nothing.
+    A leaf that is like no other becomes a stack of one by a reshape, which costs nothing.
     """
-    chosen = [values[i] for i in members]
+    chosen = [values[i] for i in positions]
     return jax.tree.map(lambda x, *xs: jnp.stack((x, *xs)) if _is_array(x) else x, *chosen)
 
 
-def unstack(stacked: Sequence[Any], groups: Sequence[Members]) -> list[Any]:
+def unstack(stacked: Sequence[Any], groups: Sequence[Positions]) -> list[Any]:
     """A tree for each leaf, in their order, from the stacks of `alike`; arrays of numbers and bools."""
     rows: dict[int, Any] = {}
-    for tree, members in zip(stacked, groups, strict=True):
-        at = _places(tree, len(members))
-        for i, place in zip(members, at, strict=True):
+    for tree, positions in zip(stacked, groups, strict=True):
+        at = _places(tree, len(positions))
+        for i, place in zip(positions, at, strict=True):
             take = functools.partial(jax.lax.dynamic_index_in_dim, index=place, keepdims=False)
             rows[i] = jax.tree.map(take, tree)
     return [rows[i] for i in range(len(rows))]
@@ -105,13 +105,13 @@ def mapped(fn: Callable[..., Any], names: Sequence[str], *columns: Sequence[Any]
       The results, in the order of the leaves.
     """
     results: dict[int, Any] = {}
-    for members in alike(names, *columns):
-        if len(members) == 1:
-            results[members[0]] = fn(*(column[members[0]] for column in columns))
+    for positions in alike(names, *columns):
+        if len(positions) == 1:
+            results[positions[0]] = fn(*(column[positions[0]] for column in columns))
             continue
-        arrays, rebuild = _split([stack(column, members) for column in columns])
+        arrays, rebuild = _split([stack(column, positions) for column in columns])
         stacked = jax.vmap(lambda xs, rebuild=rebuild: fn(*rebuild(xs)))(arrays)
-        results |= dict(zip(members, unstack([stacked], [list(range(len(members)))]), strict=True))
+        results |= dict(zip(positions, unstack([stacked], [list(range(len(positions)))]), strict=True))
     return [results[i] for i in range(len(results))]
 
 

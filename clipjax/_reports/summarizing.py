@@ -14,10 +14,9 @@ import optax
 
 from clipjax._arrays import arguments, dtypes, picking, trees
 from clipjax._files import leaf_codec
-from clipjax._maths import landing
 from clipjax._reports import distributions
-from clipjax._weights import holding, leaf_grid
-from clipjax._weights.leaf_grid import Grid, LeafGrid
+from clipjax._weights import checking, holding, leaf_grid
+from clipjax._weights.leaf_grid import Grid
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.zeros import PruneState
 from clipjax.typing import State, Tree
@@ -149,7 +148,7 @@ def summarize(
     if tx is not None:
         params, opt_state = _dry_run(params, tx)
     widths = () if isinstance(widths, tuple | list) and not widths else arguments.widths(widths, "widths")
-    states = _project_states(opt_state)
+    states = checking.states(opt_state)
     grids = trees.find(opt_state, Grid)
     latents = [dict(trees.governed(s.carry)) for s in states if isinstance(s.projection, Grid)]
     masks = [dict(trees.governed(s.projection.mask)) for s in states if isinstance(s.projection, PruneState)]
@@ -203,12 +202,6 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.extended)
 
 
-def _project_states(opt_state: State) -> list[ProjectState]:
-    """Every `ProjectState`, those inside an `inner=` too."""
-    outer = trees.find(opt_state, ProjectState)
-    return [s for state in outer for s in (*_project_states(state.inner), state)]
-
-
 def _row(
     path: str,
     leaf: Any,
@@ -232,17 +225,12 @@ def _row(
         "masked": max((float(np.mean(~np.asarray(mask))) for mask in own_masks), default=None),
         "bits": (int(grid.bits) or None) if grid else None,
         "step": float(np.mean(grid.step)) if grid else None,
-        "off_grid": _off_grid(grid, leaf) if grid else None,
+        "off_grid": int(checking.off_grid(grid, leaf)[0]) if grid else None,
         "sqnr_db": _sqnr(x, z),
         **_sizes(np.asarray(leaf)),
         "state_bytes": None,
         **_distribution(_surviving(leaf if z is None else z, own_masks), widths),
     }
-
-
-def _off_grid(grid: LeafGrid, leaf: jax.Array) -> int:
-    level = leaf_grid.nearest(grid, leaf)[1]
-    return int(landing.missed(leaf, level, landing.late(leaf, level.dtype))[0])
 
 
 def _surviving(leaf: Any, masks: list[jax.Array]) -> np.ndarray | None:

@@ -12,7 +12,7 @@ from clipjax._arrays import dtypes, picking, trees
 from clipjax._maths import drawing, intervals, landing
 from clipjax._weights import latents, leaf_grid, visiting
 from clipjax._weights.clamping import ClampState
-from clipjax._weights.leaf_grid import Grid
+from clipjax._weights.leaf_grid import Grid, LeafGrid
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.visiting import Visited
 from clipjax._weights.zeros import PruneState
@@ -210,10 +210,14 @@ def _zeros(path: str, rule: str, mask: jax.Array, leaf: jax.Array) -> _Row:
 
 def _levels(path: str, rule: str, state: Grid, leaf: jax.Array) -> _Row:
     grid = leaf_grid.at(state, path)
+    entries, distance = off_grid(grid, leaf)
+    return _Row(path, rule, "grid", jnp.where(grid.fitted, entries, 0), jnp.where(grid.fitted, distance, 0))
+
+
+def off_grid(grid: LeafGrid, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many weights of a leaf are between the levels of its grid, and the largest gap."""
     level = leaf_grid.nearest(grid, leaf)[1]
-    entries, distance = landing.missed(leaf, level, landing.late(leaf, level.dtype))
-    active = grid.fitted
-    return _Row(path, rule, "grid", jnp.where(active, entries, 0), jnp.where(active, distance, 0))
+    return landing.missed(leaf, level, landing.late(leaf, level.dtype))
 
 
 def _bounds(rule: str, state: ClampState, leaves: dict[str, jax.Array]) -> list[_Row]:

@@ -95,7 +95,7 @@ class Pool(NamedTuple):
 
     Attributes:
       keys: stacks of unsigned arrays [leaves, *layers, *units], of which the lowest go first.
-      members: which leaves are in each stack, by their place among the leaves that own units.
+      positions: which leaves are in each stack, by their place among the leaves that own units.
       layers: for each stack the axes of an array of units along which it has layers.
       owners: path and leaf of every array of units.
       sizes: how many units of each may go; of each of its layers, where it has several.
@@ -103,7 +103,7 @@ class Pool(NamedTuple):
     """
 
     keys: list[jax.Array]
-    members: list[stacks.Members]
+    positions: list[stacks.Positions]
     layers: list[tuple[int, ...]]
     owners: list[tuple[str, Leaf]]
     sizes: sparsities.Sizes
@@ -113,13 +113,13 @@ class Pool(NamedTuple):
         """Trees of arrays like those of the units, one for each leaf of the tree, as its keys are stacked."""
         return [
             jax.tree.map(lambda x, axes=axes: _layers_first(x, axes), stacks.stack(leaves, group))
-            for group, axes in zip(self.members, self.layers, strict=True)
+            for group, axes in zip(self.positions, self.layers, strict=True)
         ]
 
     def depths(self) -> list[int]:
         """How many layers each leaf has."""
         of_stack = [math.prod(x.shape[1 : 1 + len(n)]) for x, n in zip(self.keys, self.layers, strict=True)]
-        return [depth for depth, group in zip(of_stack, self.members, strict=True) for _ in group]
+        return [depth for depth, group in zip(of_stack, self.positions, strict=True) for _ in group]
 
 
 def pool(
@@ -162,10 +162,10 @@ def pool(
     alone = _or_none(finite if structure.whole and measure is None else None, units)
     leaves = list(zip(units, _or_none(before, units), alone, spread, _or_none(safe, units), strict=True))
     named = trees.governed(owners)
-    members = stacks.alike([path for path, _ in named], leaves)
-    order = [i for group in members for i in group]
-    layers = [tuple(axis % units[group[0]].ndim for axis in structure.layers) for group in members]
-    found = Pool([], members, layers, [named[i] for i in order], [], treedef)
+    positions = stacks.alike([path for path, _ in named], leaves)
+    order = [i for group in positions for i in group]
+    layers = [tuple(axis % units[group[0]].ndim for axis in structure.layers) for group in positions]
+    found = Pool([], positions, layers, [named[i] for i in order], [], treedef)
     scored, gone, whole, among, stays = map(list, zip(*found.stacked(leaves), strict=True))
     if measure is not None:
         whole = [jnp.isfinite(x) for x in scored]
@@ -210,7 +210,7 @@ def _with_best_protected(
 
 def removed(units: Pool, amount: sparsities.Amount, count: jax.Array | None) -> wide.Wide:
     """How many units go: of each layer of each leaf, or of the pool."""
-    axes = [axes for axes, group in zip(units.layers, units.members, strict=True) for _ in group]
+    axes = [axes for axes, group in zip(units.layers, units.positions, strict=True) for _ in group]
     return amount.removed(count, sparsities.Leaves(units.owners, units.sizes, units.depths(), axes))
 
 
@@ -222,10 +222,10 @@ def cut(units: Pool, structure: Structure, amount: sparsities.Amount, removed: w
         masks = [jax.vmap(structure.keep)(x) for x in units.keys]
     else:
         depth = tuple(len(axes) for axes in units.layers)
-        places = tuple(map(tuple, units.members))
+        places = tuple(map(tuple, units.positions))
         masks = ranking.keep(units.keys, removed, pooled=amount.pooled, places=places, layers=depth)
     masks = [_layers_back(x, axes) for x, axes in zip(masks, units.layers, strict=True)]
-    return units.treedef.unflatten(stacks.unstack(masks, units.members))
+    return units.treedef.unflatten(stacks.unstack(masks, units.positions))
 
 
 def before_growth(

@@ -164,12 +164,12 @@ def constrain(
         def current() -> Tree:
             """The latent weights that still belong to the params; without `carry` the params."""
             # widened here, as a branch that calls this would else have the wide copies of narrow params stored for it
-            weights = jax.tree.map(dtypes.widened, narrow)
+            wide = jax.tree.map(dtypes.widened, narrow)
             if not carry:
-                return weights
+                return wide
             then = context._replace(count=state.count - 1, key=drawing.key_at(key, state.count - 1))
             begun = None if always else state.count > start
-            return latents.current(constraint, state.carry, state.projection, weights, narrow, then, begun)
+            return latents.current(constraint, state.carry, state.projection, wide, narrow, then, begun)
 
         floats, visible, arrived = current(), params, updates
         if carry and inner:
