@@ -161,4 +161,13 @@ MUTANTS = (
         "refresh(jax.lax.stop_gradient(settle(weights)))",
         "explicit_axes",
     ),
+    Mutant("_weights/checking.py", "(state.count > visited.start) & ", "", "checking", "what_holds"),
+    Mutant("_weights/checking.py", "images = [nearer(p, q, z)", "images = [q + 0 * z", "checking", "what_holds"),
+    Mutant(
+        "_weights/holding.py", "_LATE if visited.stop is None else visited.stop, jnp", "0, jnp", "checking", "as_at"
+    ),
+    Mutant("_weights/holding.py", "if given:  # masks", "if False:  # masks", "checking", "average"),
+    Mutant(
+        "_weights/quantizing.py", "arguments.require(not int(entries)", "arguments.require(True", "checking", "average"
+    ),
 )

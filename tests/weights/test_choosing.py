@@ -87,3 +87,31 @@ def test_budget_under_x64():
 def test_all_zero_and_no_leaves():
     assert clipjax.choose_bits({"w": jnp.zeros((2, 2))}, target_db=20.0, allowed=(2, 4)) == {"w": 2}
     assert clipjax.choose_bits({"bias": jnp.ones(3)}, target_db=20.0, allowed=(2,)) == {"bias": None}
+
+
+EMBEDDED = ("Embed_0/embedding", "embedder/table", "encoder/pos_embedding", "vit/cls")
+
+
+def test_embeddings_are_left_alone_unless_they_are_named():
+    """By default, also in `choose_bits`; `where`, a value of `per_leaf` and a tree pick them."""
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.float32)
+    params = {}
+    for path in (*EMBEDDED, "dense/kernel", "unembedded/kernel"):
+        room, name = path.split("/")
+        params.setdefault(room, {})[name] = kernel
+    everything = lambda path, leaf: True
+    some = clipjax.per_leaf(lambda path, leaf: 0.5 if path == "vit/cls" else None)
+    bits = clipjax.per_leaf(lambda path, leaf: 4 if "embedd" in path else None)
+    named = {"dense": {"kernel": 0.5}, "unembedded": {"kernel": 0.5}, "vit": {"cls": 0.5}}
+    layers = {"dense/kernel", "unembedded/kernel"}
+    for tx, expected in (
+        (clipjax.prune_mask(0.5), layers),
+        (clipjax.prune_mask(0.5, where=everything), layers | set(EMBEDDED)),
+        (clipjax.prune_mask(some), {"vit/cls"}),
+        (clipjax.prune_mask(named), layers | {"vit/cls"}),
+        (clipjax.fake_quantize(4), layers),
+        (clipjax.fake_quantize(bits), {*EMBEDDED[:3], "unembedded/kernel"}),
+    ):
+        rows = clipjax.summarize(params, tx.init(params), widths=()).to_dict().items()
+        assert {path for path, row in rows if row["picked"]} == expected
+    assert clipjax.choose_bits(params, target_db=20.0)["vit"]["cls"] is None
