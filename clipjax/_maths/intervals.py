@@ -47,8 +47,10 @@ def clamp(x: jax.Array, bound: Interval) -> jax.Array:
 
 @elementwise.leafwise
 def limit(x: jax.Array, low: Number, high: Number) -> jax.Array:
-    """The entries limited to [low, high], NaN as it is; two selects, where min and max would each test for NaN."""
+    """The entries limited to [low, high], NaN as it is."""
     low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
+    if low.ndim == high.ndim == 0:
+        return jax.lax.clamp(low, x, high)  # one operation, which takes scalar ends as they are
     x = elementwise.where(x > high, high, x)
     return elementwise.where(x < low, low, x)
 

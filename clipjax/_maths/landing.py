@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -23,40 +25,44 @@ def land(p: jax.Array, q: jax.Array, outward: jax.Array | None = None) -> jax.Ar
     |p + u| >= |q|. A weight that must move by more than itself may so land inside the set, and on its value at the
     next update. Infinity and NaN pass. The derivative is that of q - p.
     """
-    return _landed(p, q, outward)
-
-
-@jax.custom_jvp
-def _landed(p: jax.Array, q: jax.Array, outward: jax.Array | None) -> jax.Array:
-    kind = jnp.dtype(f"uint{8 * p.dtype.itemsize}")
-    # 1. The nearest update. Only the rounding of p + u can be wrong now, by one unit in the last place of q.
-    u = q - p
-    # 2. Does p + u pass q? It is 0 or has the sign of q, so the larger magnitude has the larger bit pattern.
-    move, reached, wanted = (jax.lax.bitcast_convert_type(x, kind) for x in (u, p + u, q))
-    # 3. If so, one unit less. Moving p + u toward zero makes |u| smaller where u and q have the same sign (apart = 0,
-    #    the bits go down by one), and larger where they differ (apart = all ones = -1, the bits go up by one).
-    apart = jax.lax.shift_right_arithmetic(move ^ wanted, kind.type(8 * kind.itemsize - 1))
-    inward = jax.lax.bitcast_convert_type(move - (apart | kind.type(1)), u.dtype)
-    landed = jax.lax.select(reached > wanted, inward, u)
-    if outward is None:
-        return landed
-    # 4. Away from zero it is one unit more where p + u falls short of q.
-    more = jax.lax.bitcast_convert_type(move + (apart | kind.type(1)), u.dtype)
-    return jax.lax.select(outward, jax.lax.select(reached < wanted, more, u), landed)
-
-
-@_landed.defjvp
-def _landed_slope(
-    primals: tuple[jax.Array, jax.Array, jax.Array | None], tangents: tuple[jax.Array, jax.Array, jax.Array | None]
-) -> tuple[jax.Array, jax.Array]:
-    dp, dq, _ = tangents
-    return _landed(*primals), dq - dp
+    return _landed(p, q, outward, False)
 
 
 @elementwise.leafwise
 def land_or_stay(p: jax.Array, q: jax.Array, outward: jax.Array | None = None) -> jax.Array:
-    """`land`, and 0 where both are the same infinity, whose difference would be NaN."""
-    return jax.lax.select((p == q) & (jnp.abs(p) == jnp.inf), jnp.zeros_like(p), land(p, q, outward))
+    """`land`, and 0 where both are equal: of two infinities the difference would be NaN."""
+    return _landed(p, q, outward, True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _landed(p: jax.Array, q: jax.Array, outward: jax.Array | None, stay: bool) -> jax.Array:
+    size = 8 * p.dtype.itemsize
+    signed, unsigned = jnp.dtype(f"int{size}"), jnp.dtype(f"uint{size}")
+    # 1. The nearest update. Only the rounding of p + u can be wrong now, by one unit in the last place of q.
+    u = q - p
+    # 2. Does p + u pass q? It is 0 or has the sign of q, so the larger magnitude has the larger bit pattern.
+    reached, wanted = (jax.lax.bitcast_convert_type(x, unsigned) for x in (p + u, q))
+    # 3. If so, one unit less. Moving p + u toward zero makes |u| smaller where u and q have the same sign (unit = 1,
+    #    the bits go down by one), and larger where they differ (unit = -1, the bits go up by one). Where u and q are
+    #    equal (unit = 0), p is 0 and p + u exact.
+    move = jax.lax.bitcast_convert_type(u, signed)
+    unit = jax.lax.sign(move ^ jax.lax.bitcast_convert_type(q, signed))
+    inward = jax.lax.bitcast_convert_type(move - unit, u.dtype)
+    landed = jax.lax.select(reached > wanted, inward, u)
+    if outward is not None:  # 4. Away from zero it is one unit more where p + u falls short of q.
+        more = jax.lax.bitcast_convert_type(move + unit, u.dtype)
+        landed = jax.lax.select(outward, jax.lax.select(reached < wanted, more, u), landed)
+    return jax.lax.select(p == q, jnp.zeros_like(p), landed) if stay else landed
+
+
+@_landed.defjvp
+def _landed_slope(
+    stay: bool,
+    primals: tuple[jax.Array, jax.Array, jax.Array | None],
+    tangents: tuple[jax.Array, jax.Array, jax.Array | None],
+) -> tuple[jax.Array, jax.Array]:
+    dp, dq, _ = tangents
+    return _landed(*primals, stay), dq - dp
 
 
 @elementwise.leafwise

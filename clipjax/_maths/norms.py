@@ -137,16 +137,25 @@ def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dt
         safe = jnp.where(jnp.isinf(plain), jnp.sqrt(shrunk) * grow, jnp.sqrt(plain))
         return jnp.where((plain < floor) & ~jnp.isinf(grown), jnp.sqrt(grown) * shrink, safe)
 
-    def plain_or_again(plain: jax.Array) -> jax.Array:
-        right = (plain >= floor) & ~jnp.isinf(plain)
-        return jax.lax.cond(jnp.all(right), jnp.sqrt, again, plain)
+    def once_or_twice() -> jax.Array:
+        def right(sums: jax.Array) -> jax.Array:
+            return (sums >= floor) & ~jnp.isinf(sums)
 
-    def again(plain: jax.Array) -> jax.Array:
-        large, small = jnp.isinf(plain), plain < floor
-        scaled = jnp.sqrt(squares(jnp.where(large, shrink, jnp.where(small, grow, plain.dtype.type(1)))))
-        return jnp.where(large, scaled * grow, jnp.where(small, scaled * shrink, scaled))
+        def again(done: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            turn, sums, _ = done
+            scale = jnp.where(jnp.isinf(sums), shrink, jnp.where(sums < floor, grow, sums.dtype.type(1)))
+            scale = jnp.where(turn == 0, jnp.ones_like(scale), scale)
+            return turn + 1, squares(scale), scale
 
-    return jax.lax.platform_dependent(squares(None), cpu=plain_or_again, default=pick)
+        # The first turn is the plain sum: the loop holds the code of one sum, where a branch would hold that of two.
+        like = jax.eval_shape(squares, None)
+        none = jnp.zeros(like.shape, like.dtype)
+        begun = (jnp.zeros((), jnp.int32), none, none)
+        _, sums, scale = jax.lax.while_loop(lambda x: (x[0] == 0) | ((x[0] == 1) & ~jnp.all(right(x[1]))), again, begun)
+        undo = jnp.where(scale == shrink, grow, jnp.where(scale == grow, shrink, scale.dtype.type(1)))
+        return jnp.sqrt(sums) * undo
+
+    return jax.lax.platform_dependent(cpu=once_or_twice, default=lambda: pick(squares(None)))
 
 
 @elementwise.leafwise

@@ -20,7 +20,7 @@ MUTANTS = (
     ),
     Mutant("_maths/landing.py", "gone & jnp.isfinite(landed), -p", "gone, -p", "pruning", "emitted_as_it_is"),
     Mutant("_maths/landing.py", "reached > wanted, inward, u)", "reached < 0, inward, u)", "projecting", "land"),
-    Mutant("_maths/landing.py", "move - (apart | kind.type(1))", "move - kind.type(1)", "projecting", "land"),
+    Mutant("_maths/landing.py", "move - unit", "move - 1", "projecting", "land"),
     Mutant(
         "_maths/landing.py",
         "(new != landed) & jnp.isfinite(landed)",
@@ -136,11 +136,9 @@ MUTANTS = (
     ),
     Mutant("_maths/norms.py", "jnp.sqrt(shrunk) * grow", "jnp.sqrt(plain)", "norms", "accelerators"),
     Mutant("_maths/norms.py", "jnp.sqrt(grown) * shrink", "jnp.sqrt(plain)", "norms", "accelerators"),
-    Mutant("_maths/norms.py", "jnp.where(large, scaled * grow", "jnp.where(large, scaled", "norms", "numpys or mixed"),
-    Mutant(
-        "_maths/norms.py", "jnp.where(small, scaled * shrink", "jnp.where(small, scaled", "norms", "numpys or mixed"
-    ),
-    Mutant("_maths/norms.py", "(plain >= floor) & ~jnp.isinf(plain)", "plain >= 0", "norms", "numpys or mixed"),
+    Mutant("_maths/norms.py", "scale == shrink, grow,", "scale == shrink, 1.0,", "norms", "numpys or mixed"),
+    Mutant("_maths/norms.py", "scale == grow, shrink,", "scale == grow, 1.0,", "norms", "numpys or mixed"),
+    Mutant("_maths/norms.py", "(sums >= floor) & ~jnp.isinf(sums)", "sums >= 0", "norms", "numpys or mixed"),
     Mutant("_maths/norms.py", "jax.lax.psum(part, at) if at", "part if at", "clipping_sharded", "shard_map"),
     Mutant("_maths/ring_buffers.py", "elementwise.root(jnp.mean(", "(jnp.mean(", "thresholds", "mean_sigma"),
     Mutant("_maths/norms.py", "jax.lax.pmax(top, at) if at", "top if at", "clipping_sharded", "shard_map"),
