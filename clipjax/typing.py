@@ -119,9 +119,8 @@ class Context(NamedTuple):
       refresh: None to refresh by count; a static bool to force or forbid it.
       memory: `memory() -> target`: what would be projected if the updates were 0. It reads only what lies in memory
         before the update, so that a branch of `lax.cond` that calls it does not make the program store the updates.
-      settle: `settle(tree) -> tree`: what the transformations of clipjax that are chained before make of other values
-        of the params, where that is known: they are bounded, or set to 0.
-      bounds: `bounds(tree) -> [(low, high), ...]`: for each leaf of the tree the interval in which those leave it.
+      known: for each leaf of the params what the transformations of clipjax that are chained before make of other
+        values of it, where that is known: they are bounded, or set to 0.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -131,8 +130,7 @@ class Context(NamedTuple):
     key: jax.Array
     refresh: bool | None = None
     memory: Callable[[], Tree] | None = None
-    settle: Callable[[Tree], Tree] | None = None
-    bounds: Callable[[Tree], list[tuple[jax.Array, jax.Array]]] | None = None
+    known: Tree = ()
 
 
 class Projection(NamedTuple):

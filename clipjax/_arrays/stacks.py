@@ -109,19 +109,29 @@ def mapped(fn: Callable[..., Any], names: Sequence[str], *columns: Sequence[Any]
         if len(positions) == 1:
             results[positions[0]] = fn(*(column[positions[0]] for column in columns))
             continue
-        arrays, rebuild = _split([stack(column, positions) for column in columns])
-        stacked = jax.vmap(lambda xs, rebuild=rebuild: fn(*rebuild(xs)))(arrays)
+        arrays, axes, rebuild = _split([[column[i] for i in positions] for column in columns])
+        stacked = jax.vmap(lambda xs, rebuild=rebuild: fn(*rebuild(xs)), (axes,))(arrays)
         results |= dict(zip(positions, unstack([stacked], [list(range(len(positions)))]), strict=True))
     return [results[i] for i in range(len(results))]
 
 
-def _split(values: list[Any]) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[Any]]]:
-    """The arrays of some trees, and what puts arrays in their places again."""
-    leaves, structure = jax.tree.flatten(values)
+def _split(
+    columns: list[list[Any]],
+) -> tuple[list[jax.Array], list[int | None], Callable[[list[jax.Array]], list[Any]]]:
+    """The arrays of the leaves, their batch axes, and what puts arrays in their places in the trees of one leaf.
+
+    What all leaves share, one array, is no stack and has no batch axis.
+    """
+    rows = [jax.tree.flatten(list(row)) for row in zip(*columns, strict=True)]
+    first, structure = rows[0]
     treedef: Any = structure
+    places = [i for i, x in enumerate(first) if _is_array(x)]
+    same = {i: [leaves[i] for leaves, _ in rows] for i in places}
+    shared = {i for i, xs in same.items() if all(x is xs[0] for x in xs)}
 
     def rebuild(arrays: list[jax.Array]) -> list[Any]:
-        rest = iter(arrays)
-        return list(treedef.unflatten([next(rest) if _is_array(x) else x for x in leaves]))
+        found = dict(zip(places, arrays, strict=True))
+        return list(treedef.unflatten([found.get(i, x) for i, x in enumerate(first)]))
 
-    return [x for x in leaves if _is_array(x)], rebuild
+    arrays = [xs[0] if i in shared else jnp.stack(xs) for i, xs in same.items()]
+    return arrays, [None if i in shared else 0 for i in places], rebuild

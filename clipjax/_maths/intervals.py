@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import NamedTuple, TypeAlias
 
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from clipjax._arrays import arguments, dtypes, elementwise
-from clipjax.typing import Bound, Leaf, Number, PerLeaf
+from clipjax._arrays import arguments, dtypes, elementwise, trees
+from clipjax.typing import Bound, Leaf, Number, PerLeaf, Tree
 
 
 def clamp(x: jax.Array, bound: Interval) -> jax.Array:
@@ -68,13 +68,14 @@ class Bounds(NamedTuple):
 
     Attributes:
       scheduled: True where it changes with the count.
-      of_leaf: `of_leaf(path, leaf, count) -> (low, high)`, the interval of one leaf, rounded into its dtype.
+      of_leaves: `of_leaves(tree, count)`, by path the interval (low, high) of each leaf, rounded into its dtype, in
+        computing dtype; one pair of arrays for leaves that share an interval.
       shared: `shared(count) -> (low, high)`, the interval of all leaves; NOWHERE where it differs by leaf.
       around_zero: `around_zero(path, leaf, count)`, True where it is known that 0 lies in the interval of a leaf.
     """
 
     scheduled: bool
-    of_leaf: Callable[[str, Leaf, jax.Array], tuple[jax.Array, jax.Array]]
+    of_leaves: Callable[[Tree, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]
     shared: Callable[[jax.Array], tuple[Number, Number]]
     around_zero: Callable[[str, Leaf, jax.Array], bool]
 
@@ -85,21 +86,29 @@ def resolve(bound: Bound) -> Bounds:
     def own(path: str, leaf: Leaf) -> Bound:
         return bound.fn(path, leaf) if isinstance(bound, PerLeaf) else bound  # type: ignore[return-value]
 
-    def of_leaf(path: str, leaf: Leaf, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        given = own(path, leaf)
-        return inside(_scalars(arguments.schedule(given)(count)), leaf.dtype, checked=not callable(given))
+    def of_leaves(tree: Tree, count: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+        found: dict[Hashable, tuple[jax.Array, jax.Array]] = {}
+        by_path = {}
+        for path, leaf in trees.governed(tree):
+            kind = (path if isinstance(bound, PerLeaf) else "", jnp.dtype(leaf.dtype))
+            if kind not in found:
+                given = own(path, leaf)
+                low, high = inside(_scalars(arguments.schedule(given)(count)), leaf.dtype, checked=not callable(given))
+                found[kind] = low.astype(dtypes.wide(leaf.dtype)), high.astype(dtypes.wide(leaf.dtype))
+            by_path[path] = found[kind]
+        return by_path
 
     def around_zero(path: str, leaf: Leaf, count: jax.Array) -> bool:
         return encloses_zero(arguments.schedule(own(path, leaf))(count))
 
     if isinstance(bound, PerLeaf):
-        return Bounds(False, of_leaf, lambda count: NOWHERE, around_zero)
+        return Bounds(False, of_leaves, lambda count: NOWHERE, around_zero)
     arguments.check_schedule(bound, "bound", "a number or a pair (lo, hi)")
     if not callable(bound):
         interval(_scalars(bound))
     at = arguments.schedule(bound)
     shared = lambda count: interval(at(count), checked=not callable(bound))  # noqa: E731
-    return Bounds(callable(bound), of_leaf, shared, around_zero)
+    return Bounds(callable(bound), of_leaves, shared, around_zero)
 
 
 def encloses_zero(bound: Interval) -> bool:

@@ -13,8 +13,9 @@ from clipjax._gradients import threshold_state
 from clipjax._gradients.clipping import ClipState
 from clipjax._gradients.norm_clipping import ClipNormState
 from clipjax._gradients.skipping import SkipState
+from clipjax._weights import leaf_grid
 from clipjax._weights.clamping import ClampState
-from clipjax._weights.leaf_grid import Grid
+from clipjax._weights.leaf_grid import QuantizeState
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.zeros import PruneState
 from clipjax.typing import State
@@ -128,11 +129,11 @@ def _prune(state: PruneState, per_leaf: bool) -> Metrics:
     return metrics
 
 
-def _quantize(state: Grid, per_leaf: bool) -> Metrics:
+def _quantize(state: QuantizeState, per_leaf: bool) -> Metrics:
     """The mean over the leaves, each of which counts once; 0 before the first refresh."""
-    fitted = _by_path(state.fitted)
-    bits = {path: jnp.where(fitted[path], b, 0).astype(jnp.float32) for path, b in _by_path(state.bits).items()}
-    steps = {path: jnp.where(fitted[path], s.mean(), 0) for path, s in _by_path(state.step).items()}
+    fitted = leaf_grid.fitted(state)
+    bits = {path: jnp.where(fitted, b, 0).astype(jnp.float32) for path, b in _by_path(state.bits).items()}
+    steps = {path: jnp.where(fitted, s.mean(), 0) for path, s in _by_path(state.step).items()}
     count = max(len(bits), 1)
     metrics = {
         "bits": sum(bits.values(), jnp.zeros(())) / count,
@@ -145,7 +146,7 @@ def _quantize(state: Grid, per_leaf: bool) -> Metrics:
 
 
 def _by_path(field: object) -> dict[str, jax.Array]:
-    """A field of a `Grid`, which is a lone array where no leaf is quantized."""
+    """A field of a `QuantizeState`, which is a lone array where no leaf is quantized."""
     return dict(trees.governed(field)) if isinstance(field, dict) else {}
 
 
@@ -159,6 +160,6 @@ _KINDS: dict[type, tuple[str, Callable[[Any, bool], Metrics]]] = {
     SkipState: ("skip_spikes", _skip),
     ClampState: ("clamp_weights", _clamp),
     PruneState: ("prune_mask", _prune),
-    Grid: ("fake_quantize", _quantize),
+    QuantizeState: ("fake_quantize", _quantize),
     ProjectState: ("project", _project),
 }

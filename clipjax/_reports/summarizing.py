@@ -16,7 +16,7 @@ from clipjax._arrays import arguments, dtypes, picking, trees
 from clipjax._files import leaf_codec
 from clipjax._reports import distributions
 from clipjax._weights import checking, holding, leaf_grid
-from clipjax._weights.leaf_grid import Grid
+from clipjax._weights.leaf_grid import QuantizeState
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.zeros import PruneState
 from clipjax.typing import State, Tree
@@ -149,8 +149,8 @@ def summarize(
         params, opt_state = _dry_run(params, tx)
     widths = () if isinstance(widths, tuple | list) and not widths else arguments.widths(widths, "widths")
     states = checking.states(opt_state)
-    grids = trees.find(opt_state, Grid)
-    latents = [dict(trees.governed(s.carry)) for s in states if isinstance(s.projection, Grid)]
+    grids = trees.find(opt_state, QuantizeState)
+    latents = [dict(trees.governed(s.carry)) for s in states if isinstance(s.projection, QuantizeState)]
     masks = [dict(trees.governed(s.projection.mask)) for s in states if isinstance(s.projection, PruneState)]
     leaves = [(path, leaf) for path, leaf in trees.governed(params) if not _is_key(leaf)]
     rows = [_row(path, leaf, grids, masks, latents, widths) for path, leaf in leaves]
@@ -205,7 +205,7 @@ def _is_key(leaf: Any) -> bool:
 def _row(
     path: str,
     leaf: Any,
-    grids: list[Grid],
+    grids: list[QuantizeState],
     masks: list[dict[str, jax.Array]],
     latents: list[dict[str, jax.Array]],
     widths: tuple[int, ...],

@@ -12,14 +12,14 @@ from clipjax._arrays import dtypes, picking, trees
 from clipjax._maths import drawing, intervals, landing
 from clipjax._weights import latents, leaf_grid, visiting
 from clipjax._weights.clamping import ClampState
-from clipjax._weights.leaf_grid import Grid, LeafGrid
+from clipjax._weights.leaf_grid import LeafGrid, QuantizeState
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.visiting import Visited
 from clipjax._weights.zeros import PruneState
 from clipjax.typing import State, Tree
 
-_NAMES = {PruneState: "prune_mask", Grid: "fake_quantize", ClampState: "clamp_weights"}
-_KINDS = {PruneState: "mask", Grid: "grid", ClampState: "bound"}
+_NAMES = {PruneState: "prune_mask", QuantizeState: "fake_quantize", ClampState: "clamp_weights"}
+_KINDS = {PruneState: "mask", QuantizeState: "grid", ClampState: "bound"}
 _EMPTY = 10  # a leaf counts as nearly empty if it keeps one unit where its pool would keep so many of as many
 
 
@@ -180,7 +180,7 @@ def _of_state(params: Tree, opt_state: State) -> list[_Row]:
         if isinstance(held, PruneState):
             rows += [_zeros(path, rule, mask, _leaf(leaves, path)) for path, mask in trees.governed(held.mask)]
             rows += _nearly_empty(held, rule)
-        elif isinstance(held, Grid):
+        elif isinstance(held, QuantizeState):
             rows += [_levels(path, rule, held, _leaf(leaves, path)) for path, _ in trees.governed(held.step)]
         elif isinstance(held, ClampState):
             rows += _bounds(rule, held, leaves)
@@ -208,7 +208,7 @@ def _zeros(path: str, rule: str, mask: jax.Array, leaf: jax.Array) -> _Row:
     return _Row(path, rule, "mask", *landing.missed(leaf, kept))
 
 
-def _levels(path: str, rule: str, state: Grid, leaf: jax.Array) -> _Row:
+def _levels(path: str, rule: str, state: QuantizeState, leaf: jax.Array) -> _Row:
     grid = leaf_grid.at(state, path)
     entries, distance = off_grid(grid, leaf)
     return _Row(path, rule, "grid", jnp.where(grid.fitted, entries, 0), jnp.where(grid.fitted, distance, 0))

@@ -74,13 +74,14 @@ def clamp_weights(
 
     def init_fn(params: Tree) -> ClampState:
         if not bounds.scheduled:
-            for path, p in trees.governed(params):
-                bounds.of_leaf(path, p, jnp.zeros((), jnp.int32))
+            bounds.of_leaves(params, jnp.zeros((), jnp.int32))
         return ClampState(jnp.asarray(intervals.NOWHERE, dtypes.widest(jax.tree.leaves(params))))
 
     def apply_fn(target: Tree, state: ClampState, context: Context) -> tuple[Tree, ClampState]:
+        ends = bounds.of_leaves(context.params, context.count)
+
         def clamped(path: str, w: jax.Array, chosen: jax.Array, p: jax.Array) -> jax.Array:
-            low, high = ends(path, p, context)
+            low, high = ends[path]
             if when == "after":
                 new = intervals.limit(w, low, high)
             else:  # the update is added to the clamped weight
@@ -93,34 +94,27 @@ def clamp_weights(
         new = trees.map_with_path(clamped, target, chosen, context.params)
         return new, ClampState(jnp.stack([_shown(end, state.bound.dtype) for end in bounds.shared(context.count)]))
 
-    def ends(path: str, p: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds.of_leaf(path, p, context.count)
-        return low.astype(dtypes.wide(p.dtype)), high.astype(dtypes.wide(p.dtype))
-
     def outward(new: Tree, context: Context) -> Tree | None:
         if all(bounds.around_zero(path, p, context.count) for path, p in trees.governed(context.params)):
             return None
 
-        def at_end(path: str, w: jax.Array, p: jax.Array) -> jax.Array:
-            return intervals.outward(w, *ends(path, p, context))
-
-        return trees.map_with_path(at_end, new, context.params)
+        ends = bounds.of_leaves(context.params, context.count)
+        return trees.map_with_path(lambda path, w: intervals.outward(w, *ends[path]), new)
 
     def facts(target: Tree, before: ClampState, after: ClampState, context: Context) -> list[Fact]:
-        def fact(chosen: jax.Array, low: jax.Array, high: jax.Array) -> Fact:
-            def settle(x: jax.Array) -> jax.Array:
-                return elementwise.where(chosen, intervals.limit(x, low, high), x)
-
-            return Fact(settle, None if some else (low, high))
-
         chosen = jax.tree.leaves(drawing.choose(select, target, None, context.count))
-        limits = [ends(path, p, context) for path, p in trees.governed(context.params)]
-        return [fact(c, *limit) for c, limit in zip(chosen, limits, strict=True)]
+        limits = bounds.of_leaves(context.params, context.count).values()
+        return [Fact(_limited, (c, *at), None if some else at) for c, at in zip(chosen, limits, strict=True)]
 
     after = when == "after"
     projection = Projection(init_fn, apply_fn, outward=outward if after else None)
     constraint = Constraint(projection, ClampState, "clamp_weights", after, facts=facts if after else None)
     return projecting.constrain(constraint, carry=False, inner=None, start=0, where=where, key=None)
+
+
+def _limited(x: jax.Array, args: Tree) -> jax.Array:
+    chosen, low, high = args
+    return elementwise.where(chosen, intervals.limit(x, low, high), x)
 
 
 def _shown(end: Number, dtype: DTypeLike) -> jax.Array:

@@ -11,25 +11,29 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from clipjax._arrays import elementwise, trees
 from clipjax.typing import Tree
 
 
 class Fact(NamedTuple):
-    """What a transformation does to one leaf.
+    """What a transformation does to one leaf: a tree of arrays and functions, equal ones for leaves that are alike.
 
     Attributes:
-      settle: `settle(values) -> values` in computing dtype, as the transformation leaves them.
+      settle: `settle(values, args) -> values` in computing dtype, as the transformation leaves them; one function for
+        all leaves of the transformation.
+      args: a tree of arrays; those that leaves share are one array.
       bound: the interval in which all of them then lie, two scalars in computing dtype; None where it bounds none.
     """
 
-    settle: Callable[[jax.Array], jax.Array]
+    settle: Callable[[jax.Array, Tree], jax.Array]
+    args: Tree
     bound: tuple[jax.Array, jax.Array] | None = None
 
 
@@ -51,31 +55,36 @@ def of(update: jax.Array | None) -> Facts:
     return known if array is not None and update is not None and array() is update else ()
 
 
-def settled(known: Iterable[Facts], tree: Tree) -> Tree:
-    """Values as the transformations before leave them; `known` holds the facts of each leaf of the tree."""
-    leaves, treedef = trees.flatten(tree)
-
-    def settle(x: jax.Array, facts: Facts) -> jax.Array:
-        return functools.reduce(lambda value, fact: fact.settle(value), facts, x)
-
-    return treedef.unflatten([None if x is None else settle(x, facts) for x, facts in zip(leaves, known, strict=True)])
+def settled(x: jax.Array, known: Facts) -> jax.Array:
+    """Values of a leaf as the transformations before leave them."""
+    return functools.reduce(lambda value, fact: fact.settle(value, fact.args), known, x)
 
 
-def bounds(known: Iterable[Facts], tree: Tree) -> list[tuple[jax.Array, jax.Array]]:
-    """For each leaf that a tree has the interval in which the transformations before leave it, the widest if none."""
+def bound(dtype: DTypeLike, known: Facts) -> tuple[jax.Array, jax.Array]:
+    """The interval in which the transformations before leave a leaf of this computing dtype, the widest if none."""
+    largest = jnp.asarray(jnp.finfo(dtype).max, dtype)
+    given = [fact.bound for fact in known if fact.bound is not None]
+    low = functools.reduce(jnp.maximum, [low for low, _ in given], -largest)
+    return low, functools.reduce(jnp.minimum, [high for _, high in given], largest)
 
-    def narrowest(x: jax.Array, facts: Facts) -> tuple[jax.Array, jax.Array]:
-        largest = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
-        given = [fact.bound for fact in facts if fact.bound is not None]
-        low = functools.reduce(jnp.maximum, [low for low, _ in given], -largest)
-        return low, functools.reduce(jnp.minimum, [high for _, high in given], largest)
 
-    pairs = zip(trees.flatten(tree)[0], known, strict=True)
-    return [narrowest(x, facts) for x, facts in pairs if x is not None]
+def governed(tree: Tree, known: Sequence[Facts]) -> list[Facts]:
+    """The facts of the leaves that a tree has, of those of all leaves; none are known where a caller gave none."""
+    leaves = trees.flatten(tree)[0]
+    return [facts for x, facts in zip(leaves, known or [()] * len(leaves), strict=True) if x is not None]
+
+
+def settled_tree(tree: Tree, known: Sequence[Facts]) -> Tree:
+    """Values of all leaves as the transformations before leave them."""
+    leaves, treedef = trees.arrays(tree)
+    return treedef.unflatten([settled(x, facts) for x, facts in zip(leaves, governed(tree, known), strict=True)])
 
 
 def from_start(active: jax.Array | None, fact: Fact) -> Fact:
     """The fact of a transformation that acts where `active`, which is None for always."""
-    if active is None:
-        return fact
-    return Fact(lambda x: elementwise.keep(active, fact.settle(x), x))
+    return fact if active is None else Fact(_where, (active, *fact[:2]))
+
+
+def _where(x: jax.Array, args: Tree) -> jax.Array:
+    active, settle, inner = args
+    return elementwise.keep(active, settle(x, inner), x)

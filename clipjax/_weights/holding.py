@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TypeAlias
 
 import jax
@@ -103,8 +102,7 @@ def _held(visited: Visited, found: _Found, given: bool) -> State:
         landed=target,
         refresh=True,
         memory=lambda: target,
-        settle=lambda tree: tree,  # the values are what the transformations before have left
-        bounds=functools.partial(facts.bounds, known),
+        known=known,
     )
     _, projected = constraint.projection.apply(target, state.projection, context)
     if given:  # masks and grids of the run, where it has chosen them

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,50 +11,80 @@ from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes, elementwise, sharding, trees
 from clipjax._maths import blocks, fitting, grids, intervals, levels, spectra, step_groups
-from clipjax.typing import Leaf, Levels, Step, Tree
-
-Field = TypeVar("Field")
+from clipjax._weights import facts
+from clipjax.typing import Leaf, Step, Tree
 
 Soften = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-class Grid(NamedTuple, Generic[Field]):
-    """The grid of one leaf, or, with nested dicts by path as its fields, of all leaves: the state of `fake_quantize`.
+class QuantizeState(NamedTuple):
+    """State of `fake_quantize` inside its `ProjectState`: the grids of all leaves, in nested dicts by path.
 
     Attributes:
       step: f32 per step group, the distance of two levels.
-      fitted: bool, False before the first refresh, when the grid belongs to no weights yet.
-      zero_point: i32 per step group, the code of 0; 0 on symmetric grids.
-      bits: i32, the width; 0 for unbounded codes.
       low: f32 per step group, the smallest multiple of the step that is a level; 0 for unbounded codes.
       high: the largest one; likewise.
+      bits: i32, the width; 0 for unbounded codes.
+      asked: i32, a number that stands for the widths that the grids were made for; -1 before the first refresh.
     """
 
-    step: Field
-    fitted: Field
-    zero_point: Field
-    bits: Field
-    low: Field
-    high: Field
+    step: Tree
+    low: Tree
+    high: Tree
+    bits: Tree
+    asked: jax.Array
 
 
-LeafGrid: TypeAlias = Grid[jax.Array]
-QuantizeState: TypeAlias = Grid[Tree]
+class LeafGrid(NamedTuple):
+    """The grid of one leaf, as in the state.
+
+    Attributes:
+      step: the distance of two levels.
+      low: the smallest multiple of it that is a level.
+      high: the largest one.
+      bits: the width.
+      fitted: bool, False before the first refresh, when the grid belongs to no weights yet.
+    """
+
+    step: jax.Array
+    low: jax.Array
+    high: jax.Array
+    bits: jax.Array
+    fitted: jax.Array
+
+    @property
+    def zero_point(self) -> jax.Array:
+        """i32, the code of 0: the one nearest to 0 with which all levels have a code of the width."""
+        top = jnp.asarray(grids.top(self.bits), self.low.dtype)
+        return jnp.clip(0, -top - self.low, top - self.high).astype(jnp.int32)
+
+
+NEVER = -1  # the widths of a grid that was never fitted
 
 
 def at(state: QuantizeState, path: str) -> LeafGrid:
     """The grid of one leaf."""
-    found = [trees.look_up(field, path) for field in state]
+    found = [trees.look_up(field, path) for field in state[:-1]]
     trees.check_state(all(x is not None for x in found), f"no grid for {path!r}")
-    grid = Grid(*found)
-    trees.check_state(grid.fitted.shape == () and grid.fitted.dtype == bool, f"another layout of the grid of {path!r}")
-    return grid
+    trees.check_state(jnp.shape(state.asked) == (), f"another layout of the grid of {path!r}")
+    step, low, high, bits = found
+    return LeafGrid(step, low, high, bits, fitted(state))
 
 
-def gathered(grids: dict[str, LeafGrid]) -> QuantizeState:
+def fitted(state: QuantizeState) -> jax.Array:
+    """False before the first refresh."""
+    return state.asked != NEVER
+
+
+def gathered(found: dict[str, LeafLevels], bits: dict[str, jax.Array], asked: jax.Array | int) -> QuantizeState:
     """The state of the grids of all leaves."""
     # Without leaves each field is one array all the same, see `trees.by_path`.
-    return Grid(*(trees.by_path({path: grid[i] for path, grid in grids.items()}) for i in range(len(Grid._fields))))
+    step, low, high = (trees.by_path({path: x[i] for path, x in found.items()}) for i in range(3))
+    return QuantizeState(step, low, high, trees.by_path(bits), jnp.asarray(asked, jnp.int32))
+
+
+LeafLevels: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+"""The step of a leaf, and its smallest and largest level in steps."""
 
 
 class Plan(NamedTuple):
@@ -80,6 +110,11 @@ class Plan(NamedTuple):
         return not self.allowed
 
     @property
+    def widest(self) -> int:
+        """The largest width; 0 for unbounded codes."""
+        return max(self.allowed, default=0)
+
+    @property
     def fixed(self) -> bool:
         """True where the width does not follow from the weights."""
         return len(self.allowed) == 1
@@ -91,10 +126,9 @@ class Plan(NamedTuple):
 
 def check(plan: Plan, path: str, leaf: Leaf) -> None:
     """Refuse widths that a leaf cannot have."""
-    widest = max(plan.allowed, default=0)
     narrow = jnp.dtype(leaf.dtype).itemsize < 4
     remedy = f"Leaf {path!r} is {leaf.dtype}: its codes could not be recovered. Use 8 bits, or f32 params."
-    arguments.require(not (narrow and widest > 8), "bits", "be at most 8 for narrow params", widest, remedy)
+    arguments.require(not (narrow and plan.widest > 8), "bits", "be at most 8 for narrow params", plan.widest, remedy)
     least, smallest = min(plan.allowed, default=plan.rule.min_bits), plan.rule.min_bits
     remedy = "An affine grid has levels on both sides of 0: use `steps.mse()`, whose one-bit step is mean|w|."
     arguments.require(least >= smallest, "bits", f"be at least {smallest} for an affine grid", least, remedy)
@@ -103,14 +137,13 @@ def check(plan: Plan, path: str, leaf: Leaf) -> None:
         jax.eval_shape(lambda x: plan.rule.fit(step_groups.view(x, plan.groups), 1, plan.groups.axes), like)
 
 
-def begin(plan: Plan, leaf: Leaf) -> LeafGrid:
+def begin(plan: Plan, leaf: Leaf) -> LeafLevels:
     """The grid before the first refresh."""
     like = jax.eval_shape(lambda x: step_groups.view(x, plan.groups), jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
     step = fitting.given(1.0, like, plan.groups.axes)
-    width = max(plan.allowed, default=0)
-    top = 0.0 if plan.unbounded else float(grids.top(width))
+    top = 0.0 if plan.unbounded else float(grids.top(plan.widest))
     low, high = (jnp.full(step.shape, end, jnp.float32) for end in (-top, top))
-    return Grid(step, jnp.zeros((), bool), jnp.zeros(step.shape, jnp.int32), jnp.asarray(width, jnp.int32), low, high)
+    return step, low, high
 
 
 class Measured(NamedTuple):
@@ -128,51 +161,48 @@ class Measured(NamedTuple):
     dtype: DTypeLike
 
 
-def measure(plan: Plan, x: jax.Array, bound: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> Measured:
+def measure(plan: Plan, x: jax.Array, known: facts.Facts, dtype: DTypeLike) -> Measured:
     """The nonzero finite weights, limited to the largest level.
 
     Args:
       plan: of the leaf.
-      x: the weights, latent ones where there are some, as the transformations before leave them: 0 where they remove
-        one.
-      bound: the interval in which these leave all weights, two scalars.
+      x: the weights, latent ones where there are some.
+      known: what the transformations before make of them.
       dtype: of the params.
     """
+    x = facts.settled(x, known)
+    low, high = facts.bound(x.dtype, known)
     x = step_groups.view(x, plan.groups).astype(jnp.float32)
     if plan.unbounded:
         return Measured(x, jnp.zeros((2,)), dtype)
     finite = elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    reached = jnp.stack([jnp.maximum(-bound[0], 0), jnp.maximum(bound[1], 0)]).astype(jnp.float32)
+    reached = jnp.stack([jnp.maximum(-low, 0), jnp.maximum(high, 0)]).astype(jnp.float32)
     max_level = jnp.asarray(intervals.toward(reached, dtype, up=False), jnp.float32)
     return Measured(intervals.limit(finite, -max_level[0], max_level[1]), max_level, dtype)
 
 
-def fit(plan: Plan, measured: Measured) -> LeafGrid:
-    """The grid of a leaf of fixed width, or of unbounded codes."""
-    axes = plan.groups.axes
+def fit(plan: Plan, x: jax.Array, known: facts.Facts, dtype: DTypeLike) -> LeafLevels:
+    """The levels of a leaf of fixed width, or of unbounded codes; for the arguments see `measure`."""
+    axes, measured = plan.groups.axes, measure(plan, x, known, dtype)
     if plan.unbounded:
         step = plan.rule.fit(measured.values, 0, axes)
-        zero = jnp.zeros_like(step)
-        return Grid(step, jnp.ones((), bool), zero.astype(jnp.int32), jnp.zeros((), jnp.int32), zero, zero)
-    (bits,) = plan.allowed
+        return step, jnp.zeros_like(step), jnp.zeros_like(step)
     limits = (measured.max_level[0], measured.max_level[1])
-    found = levels.of(plan.rule, measured.values, bits, axes, limits, measured.dtype)
-    return _grid(found, jnp.asarray(bits, jnp.int32))
+    found = levels.of(plan.rule, measured.values, plan.widest, axes, limits, dtype)
+    return found.step, found.low, found.high
 
 
-def spectrum(plan: Plan, measured: Measured) -> spectra.Spectrum:
-    """The error of the leaf on the grid of each allowed width."""
+def spectrum(plan: Plan, x: jax.Array, known: facts.Facts, dtype: DTypeLike) -> spectra.Spectrum:
+    """The error of the leaf on the grid of each allowed width; for the arguments see `measure`."""
+    measured = measure(plan, x, known, dtype)
     limits = (measured.max_level[0], measured.max_level[1])
-    return spectra.spectrum(measured.values, plan.rule, plan.groups.axes, plan.allowed, limits, dtype=measured.dtype)
+    return spectra.spectrum(measured.values, plan.rule, plan.groups.axes, plan.allowed, limits, dtype=dtype)
 
 
-def chosen(plan: Plan, spectrum: spectra.Spectrum, index: jax.Array) -> LeafGrid:
-    """The grid of the width at an index of the allowed ones."""
-    return _grid(spectra.entry(spectrum, index), spectra.width(plan.allowed, index))
-
-
-def _grid(found: Levels, bits: jax.Array) -> LeafGrid:
-    return Grid(found.step, jnp.ones((), bool), found.zero_point, bits, found.low, found.high)
+def chosen(spectrum: spectra.Spectrum, index: jax.Array) -> LeafLevels:
+    """The levels of the width at an index of the allowed ones."""
+    found = spectra.entry(spectrum, index)
+    return found.step, found.low, found.high
 
 
 def level(plan: Plan, x: jax.Array, grid: LeafGrid, key: jax.Array | None, since: jax.Array) -> jax.Array:

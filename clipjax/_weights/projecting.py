@@ -183,8 +183,7 @@ def constrain(
         steps = _aligned(updates, params, picks)
         target = jax.tree.map(jnp.add, floats, steps)
         landed = target if inner or not carry else jax.tree.map(jnp.add, weights, steps)
-        settle, bounds = (functools.partial(fn, known) for fn in (facts.settled, facts.bounds))
-        context = context._replace(landed=landed, memory=current, settle=settle, bounds=bounds)
+        context = context._replace(landed=landed, memory=current, known=known)
         active = None if always else state.count >= start
         update = Update(narrow, weights, steps, floats, target, context, active)
         new, projected = projection.apply(target, state.projection, context)

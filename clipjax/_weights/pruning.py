@@ -14,7 +14,7 @@ from clipjax import scores as scoring
 from clipjax import structures
 from clipjax._arrays import arguments, picking, trees
 from clipjax._maths import drawing
-from clipjax._weights import masks, projecting, refreshing, sparsities, zeros
+from clipjax._weights import facts, masks, projecting, refreshing, sparsities, zeros
 from clipjax._weights.constraints import Constraint
 from clipjax._weights.zeros import NEVER, PruneState, zeroed
 from clipjax.typing import (
@@ -224,7 +224,8 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
         since = context.count - pruning.cycle.start
         asked = pruning.amount.asked(structure.owners(target))
 
-        def refresh(target: Tree) -> tuple[Tree, jax.Array]:
+        def refresh(weights: Tree) -> tuple[Tree, jax.Array]:
+            target = facts.settled_tree(weights, context.known)
             before = trees.place(state.mask, structure.owners(target))
             owners = structure.owners(target)
             kept = _refreshed(pruning, only(target), owners, before, new_score, new_grow, here, since, carry)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from clipjax import steps
 from clipjax._arrays import arguments, picking, stacks, trees
-from clipjax._maths import blocks, grids, integers, landing, levels, step_groups
-from clipjax._weights import bit_widths, leaf_grid, projecting, refreshing
+from clipjax._maths import blocks, grids, integers, landing, levels, spectra, step_groups
+from clipjax._weights import bit_widths, facts, leaf_grid, projecting, refreshing
 from clipjax._weights.constraints import Constraint
-from clipjax._weights.leaf_grid import Grid, Plan, QuantizeState
+from clipjax._weights.leaf_grid import LeafLevels, Plan, QuantizeState
 from clipjax.typing import (
     Axis,
     Bits,
@@ -138,28 +140,33 @@ def fake_quantize(
         leaves, by_path = dict(trees.governed(params)), plans(params)
         for path, plan in by_path.items():
             leaf_grid.check(plan, path, leaves[path])
-        return leaf_grid.gathered({path: leaf_grid.begin(plan, leaves[path]) for path, plan in by_path.items()})
+        begun = {path: leaf_grid.begin(plan, leaves[path]) for path, plan in by_path.items()}
+        return leaf_grid.gathered(begun, _widest(by_path), leaf_grid.NEVER)
 
     def apply_fn(target: Tree, state: QuantizeState, context: Context) -> tuple[Tree, QuantizeState]:
         by_path = plans(target)
         if not by_path:
             return target, state
-        bounds = context.bounds
-        assert bounds is not None  # `project` always gives them
+        asked = _fingerprint(by_path)
 
-        def refresh(target: Tree) -> QuantizeState:
-            paths = list(by_path)
-            values, plans = jax.tree.leaves(target), list(by_path.values())
-            limits = bounds(target)
-            kinds = [p.dtype for p in jax.tree.leaves(context.params)]
-            measured = [leaf_grid.measure(*row) for row in zip(plans, values, limits, kinds, strict=True)]
+        def refresh(weights: Tree) -> QuantizeState:
+            rows = [
+                (path, by_path[path], x, known, p.dtype)
+                for (path, x), known, p in zip(
+                    trees.governed(weights),
+                    facts.governed(weights, context.known),
+                    jax.tree.leaves(context.params),
+                    strict=True,
+                )
+            ]
+            names, *columns = map(list, zip(*rows, strict=True))
             if widths.choose is None:
-                found = stacks.mapped(leaf_grid.fit, paths, plans, measured)
+                found, width = stacks.mapped(leaf_grid.fit, names, *columns), _widest(by_path)
             else:
-                found = _chosen(widths.choose, by_path, measured)
-            return leaf_grid.gathered(dict(zip(paths, found, strict=True)))
+                found, width = _chosen(widths.choose, names, *columns)
+            return leaf_grid.gathered(dict(zip(names, found, strict=True)), width, asked)
 
-        new = refreshing.refreshed(cycle, context, refresh, state, target)
+        new = refreshing.refreshed(cycle, context, refresh, state, target, state.asked != asked)
         return frozen_fn(target, new, context), new
 
     def frozen_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
@@ -173,7 +180,7 @@ def fake_quantize(
 
         shown = trees.map_with_path(level, target)
         # A weight that is not on its level yet may lie beyond the bound that levels keep.
-        return shown if soften is None or context.settle is None else context.settle(shown)
+        return shown if soften is None else facts.settled_tree(shown, context.known)
 
     def surely_zero(target: Tree, state: QuantizeState) -> Tree:
         by_path = plans(target)
@@ -185,9 +192,9 @@ def fake_quantize(
     projection = Projection(init_fn, apply_fn, frozen_fn)
     constraint = Constraint(
         projection,
-        Grid,
+        QuantizeState,
         "fake_quantize",
-        fitted=lambda state: jnp.all(jnp.stack(jax.tree.leaves(state.fitted))),
+        fitted=leaf_grid.fitted,
         surely_zero=surely_zero,
         tolerance=tolerance,
     )
@@ -222,14 +229,30 @@ def _rounding(rounding: RoundingMode) -> tuple[str, leaf_grid.Soften | None]:
     return rounding, None
 
 
+def _widest(plans: dict[str, Plan]) -> dict[str, jax.Array]:
+    """The width of every leaf, the largest one before a rule has chosen."""
+    return {path: jnp.asarray(plan.widest, jnp.int32) for path, plan in plans.items()}
+
+
+def _fingerprint(plans: dict[str, Plan]) -> int:
+    """A number that differs where a run goes on with other widths, so that the grids are fitted anew."""
+    return zlib.crc32(repr([(path, plan.allowed) for path, plan in plans.items()]).encode()) >> 1
+
+
 def _chosen(
-    choose: bit_widths.Chooser, plans: dict[str, Plan], measured: list[leaf_grid.Measured]
-) -> list[leaf_grid.LeafGrid]:
-    """The grid of every leaf at the width that the rule chooses from all distributions."""
-    found = stacks.mapped(leaf_grid.spectrum, list(plans), list(plans.values()), measured)
+    choose: bit_widths.Chooser,
+    names: list[str],
+    plans: list[Plan],
+    values: list[jax.Array],
+    known: list[facts.Facts],
+    dtypes: list[DTypeLike],
+) -> tuple[list[LeafLevels], dict[str, jax.Array]]:
+    """The levels and the width of every leaf, which a rule chooses from all distributions."""
+    found = stacks.mapped(leaf_grid.spectrum, names, plans, values, known, dtypes)
     energy, noise = (jnp.stack([getattr(s, name) for s in found]) for name in ("energy", "noise"))
-    index = choose([x.values.size for x in measured], energy, noise)
-    return [leaf_grid.chosen(*row) for row in zip(plans.values(), found, index, strict=True)]
+    index = choose([x.size for x in values], energy, noise)
+    width = [spectra.width(plan.allowed, i) for plan, i in zip(plans, index, strict=True)]
+    return [leaf_grid.chosen(*row) for row in zip(found, index, strict=True)], dict(zip(names, width, strict=True))
 
 
 def quantized(params: Tree, opt_state: State) -> Tree:
@@ -262,7 +285,7 @@ def quantized(params: Tree, opt_state: State) -> Tree:
     References:
       D4, section 2.2: floats become integers.
     """
-    found = trees.find(opt_state, Grid)
+    found = trees.find(opt_state, QuantizeState)
     remedy = "Pass the state of an optimizer with `clipjax.fake_quantize` in it."
     arguments.require(found, "opt_state", "hold a quantizer", type(opt_state).__name__, remedy)
 

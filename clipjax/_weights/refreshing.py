@@ -68,12 +68,12 @@ def refreshed(
       target: what is projected at this update.
       changed: True where the state was made for other arguments, so that a refresh is due at any count from `start` on.
     """
-    memory, settle = context.memory, context.settle
-    assert memory is not None and settle is not None  # `project` always gives them
+    memory = context.memory
+    assert memory is not None  # `project` always gives it
 
     def fresh(weights: Tree) -> State:
         # a constant in derivatives: rules search and count, and reverse mode cannot pass through their loops
-        return jax.tree.map(sharding.laid_as, refresh(jax.lax.stop_gradient(settle(weights))), old)
+        return jax.tree.map(sharding.laid_as, refresh(jax.lax.stop_gradient(weights)), old)
 
     if context.refresh is not None:
         return fresh(memory()) if context.refresh else old

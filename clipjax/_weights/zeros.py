@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -45,7 +44,7 @@ def _facts(kept: Callable[[Tree, State, State], Tree]) -> Callable[[Tree, State,
     """What a mask makes of any values: 0 where it removes the weight."""
 
     def facts(target: Tree, before: State, after: State, context: Context) -> list[Fact]:
-        return [Fact(functools.partial(zeroed, kept=mask)) for mask in jax.tree.leaves(kept(target, before, after))]
+        return [Fact(zeroed, mask) for mask in jax.tree.leaves(kept(target, before, after))]
 
     return facts
 

@@ -93,8 +93,8 @@ MUTANTS = (
     Mutant("_maths/landing.py", "reached < wanted, more, u)", "reached < wanted, u, u)", "clamping", "without_0"),
     Mutant(
         "_maths/landing.py",
-        "return _landed(*primals), dq - dp",
-        "return _landed(*primals), dq",
+        "return _landed(*primals, stay), dq - dp",
+        "return _landed(*primals, stay), dq",
         "contract_derivatives",
         "landing",
     ),
@@ -144,8 +144,8 @@ MUTANTS = (
     Mutant("_maths/norms.py", "jax.lax.pmax(top, at) if at", "top if at", "clipping_sharded", "shard_map"),
     Mutant(
         "_maths/landing.py",
-        "jax.lax.select((p == q) & (jnp.abs(p) == jnp.inf), jnp.zeros_like(p), land(p, q, outward))",
-        "land(p, q, outward)",
+        "jax.lax.select(p == q, jnp.zeros_like(p), landed) if stay else landed",
+        "landed",
         "contract_numbers",
         "nonfinite_target and params",
     ),

@@ -286,7 +286,7 @@ def test_master_weights_do_not_lose_a_thousand_small_steps():
 )
 def test_refreshes_are_due_at(start, every, stop, expected):
     def due(count):
-        context = Context(count, None, None, None, jax.random.key(0), memory=lambda: None, settle=lambda tree: tree)
+        context = Context(count, None, None, None, jax.random.key(0), memory=lambda: None)
         no, yes = (jnp.full((), value, bool) for value in (False, True))
         return refreshed(Cycle(start, every, stop), context, lambda target: yes, no, None)
 

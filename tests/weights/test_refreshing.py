@@ -63,7 +63,7 @@ def test_a_branch_reads_memory_alone(tx, dtype):
 def test_a_note_belongs_to_its_array():
     """Another array, at the same place in memory or with the same values, has none."""
     update = jnp.ones(3)
-    fact = facts.Fact(jnp.abs)
+    fact = facts.Fact(lambda x, _: jnp.abs(x), ())
     facts.note(update, (fact,))
     assert facts.of(update) == (fact,) and facts.of(update + 0) == () and facts.of(None) == ()
     number, (_, settles) = id(update), facts._notes[id(update)]
@@ -87,6 +87,17 @@ def test_a_mask_follows_a_constant_that_was_changed_on_resume():
             params, state = step(tx, params, state)
             counts.append(removed(params))
         assert counts == [16, 16, 16, 16, 26, 26, 26]
+
+
+def test_widths_that_were_changed_on_resume_are_fitted_at_once():
+    """Also behind `stop`: the integers have the new width, and no refresh follows while it stays."""
+    wide, narrow = (clipjax.fake_quantize(bits, every=None) for bits in (8, 3))
+    params, state = step(wide, PARAMS, wide.init(PARAMS))
+    for tx, bits in ((wide, 8), (narrow, 3), (narrow, 3)):
+        params, state = step(tx, params, state)
+        found = jax.tree.leaves(clipjax.quantized(params, state), is_leaf=lambda x: isinstance(x, clipjax.Quantized))
+        assert {q.bits for q in found if isinstance(q, clipjax.Quantized)} == {bits}
+        assert clipjax.check(params, state, tx) == []
 
 
 def test_a_ramp_that_stop_cuts_off_warns_once_with_both_numbers():
