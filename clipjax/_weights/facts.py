@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clipjax._arrays import elementwise, trees
-from clipjax.typing import Tree
+from clipjax.typing import Sides, Tree
 
 
 class Fact(NamedTuple):
@@ -66,6 +66,16 @@ def bound(dtype: DTypeLike, known: Facts) -> tuple[jax.Array, jax.Array]:
     given = [fact.bound for fact in known if fact.bound is not None]
     low = functools.reduce(jnp.maximum, [low for low, _ in given], -largest)
     return low, functools.reduce(jnp.minimum, [high for _, high in given], largest)
+
+
+def shared(fn: Callable[[Facts, DTypeLike], Sides], known: Sequence[Facts], kinds: Sequence[DTypeLike]) -> list[Sides]:
+    """`fn(facts, dtype)` of what bounds each leaf, computed once for leaves of one dtype with the same bounds."""
+    found: dict[Hashable, Sides] = {}
+    keys = [(jnp.dtype(kind), *(id(fact.bound) for fact in facts)) for facts, kind in zip(known, kinds, strict=True)]
+    for key, facts, kind in zip(keys, known, kinds, strict=True):
+        if key not in found:
+            found[key] = fn(facts, kind)
+    return [found[key] for key in keys]
 
 
 def governed(tree: Tree, known: Sequence[Facts]) -> list[Facts]:

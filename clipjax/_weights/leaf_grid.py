@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from clipjax._arrays import arguments, dtypes, elementwise, sharding, trees
 from clipjax._maths import blocks, fitting, grids, intervals, levels, spectra, step_groups
 from clipjax._weights import facts
-from clipjax.typing import Leaf, Step, Tree
+from clipjax.typing import Leaf, Sides, Step, Tree
 
 Soften = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -151,52 +151,55 @@ class Measured(NamedTuple):
 
     Attributes:
       values: f32, in the view of step groups; zeros where a weight is not to be counted.
-      max_level: f32[2], the largest magnitude of a level below zero and above, once it is rounded; the largest value
+      max_level: f32, the largest magnitude of a level below zero, and above, once it is rounded; the largest value
         where nothing bounds it.
       dtype: of the params, to which levels are rounded.
     """
 
     values: jax.Array
-    max_level: jax.Array
+    max_level: Sides
     dtype: DTypeLike
 
 
-def measure(plan: Plan, x: jax.Array, known: facts.Facts, dtype: DTypeLike) -> Measured:
+def max_level(known: facts.Facts, dtype: DTypeLike) -> Sides:
+    """How far levels may extend, as in `Measured`, with the transformations before and the dtype of the params."""
+    low, high = facts.bound(dtypes.wide(dtype), known)
+    reached = (jnp.maximum(end, 0).astype(jnp.float32) for end in (-low, high))
+    below, above = (jnp.asarray(intervals.toward(end, dtype, up=False), jnp.float32) for end in reached)
+    return below, above
+
+
+def measure(plan: Plan, x: jax.Array, known: facts.Facts, max_level: Sides, dtype: DTypeLike) -> Measured:
     """The nonzero finite weights, limited to the largest level.
 
     Args:
       plan: of the leaf.
       x: the weights, latent ones where there are some.
       known: what the transformations before make of them.
+      max_level: how far levels may extend.
       dtype: of the params.
     """
-    x = facts.settled(x, known)
-    low, high = facts.bound(x.dtype, known)
-    x = step_groups.view(x, plan.groups).astype(jnp.float32)
+    x = step_groups.view(facts.settled(x, known), plan.groups).astype(jnp.float32)
     if plan.unbounded:
-        return Measured(x, jnp.zeros((2,)), dtype)
+        return Measured(x, max_level, dtype)
     finite = elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    reached = jnp.stack([jnp.maximum(-low, 0), jnp.maximum(high, 0)]).astype(jnp.float32)
-    max_level = jnp.asarray(intervals.toward(reached, dtype, up=False), jnp.float32)
     return Measured(intervals.limit(finite, -max_level[0], max_level[1]), max_level, dtype)
 
 
-def fit(plan: Plan, x: jax.Array, known: facts.Facts, dtype: DTypeLike) -> LeafLevels:
-    """The levels of a leaf of fixed width, or of unbounded codes; for the arguments see `measure`."""
-    axes, measured = plan.groups.axes, measure(plan, x, known, dtype)
+def fit(plan: Plan, measured: Measured) -> LeafLevels:
+    """The levels of a leaf of fixed width, or of unbounded codes."""
+    axes = plan.groups.axes
     if plan.unbounded:
         step = plan.rule.fit(measured.values, 0, axes)
         return step, jnp.zeros_like(step), jnp.zeros_like(step)
-    limits = (measured.max_level[0], measured.max_level[1])
-    found = levels.of(plan.rule, measured.values, plan.widest, axes, limits, dtype)
+    found = levels.of(plan.rule, measured.values, plan.widest, axes, measured.max_level, measured.dtype)
     return found.step, found.low, found.high
 
 
-def spectrum(plan: Plan, x: jax.Array, known: facts.Facts, dtype: DTypeLike) -> spectra.Spectrum:
-    """The error of the leaf on the grid of each allowed width; for the arguments see `measure`."""
-    measured = measure(plan, x, known, dtype)
-    limits = (measured.max_level[0], measured.max_level[1])
-    return spectra.spectrum(measured.values, plan.rule, plan.groups.axes, plan.allowed, limits, dtype=dtype)
+def spectrum(plan: Plan, measured: Measured) -> spectra.Spectrum:
+    """The error of the leaf on the grid of each allowed width."""
+    given = (plan.rule, plan.groups.axes, plan.allowed, measured.max_level)
+    return spectra.spectrum(measured.values, *given, dtype=measured.dtype)
 
 
 def chosen(spectrum: spectra.Spectrum, index: jax.Array) -> LeafLevels:

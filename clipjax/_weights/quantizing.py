@@ -8,7 +8,6 @@ import zlib
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
 from clipjax import steps
 from clipjax._arrays import arguments, picking, stacks, trees
@@ -150,20 +149,16 @@ def fake_quantize(
         asked = _fingerprint(by_path)
 
         def refresh(weights: Tree) -> QuantizeState:
-            rows = [
-                (path, by_path[path], x, known, p.dtype)
-                for (path, x), known, p in zip(
-                    trees.governed(weights),
-                    facts.governed(weights, context.known),
-                    jax.tree.leaves(context.params),
-                    strict=True,
-                )
-            ]
-            names, *columns = map(list, zip(*rows, strict=True))
+            known, values = facts.governed(weights, context.known), jax.tree.leaves(weights)
+            kinds = [p.dtype for p in jax.tree.leaves(context.params)]
+            limits = facts.shared(leaf_grid.max_level, known, kinds)
+            rows = zip(by_path.values(), values, known, limits, kinds, strict=True)
+            measured = [leaf_grid.measure(*row) for row in rows]
+            names, static = list(by_path), list(by_path.values())
             if widths.choose is None:
-                found, width = stacks.mapped(leaf_grid.fit, names, *columns), _widest(by_path)
+                found, width = stacks.mapped(leaf_grid.fit, names, static, measured), _widest(by_path)
             else:
-                found, width = _chosen(widths.choose, names, *columns)
+                found, width = _chosen(widths.choose, by_path, measured)
             return leaf_grid.gathered(dict(zip(names, found, strict=True)), width, asked)
 
         new = refreshing.refreshed(cycle, context, refresh, state, target, state.asked != asked)
@@ -240,19 +235,15 @@ def _fingerprint(plans: dict[str, Plan]) -> int:
 
 
 def _chosen(
-    choose: bit_widths.Chooser,
-    names: list[str],
-    plans: list[Plan],
-    values: list[jax.Array],
-    known: list[facts.Facts],
-    dtypes: list[DTypeLike],
+    choose: bit_widths.Chooser, plans: dict[str, Plan], measured: list[leaf_grid.Measured]
 ) -> tuple[list[LeafLevels], dict[str, jax.Array]]:
     """The levels and the width of every leaf, which a rule chooses from all distributions."""
-    found = stacks.mapped(leaf_grid.spectrum, names, plans, values, known, dtypes)
+    found = stacks.mapped(leaf_grid.spectrum, list(plans), list(plans.values()), measured)
     energy, noise = (jnp.stack([getattr(s, name) for s in found]) for name in ("energy", "noise"))
-    index = choose([x.size for x in values], energy, noise)
-    width = [spectra.width(plan.allowed, i) for plan, i in zip(plans, index, strict=True)]
-    return [leaf_grid.chosen(*row) for row in zip(found, index, strict=True)], dict(zip(names, width, strict=True))
+    index = choose([x.values.size for x in measured], energy, noise)
+    rows = zip(plans.items(), index, strict=True)
+    width = {path: spectra.width(plan.allowed, i) for (path, plan), i in rows}
+    return [leaf_grid.chosen(*row) for row in zip(found, index, strict=True)], width
 
 
 def quantized(params: Tree, opt_state: State) -> Tree:
