@@ -1,6 +1,7 @@
 """Arrays that are alike as one stack: what all layers share is traced and compiled once, whatever the depth.
 
-Stacking copies arrays, so it belongs into refreshes and reports, never into the update that runs at every step.
+Stacking copies arrays, so it belongs into refreshes and reports, never into the update that runs at every step, and
+large arrays stay alone: a program that may copy them needs that memory all the time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments
+
+LARGEST = 2**22
+"""The size of the largest arrays that are stacked; 12 layers of 768 units have smaller ones."""
 
 Positions = list[int]
 """The positions, in a list of leaves, of those that form one stack."""
@@ -34,7 +38,8 @@ def alike(names: Sequence[str], *columns: Sequence[Any]) -> list[Positions]:
     found: dict[Hashable, Positions] = {}
     for i, (name, *values) in enumerate(zip(names, *columns, strict=True)):
         leaves, treedef = jax.tree.flatten(values)
-        kind = (re.sub(r"\d+", "0", name), treedef, tuple(_kind(x) for x in leaves))
+        alone = i if any(_is_array(x) and x.size > LARGEST for x in leaves) else None
+        kind = (re.sub(r"\d+", "0", name), treedef, tuple(_kind(x) for x in leaves), alone)
         found.setdefault(kind, []).append(i)
     return list(found.values())
 

@@ -161,7 +161,8 @@ def fake_quantize(
                 found, width = _chosen(widths.choose, by_path, measured)
             return leaf_grid.gathered(dict(zip(names, found, strict=True)), width, asked)
 
-        new = refreshing.refreshed(cycle, context, refresh, state, target, state.asked != asked)
+        others = leaf_grid.fitted(state) & (state.asked != asked)
+        new = refreshing.refreshed(cycle, context, refresh, state, target, others)
         return frozen_fn(target, new, context), new
 
     def frozen_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:

@@ -115,7 +115,7 @@ MUTANTS = (
     Mutant("_weights/leaf_grid.py", "x = facts.settled(x, known)", "", "refreshing", "same_update"),
     Mutant(
         "_weights/quantizing.py",
-        "refresh, state, target, state.asked != asked)",
+        "refresh, state, target, others)",
         "refresh, state, target)",
         "refreshing",
         "widths_that_were_changed",

@@ -317,7 +317,7 @@ def test_states_that_do_not_fit_say_so():
     quantize, prune = clipjax.fake_quantize(4), clipjax.prune_mask(0.5)
     master = clipjax.project(clipjax.projections.identity(), carry=True)
     state = quantize.init(params)
-    flat = state.projection._replace(fitted={"kernel": jnp.float32(jnp.inf)})  # a number, as earlier layouts had
+    flat = state.projection._replace(asked={"kernel": jnp.zeros((), bool)})  # by path, as in an earlier layout
     for tx, wrong in (
         (quantize, quantize.init(other)),
         (quantize, state._replace(projection=flat)),
@@ -333,7 +333,7 @@ def test_states_that_do_not_fit_say_so():
     for tx, wrong, kind in (
         (prune, {"count": 0}, "ProjectState"),
         (prune, state, "PruneState"),
-        (quantize, prune.init(params), "Grid"),
+        (quantize, prune.init(params), "QuantizeState"),
         (clipjax.clip(1.0), (), "ClipState"),
         (clipjax.clip_norm(1.0), clipjax.clip(1.0).init(params), "ClipNormState"),
         (clipjax.skip_spikes(optax.sgd(1.0), 1.0), {}, "SkipState"),
