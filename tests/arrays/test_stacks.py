@@ -28,6 +28,18 @@ def test_leaves_of_one_name_up_to_digits_one_shape_and_one_dtype_are_alike():
     assert stacks.alike([], []) == []
 
 
+def test_large_arrays_stay_alone_as_their_copies_would_take_memory_all_the_time():
+    like = lambda size: jax.ShapeDtypeStruct((size,), jnp.bool_)
+    found = {}
+
+    def names(*arrays):
+        found[arrays[0].size] = stacks.alike(["l0", "l1"], arrays)
+
+    for size in (stacks.LARGEST, stacks.LARGEST + 1):
+        jax.eval_shape(names, like(size), like(size))
+    assert list(found.values()) == [[[0, 1]], [[0], [1]]]
+
+
 def test_stacks_come_apart_again():
     values = [(x, jnp.sum(x)) for x in leaves()]
     groups = stacks.alike(NAMES, values)

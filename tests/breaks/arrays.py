@@ -74,6 +74,7 @@ MUTANTS = (
     Mutant("_arrays/elementwise.py", "placed = max(", "placed = min(", "explicit_axes", "groups or soft"),
     Mutant("_arrays/stacks.py", "return jax.typeof(x), x.sharding", "return x.shape, x.sharding", "stacks", "alike"),
     Mutant("_arrays/stacks.py", r're.sub(r"\d+", "0", name)', '""', "stacks", "alike"),
+    Mutant("_arrays/stacks.py", "x.size > LARGEST", "x.size > 2 * LARGEST", "stacks", "large"),
     Mutant("_arrays/picking.py", "or parts[-1] in EMBEDDINGS", "", "choosing", "embeddings"),
     Mutant("_arrays/picking.py", "part.startswith(", "not part.startswith(", "choosing", "embeddings"),
 )
