@@ -107,12 +107,12 @@ MUTANTS = (
     Mutant("_weights/pruning.py", "structure.holds or where", "where", "groups", "reference"),
     Mutant(
         "_weights/leaf_grid.py",
-        "jnp.maximum(-low, 0)",
-        "jnp.maximum(high, 0)",
+        "for end in (-low, high))",
+        "for end in (high, high))",
         "quantizing",
         "allow",
     ),
-    Mutant("_weights/leaf_grid.py", "x = facts.settled(x, known)", "", "refreshing", "same_update"),
+    Mutant("_weights/leaf_grid.py", "facts.settled(x, known), plan", "x, plan", "refreshing", "same_update"),
     Mutant(
         "_weights/quantizing.py",
         "refresh, state, target, others)",
