@@ -63,6 +63,16 @@ def test_a_refresh_outside_of_a_branch_makes_no_infinity_either(name):
     train(REFRESHING[name](), jit=False)
 
 
+@pytest.mark.parametrize("rule", [steps.mse(), steps.twn(), steps.absmax()], ids=["mse", "twn", "absmax"])
+def test_a_column_of_zeros_has_a_step_without_a_nan_on_the_way(rule):
+    params = {"kernel": np.zeros((4, 2), np.float32)}
+    params["kernel"][:, 0] = (0.5, -0.25, 0.0, 1.0)
+    tx = clipjax.fake_quantize(2, step=rule, axis=-1, every=1)
+    with debugging():
+        _, state = tx.update({"kernel": np.zeros((4, 2), np.float32)}, tx.init(params), params)
+    assert float(state.projection.step["kernel"][0, 1]) == 1.0
+
+
 UNLIMITED = {
     "clip": lambda: clipjax.clip(np.inf),
     "clip_norm": lambda: clipjax.clip_norm(np.inf),

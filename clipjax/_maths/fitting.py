@@ -159,7 +159,8 @@ def on_grid(x: jax.Array, step: jax.Array, bits: Any, axes: tuple[int, ...], dty
         _, low, high = allowed(step, largest / 2)
         step = jnp.where((low > 0) & (low <= high), low + (high - low) / 2, step)
     code, low, high = allowed(step, largest)
-    middle = jax.lax.bitcast_convert_type(low + (high - low) / 2, jnp.uint32)
+    middle = jnp.where(low > 0, low + (high - low) / 2, jnp.ones_like(low))  # beside 0 there are bits of NaNs
+    middle = jax.lax.bitcast_convert_type(middle, jnp.uint32)
     exact, found = step, jnp.zeros(step.shape, bool)
     for off in (-1, 1, 0):  # the last one found is taken
         near = jax.lax.bitcast_convert_type(middle + jnp.uint32(off % 2**32), jnp.float32)

@@ -78,11 +78,13 @@ def best_short(step: jax.Array, bits: Any, covered: Callable[[jax.Array], jax.Ar
     most of their levels too, weights on a grid get this grid again.
     """
     near, unit = short(step, bits), jnp.uint32(1) << jnp.asarray(bits, jnp.uint32)
-    raw = jax.lax.bitcast_convert_type(near, jnp.uint32)
+    usable = (near > 0) & jnp.isfinite(near)  # else there is nothing to cover: 1 makes no NaN on the way
+    trial = jnp.where(usable, near, jnp.ones_like(near))
+    raw = jax.lax.bitcast_convert_type(trial, jnp.uint32)
     below, above = (jax.lax.bitcast_convert_type(other, jnp.float32) for other in (raw - unit, raw + unit))
-    best = jnp.where(covered(near) > covered(below), near, below)
+    best = jnp.where(covered(trial) > covered(below), trial, below)
     best = jnp.where(covered(above) > covered(best), above, best)
-    return jnp.where((near > 0) & jnp.isfinite(near), best, near)
+    return jnp.where(usable, best, near)
 
 
 def share(below: jax.Array, above: jax.Array, parts: Any) -> jax.Array:
