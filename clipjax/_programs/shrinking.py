@@ -69,7 +69,7 @@ def shrink(variables: Tree, groups: Groups, opt_state: State = None) -> Shrunk:
     Raises:
       ValueError: if a dead unit still has a non-zero bias, scale or offset; for an unknown or ambiguous path, an axis
         that does not exist or that is cut twice, sizes that do not match, a group whose units are all dead, and a state
-        array that does not have the shape of its leaf (factored moments).
+        array that does not have the shape of its leaf (factored moments) or has groups along an axis that is cut.
       TypeError: for traced arrays, and for groups that are not dicts of paths.
 
     Example:
@@ -183,6 +183,7 @@ def _cut_state(opt_state: State, tails: Mapping[str, tuple[str, tuple[int, ...]]
             return x
         for name, shape in candidates:
             if _fits(x.shape, shape):
+                _check_groups(f"opt_state/{path}", x, name, shape, kept.get(name, {}))
                 return _cut(x, kept.get(name, {}))
         name, shape = candidates[0]
         remedy = f"It cannot be cut as {name!r} of shape {shape}: start anew with `tx.init(params)`."
@@ -190,6 +191,13 @@ def _cut_state(opt_state: State, tails: Mapping[str, tuple[str, tuple[int, ...]]
         return x
 
     return treedef.unflatten([cut(path, x) for path, x in zip(trees.paths(opt_state), leaves, strict=True)])
+
+
+def _check_groups(path: str, x: Any, name: str, shape: tuple[int, ...], kept: Kept) -> None:
+    """Refuse steps of groups along an axis that is cut: what is left of several groups would share a step."""
+    grouped = len(x.shape) > len(shape) and any(x.shape[axis] == 1 != shape[axis] for axis in kept)
+    remedy = f"Groups along the inputs of {name!r} do not survive: quantize it without `group`, or start anew."
+    arguments.require(not grouped, path, "have no groups along an axis that is cut", x.shape, remedy)
 
 
 def _fits(shape: tuple[int, ...], like: tuple[int, ...]) -> bool:
