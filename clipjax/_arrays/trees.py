@@ -162,4 +162,18 @@ def _is_box(x: object) -> bool:
 
 def _unboxed(x: Any) -> Any:
     """Arrays out of their boxes; a box may also hold None, or a state without arrays."""
+def pure(tree: Tree) -> Tree:
+    """The tree with arrays in the place of NNX's variables, as `nnx.Optimizer` gives it to its transformation."""
+    return jax.tree.map(lambda x: _unboxed(x) if _is_variable(x) else x, tree, is_leaf=_is_variable)
+
+
+def with_boxes(tree: Tree, like: Tree) -> Tree:
+    """What became of `pure(like)`, in the boxes of `like`."""
+    return jax.tree.structure(like).unflatten(jax.tree.leaves(tree))
+
+
+def _is_variable(x: object) -> bool:
+    return any(kind.__module__.startswith("flax.nnx.variable") for kind in type(x).__mro__) and _is_box(x)
+
+
     return jax.tree.map(jnp.asarray, jax.tree.leaves(x, is_leaf=lambda child: child is not x)[0])

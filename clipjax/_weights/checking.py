@@ -133,7 +133,7 @@ def _of_optimizer(params: Tree, opt_state: State, tx: optax.GradientTransformati
         return [(row.entries, row.distance) for row in rows]
 
     try:
-        found = arrays(params, opt_state)
+        found = arrays(trees.pure(params), trees.pure(opt_state))
     except jax.errors.UnexpectedTracerError:  # a wrapper calls its transformation in a branch of its own
         visits[0] = -1
     if visits[0] != len(states(opt_state)):

@@ -73,8 +73,10 @@ def hold_once(
         return trees.map_with_path(lambda path, p: found[path][0], params), _merged(opt_state, new_state)
 
     try:
-        return jax.jit(hold)(params, opt_state if given else tx.init(params))
+        held = jax.jit(hold)(trees.pure(params), trees.pure(state))
+        return trees.with_boxes(held[0], params), trees.with_boxes(held[1], state)
     except jax.errors.UnexpectedTracerError:
+    state = opt_state if given else tx.init(params)
         _require_reached(False, "some in a branch")
         raise
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import clipjax
 from clipjax import projections, roundings, steps, structures
@@ -202,3 +203,51 @@ def test_hold_once_with_inner_scores_and_your_own_projection():
 def test_hold_once_says_where_it_reaches_nothing(tx):
     with pytest.raises(ValueError, match="`tx` must have weight transformations that a call of it reaches"):
         clipjax.hold_once(getattr(tx, "gradient_transformation", lambda: tx)(), PARAMS)
+
+
+def test_the_state_of_an_nnx_optimizer_is_read_and_comes_back_in_its_boxes():
+    """`nnx.Optimizer` keeps variables, and gives its transformation arrays."""
+    model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    tx = after(clipjax.prune_mask(0.5), clipjax.fake_quantize(4))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    params = nnx.state(model, nnx.Param)
+    assert clipjax.check(params, optimizer.opt_state, tx) == []
+    average = jax.tree.map(lambda p: 0.9 * p, params)
+    kinds = [violation.kind for violation in clipjax.check(average, optimizer.opt_state, tx)]
+    assert kinds == ["grid"]
+    held, state = clipjax.hold_once(tx, average, optimizer.opt_state)
+    assert jax.tree.structure((held, state)) == jax.tree.structure((params, optimizer.opt_state))
+    assert clipjax.check(held, state, tx) == []
+
+
+CHANGED = {
+    "in MultiSteps": (
+        lambda: optax.MultiSteps(optax.chain(clipjax.prune_mask(0.5), optax.sgd(0.1)), 2).gradient_transformation(),
+        [("", "tx", "unchecked"), ("a/kernel", "prune_mask", "mask"), ("b/kernel", "prune_mask", "mask")],
+    ),
+    "injected": (
+        lambda: optax.chain(optax.inject_hyperparams(clipjax.prune_mask)(sparsity=0.5), optax.sgd(0.1)),
+        [("a/kernel", "prune_mask", "mask"), ("b/kernel", "prune_mask", "mask")],
+    ),
+    "in a group": (
+        lambda: optax.partition(
+            {
+                "wrong": optax.chain(clipjax.prune_mask(0.5), optax.sgd(0.1)),
+                "right": optax.chain(optax.sgd(0.1), clipjax.prune_mask(0.5)),
+            },
+            {"a": {"bias": "right", "kernel": "wrong"}, "b": {"kernel": "right"}},
+        ),
+        [("a/kernel", "prune_mask", "mask")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_does_not_hold_is_found_inside_of_optax_wrappers(name):
+    build, expected = CHANGED[name]
+    tx = build()
+    params, state = train(tx)
+    assert sorted(found(clipjax.check(params, state, tx))) == expected
+    of_state = [violation for violation in clipjax.check(params, state) if violation.kind != "unchecked"]
+    assert sorted(found(of_state)) == [row for row in expected if row[2] != "unchecked"]
