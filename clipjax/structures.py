@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -95,7 +96,8 @@ def n_of_m(n: int, m: int, axis: int = -2) -> Structure:
             rank += ((other > groups) | ((other == groups) & (j < place))).astype(jnp.int32)
         return sharding.laid_as(blocks.join(rank < n, at, keys.shape[at]), keys)
 
-    return _leafwise(lambda scores: scores, _has_axis(axis), whole=True, keep=keep)
+    kind = zlib.crc32(repr((int(n), int(m), int(axis))).encode()) >> 8  # f32 holds 24 bits
+    return _leafwise(lambda scores: scores, _has_axis(axis), whole=True, keep=keep, kind=float(kind))
 
 
 def block(height: int, width: int, min_keep: int = 1) -> Structure:
@@ -238,6 +240,7 @@ def _leafwise(
     min_keep: int = 0,
     whole: bool = False,
     keep: Callable[[jax.Array], jax.Array] | None = None,
+    kind: float = 0.0,
     layers: tuple[int, ...] = (),
 ) -> Structure:
     """The structure that treats each leaf on its own, from functions of one array."""
@@ -248,6 +251,7 @@ def _leafwise(
         min_keep=min_keep,
         whole=whole,
         keep=keep,
+        kind=kind,
         layers=layers,
     )
 

@@ -189,6 +189,7 @@ class Structure(NamedTuple):
       whole: True where every weight is a unit of its own.
       keep: for a structure that fixes the sparsity, `keep(keys) -> mask`: from unsigned keys, of which the lowest are
         removed, True where an entry is kept. None where the sparsity is free.
+      kind: a number that says which `keep` this is: a mask that was made by another one is made anew.
       layers: the axes of an array of units along which layers are stacked, all of which lose the same number; () where
         an array is one layer.
     """
@@ -201,6 +202,7 @@ class Structure(NamedTuple):
     min_keep: int = 0
     whole: bool = False
     keep: Callable[[jax.Array], jax.Array] | None = None
+    kind: float = 0.0
     layers: tuple[int, ...] = ()
 
 

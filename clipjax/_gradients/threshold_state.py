@@ -157,6 +157,7 @@ class _Same:
 
 
 def _followed(same: _Same, measured: jax.Array, state: State, zeros: bool) -> tuple[jax.Array, State]:
+    _check_state(same.rule, measured, state)
     finite = jnp.isfinite(measured)
     usable = finite if zeros else finite & (measured > 0)
     one = same.rule.update
@@ -173,6 +174,13 @@ def _followed(same: _Same, measured: jax.Array, state: State, zeros: bool) -> tu
         return jnp.where(at, new.astype(old.dtype), old)
 
     return jnp.where(limit > 0, jnp.minimum(limit, largest), largest), jax.tree.map(keep, new_state, state)
+
+
+def _check_state(rule: Rule, measured: jax.Array, state: State) -> None:
+    """Raise for the state of another rule, or of one with another window."""
+    wanted = jax.tree.map(lambda x: measured.shape + x.shape, jax.eval_shape(rule.init))
+    found = jax.tree.map(jnp.shape, state)
+    trees.check_state(found == wanted, f"the history {found} of another rule, which should be {wanted}")
 
 
 # Outside of jit one program, found again at the next update; its infinities are no concern of `jax_debug_infs`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -146,6 +147,34 @@ def begin(plan: Plan, leaf: Leaf) -> LeafLevels:
     return step, low, high
 
 
+def outdated(plans: dict[str, Plan], target: Tree, state: QuantizeState) -> jax.Array:
+    """True where grids were made for other widths than they may have now, or for another number as their step.
+
+    Raises:
+      ValueError: for a grid whose steps belong to other step groups.
+    """
+    for path, x in trees.governed(target):
+        _check_shape(plans[path], x, at(state, path))
+    other = state.asked != fingerprint(plans)
+    path, plan = next(iter(plans.items()))
+    if plan.rule.levels is levels.as_given:  # one rule, and so one number, for all leaves
+        number = plan.rule.fit(jnp.zeros((1,)), 0, (0,)).reshape(())
+        other |= (jnp.ravel(at(state, path).step)[0] != number) & (number > 0)
+    return fitted(state) & other
+
+
+def fingerprint(plans: dict[str, Plan]) -> int:
+    """A number that differs where a run goes on with other widths, so that the grids are fitted anew."""
+    return zlib.crc32(repr([(path, plan.allowed) for path, plan in plans.items()]).encode()) >> 1
+
+
+def _check_shape(plan: Plan, x: jax.Array, grid: LeafGrid) -> None:
+    """Raise for steps of other step groups: of another `axis` or `group`."""
+    shape = step_groups.shape(x, plan.groups)
+    got = f"steps of shape {grid.step.shape} for an array of shape {x.shape}, where they should have {shape}"
+    trees.check_state(grid.step.shape == shape, got)
+
+
 class Measured(NamedTuple):
     """The weights of one leaf to which its step is fitted.
 
@@ -210,6 +239,7 @@ def chosen(spectrum: spectra.Spectrum, index: jax.Array) -> LeafLevels:
 
 def level(plan: Plan, x: jax.Array, grid: LeafGrid, key: jax.Array | None, since: jax.Array) -> jax.Array:
     """The level of every weight: code * s, the codes limited to those of the grid."""
+    _check_shape(plan, x, grid)
     w = step_groups.view(x, plan.groups)
     binary = plan.binary(grid)
     code = grids.codes(w, grid.step, binary, rounding=plan.rounding, key=key)

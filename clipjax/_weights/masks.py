@@ -158,6 +158,9 @@ def pool(
         units = [_finite(x.astype(dtype), f) for x, f in zip(units, _or_none(finite, units), strict=True)]
         units, treedef = trees.arrays(structure.reduce(treedef.unflatten(units)))
     picked = _or_none(chosen, units)
+    for unit, mask in zip(units, _or_none(before, units), strict=True):
+        fits = mask is None or mask.shape == unit.shape
+        trees.check_state(fits, f"a mask of other units, of shape {getattr(mask, 'shape', None)} for {unit.shape}")
     spread = [None if c is None else jnp.broadcast_to(c, u.shape) for c, u in zip(picked, units, strict=True)]
     alone = _or_none(finite if structure.whole and measure is None else None, units)
     leaves = list(zip(units, _or_none(before, units), alone, spread, _or_none(safe, units), strict=True))

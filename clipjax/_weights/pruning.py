@@ -105,7 +105,8 @@ def prune_mask(
         stays removed, so that several refreshes can remove more than `sparsity` of all; with either, a unit that a
         refresh does not select is kept by it.
       mask: a tree of bool arrays, True keeps, that is used from `start` on instead of a chosen mask; may be traced.
-        Leaves without one, and those that `where` does not pick, are not pruned.
+        Leaves without one, and those that `where` does not pick, are not pruned. It lies in the state: to go on with
+        another one, start with `tx.init(params)`.
       key: PRNG key for random scores and selections; each update folds it with the count. `jax.random.key(0)` by
         default, as in `fake_quantize`.
 
@@ -228,6 +229,9 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
             target = facts.settled_tree(weights, context.known)
             before = trees.place(state.mask, structure.owners(target))
             owners = structure.owners(target)
+        masks_there, owned = len(jax.tree.leaves(state.mask)), len(jax.tree.leaves(structure.owners(target)))
+        trees.check_state(masks_there == owned, f"{masks_there} masks for {owned} leaves")
+
             kept = _refreshed(pruning, only(target), owners, before, new_score, new_grow, here, since, carry)
             return _stored(structure, kept), asked
 

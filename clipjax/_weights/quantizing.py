@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,8 @@ def fake_quantize(
       bits: the width b, 1 to 16. Or ``clipjax.per_leaf(lambda path, leaf: b)``; or a tree from `choose_bits`, whose
         None leaves are left out; or a rule of `clipjax.widths`, which chooses the width of each leaf from its weights
         at every refresh; or None, the default, for codes of any size, for which `step` must be a number (the formula
-        of D4). Static.
+        of D4). Static. A width, and a number as `step`, may change between runs: a state whose grid was made for
+        another refreshes at once.
       step: how s follows from the weights: a rule of `clipjax.steps`, `mse()` by default, or a number, which may be
         traced. With a number, a weight that jumps over several levels in one update may land one unit in the last place
         beside its level. The next update corrects this, and its latent weight starts again at the param.
@@ -146,7 +146,7 @@ def fake_quantize(
         by_path = plans(target)
         if not by_path:
             return target, state
-        asked = _fingerprint(by_path)
+        asked = leaf_grid.fingerprint(by_path)
 
         def refresh(weights: Tree) -> QuantizeState:
             known, values = facts.governed(weights, context.known), jax.tree.leaves(weights)
@@ -161,8 +161,8 @@ def fake_quantize(
                 found, width = _chosen(widths.choose, by_path, measured)
             return leaf_grid.gathered(dict(zip(names, found, strict=True)), width, asked)
 
-        others = leaf_grid.fitted(state) & (state.asked != asked)
-        new = refreshing.refreshed(cycle, context, refresh, state, target, others)
+        outdated = leaf_grid.outdated(by_path, target, state)
+        new = refreshing.refreshed(cycle, context, refresh, state, target, outdated)
         return frozen_fn(target, new, context), new
 
     def frozen_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
@@ -228,11 +228,6 @@ def _rounding(rounding: RoundingMode) -> tuple[str, leaf_grid.Soften | None]:
 def _widest(plans: dict[str, Plan]) -> dict[str, jax.Array]:
     """The width of every leaf, the largest one before a rule has chosen."""
     return {path: jnp.asarray(plan.widest, jnp.int32) for path, plan in plans.items()}
-
-
-def _fingerprint(plans: dict[str, Plan]) -> int:
-    """A number that differs where a run goes on with other widths, so that the grids are fitted anew."""
-    return zlib.crc32(repr([(path, plan.allowed) for path, plan in plans.items()]).encode()) >> 1
 
 
 def _chosen(

@@ -47,7 +47,7 @@ class Amount(NamedTuple):
       pooled: True where the units of all leaves are compared together.
       scheduled: True where it changes with the count.
       asked: `asked(owners) -> f32`, the fraction, or one for each leaf, for which a mask would be made at any count; 0
-        for a schedule, and for a structure that fixes it.
+        for a schedule; for a structure that fixes it its `kind`.
       default: the `where` without a caller's own: embeddings are left out unless they have a fraction of their own.
       check: `check(owners)` raises where a leaf has no fraction, or a wrong one.
       removed: `removed(count, leaves)`, how many units go: of each layer of each leaf, or where `pooled` of all
@@ -73,7 +73,8 @@ def resolve(sparsity: Sparsity, structure: Structure, scope: str) -> Amount:
     if structure.keep is not None:
         remedy = "This structure fixes the sparsity itself: leave it out."
         arguments.require(sparsity is None, "sparsity", "be None for n_of_m", sparsity, remedy)
-        return Amount(scope == "global", False, _nothing, lambda owners: None, lambda count, leaves: wide.of(0))
+        asked = lambda owners: jnp.asarray(structure.kind, jnp.float32)  # noqa: E731
+        return Amount(scope == "global", False, asked, lambda owners: None, lambda count, leaves: wide.of(0))
     arguments.require(sparsity is not None, "sparsity", "be given for this structure", sparsity, _REMEDY)
     if arguments.is_tree(sparsity):  # also `per_leaf`, a tuple: with own fractions no leaves are compared with others
         return _leaf_by_leaf(sparsity)

@@ -21,7 +21,7 @@ class PruneState(NamedTuple):
     Attributes:
       mask: bool arrays, True keeps, one entry per unit (they broadcast to the weights); None at leaves not governed.
       asked: f32, the constant sparsity that the mask was made for, or one for each leaf; -1 before the first refresh; 0
-        for a schedule and where no sparsity is asked for.
+        for a schedule and a given mask; the `kind` of a structure that fixes the sparsity.
       score: the state of the score.
       grow: the state of the score by which removed weights grow again; () without `regrow`.
     """

@@ -115,7 +115,7 @@ MUTANTS = (
     Mutant("_weights/leaf_grid.py", "facts.settled(x, known), plan", "x, plan", "refreshing", "same_update"),
     Mutant(
         "_weights/quantizing.py",
-        "refresh, state, target, others)",
+        "refresh, state, target, outdated)",
         "refresh, state, target)",
         "refreshing",
         "widths_that_were_changed",
