@@ -120,16 +120,20 @@ def _of_optimizer(params: Tree, opt_state: State, tx: optax.GradientTransformati
 
     @jax.jit
     def arrays(params: Tree, opt_state: State) -> list[tuple[jax.Array, jax.Array]]:
-        rows: list[_Row] = []
+        found: list[Visited] = []
         times: dict[str, int] = {}
 
         def look(visited: Visited) -> State:
-            rows.extend(_missed(visited, _numbered(visited.constraint.name, times)))
+            found.append(visited)
             return visited.state
 
         visiting.visit(tx, look, params, opt_state, {})
         labels[:] = [(row.path, row.rule, row.kind) for row in rows]
         visits[0] = sum(times.values())
+        # Numbered as in `report`: in the order of the state, not in that in which a wrapper calls its groups.
+        places = {id(state.count): i for i, state in enumerate(states(opt_state))}
+        found.sort(key=lambda visited: places.get(id(visited.state.count), len(places)))
+        rows = [row for visited in found for row in _missed(visited, _numbered(visited.constraint.name, times))]
         return [(row.entries, row.distance) for row in rows]
 
     try:

@@ -238,7 +238,7 @@ CHANGED = {
             },
             {"a": {"bias": "right", "kernel": "wrong"}, "b": {"kernel": "right"}},
         ),
-        [("a/kernel", "prune_mask", "mask")],
+        [("a/kernel", "prune_mask_1", "mask")],  # groups come in the order of their names
     ),
 }
 
