@@ -131,6 +131,13 @@ def check_kind(state: object, kind: type) -> None:
     """Raise for a state of another transformation, and for one that is no state."""
     if not isinstance(state, kind):
         raise TypeError(
+def check_named(named: list[str], params: Tree) -> None:
+    """Raise where a state has arrays for leaves that the params do not have."""
+    found = {path for path, _ in governed(params)}
+    missing = sorted({path for path in named if path and path not in found})
+    check_state(not missing, f"{missing}, which the params do not have")
+
+
             f"`state` must be the {kind.__name__} that `init` returned, got {type(state).__name__}. Restore a"
             " checkpoint into `tx.init(params)`; states of other versions do not fit."
         )

@@ -130,7 +130,7 @@ def summarize(
       A `Summary`.
 
     Raises:
-      ValueError: for widths outside 1 to 16; for both `opt_state` and `tx`.
+      ValueError: for widths outside 1 to 16; for both `opt_state` and `tx`; for the state of other params.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -145,6 +145,7 @@ def summarize(
     """
     remedy = "Leave it out: `tx` is for a dry run, before there is a state."
     arguments.require(tx is None or opt_state is None, "opt_state", "be None with `tx`", type(opt_state), remedy)
+    arguments.transformation(tx, "tx")
     if tx is not None:
         params, opt_state = _dry_run(params, tx)
     widths = () if isinstance(widths, tuple | list) and not widths else arguments.widths(widths, "widths")
@@ -153,6 +154,8 @@ def summarize(
     latents = [dict(trees.governed(s.carry)) for s in states if isinstance(s.projection, QuantizeState)]
     masks = [dict(trees.governed(s.projection.mask)) for s in states if isinstance(s.projection, PruneState)]
     leaves = [(path, leaf) for path, leaf in trees.governed(params) if not _is_key(leaf)]
+    of_state = [path for tree in [*masks, *(g.step for g in grids)] for path, _ in trees.governed(tree)]
+    trees.check_named(of_state, params)
     rows = [_row(path, leaf, grids, masks, latents, widths) for path, leaf in leaves]
     for row in rows:
         row["left_out"] = "" if row["picked"] or not (grids or masks) else row["left_out"]

@@ -257,8 +257,9 @@ def quantized(params: Tree, opt_state: State) -> Tree:
       zero point is 0.
 
     Raises:
-      ValueError: where the state holds no `fake_quantize`, and where a finite weight is farther from its level, naming
-        leaf and distance: the params are an average, of another checkpoint, or changed behind the quantizer.
+      ValueError: where the state holds no `fake_quantize` or belongs to other params, and where a finite weight is
+        farther from its level, naming leaf and distance: the params are an average, of another checkpoint, or changed
+        behind the quantizer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -275,6 +276,7 @@ def quantized(params: Tree, opt_state: State) -> Tree:
     found = trees.find(opt_state, QuantizeState)
     remedy = "Pass the state of an optimizer with `clipjax.fake_quantize` in it."
     arguments.require(found, "opt_state", "hold a quantizer", type(opt_state).__name__, remedy)
+    trees.check_named([path for state in found for path, _ in trees.governed(state.step)], params)
 
     def codes(path: str, leaf: jax.Array) -> jax.Array | integers.Quantized:
         for state in found:

@@ -275,3 +275,12 @@ def test_a_weight_that_is_not_finite_is_passed_over():
 
 def test_keys_are_no_weights():
     assert list(clipjax.summarize({"w": jnp.ones(2), "key": jax.random.key(0)}).to_dict()) == ["w", "total"]
+
+
+@pytest.mark.parametrize("tx", [clipjax.prune_mask(0.5), clipjax.fake_quantize(4)], ids=["prune", "quantize"])
+def test_the_state_of_other_params_is_refused(tx):
+    state = tx.init({"body": {"kernel": jnp.ones((4, 4))}})
+    with pytest.raises(
+        ValueError, match=r"^`state` must belong to these params, got \['body/kernel'\], which the params"
+    ):
+        clipjax.summarize({"bodi": {"kernel": jnp.ones((4, 4))}}, state)

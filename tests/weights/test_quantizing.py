@@ -286,3 +286,10 @@ def test_update_traces_once():
     for i in range(3):
         updates, state = update(noise(i), state, params)
         params = optax.apply_updates(params, updates)
+
+
+def test_quantized_refuses_the_state_of_other_params():
+    """It would return their floats as they are."""
+    ((params, state),) = run(clipjax.fake_quantize(4), 1)
+    with pytest.raises(ValueError, match=r"`state` must belong to these params, got \['b/kernel'\]"):
+        clipjax.quantized({"a": params["a"]}, state)
