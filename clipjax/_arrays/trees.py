@@ -72,11 +72,8 @@ def by_path(tree: Tree) -> Any:
     named = governed(tree)
     if not named:  # one leaf all the same: `optax.tree.map_params` inits with a tree that has none
         return jnp.zeros(())
+    check_differ([path for path, _ in named])
     found = dict(named)
-    if len(found) != len(named):
-        raise ValueError(
-            f"Leaf paths must differ, got {sorted(p for p, _ in named)}. Rename the keys that contain '/'."
-        )
     stored: dict[str, Any] = {}
     for path, leaf in named:
         *outer, last = path.split("/")
@@ -86,6 +83,13 @@ def by_path(tree: Tree) -> Any:
             node = node.setdefault(key, {})
         node[path if behind_leaf else last] = leaf
     return stored
+
+
+def check_differ(paths: list[str]) -> None:
+    """Raise where two leaves have one path, as a key "a/b" and a key "b" under "a" do."""
+    twice = sorted(path for path, times in collections.Counter(paths).items() if times > 1)
+    if twice:
+        raise ValueError(f"Leaf paths must differ, got {twice} more than once. Rename the keys that contain '/'.")
 
 
 def look_up(stored: Any, path: str) -> Any:
@@ -127,10 +131,6 @@ def check_state(fits: bool, got: str) -> None:
         )
 
 
-def check_kind(state: object, kind: type) -> None:
-    """Raise for a state of another transformation, and for one that is no state."""
-    if not isinstance(state, kind):
-        raise TypeError(
 def check_named(named: list[str], params: Tree) -> None:
     """Raise where a state has arrays for leaves that the params do not have."""
     found = {path for path, _ in governed(params)}
@@ -138,6 +138,10 @@ def check_named(named: list[str], params: Tree) -> None:
     check_state(not missing, f"{missing}, which the params do not have")
 
 
+def check_kind(state: object, kind: type) -> None:
+    """Raise for a state of another transformation, and for one that is no state."""
+    if not isinstance(state, kind):
+        raise TypeError(
             f"`state` must be the {kind.__name__} that `init` returned, got {type(state).__name__}. Restore a"
             " checkpoint into `tx.init(params)`; states of other versions do not fit."
         )
@@ -158,6 +162,20 @@ def unboxed(tree: Tree) -> Tree:
     return jax.tree.map(_unboxed, tree, is_leaf=_is_box)
 
 
+def pure(tree: Tree) -> Tree:
+    """The tree with arrays in the place of NNX's variables, as `nnx.Optimizer` gives it to its transformation."""
+    return jax.tree.map(lambda x: _unboxed(x) if _is_variable(x) else x, tree, is_leaf=_is_variable)
+
+
+def with_boxes(tree: Tree, like: Tree) -> Tree:
+    """What became of `pure(like)`, in the boxes of `like`."""
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+
+
+def _is_variable(x: object) -> bool:
+    return any(kind.__module__.startswith("flax.nnx.variable") for kind in type(x).__mro__) and _is_box(x)
+
+
 def _is_box(x: object) -> bool:
     """True for a node with one value, under the name that boxes give it."""
     # Only the top level of x is flattened, so that a box around a whole state counts as one value.
@@ -169,18 +187,4 @@ def _is_box(x: object) -> bool:
 
 def _unboxed(x: Any) -> Any:
     """Arrays out of their boxes; a box may also hold None, or a state without arrays."""
-def pure(tree: Tree) -> Tree:
-    """The tree with arrays in the place of NNX's variables, as `nnx.Optimizer` gives it to its transformation."""
-    return jax.tree.map(lambda x: _unboxed(x) if _is_variable(x) else x, tree, is_leaf=_is_variable)
-
-
-def with_boxes(tree: Tree, like: Tree) -> Tree:
-    """What became of `pure(like)`, in the boxes of `like`."""
-    return jax.tree.structure(like).unflatten(jax.tree.leaves(tree))
-
-
-def _is_variable(x: object) -> bool:
-    return any(kind.__module__.startswith("flax.nnx.variable") for kind in type(x).__mro__) and _is_box(x)
-
-
     return jax.tree.map(jnp.asarray, jax.tree.leaves(x, is_leaf=lambda child: child is not x)[0])

@@ -138,6 +138,7 @@ def constrain(
         picks = picking.pick(where, params)
         picking.warn_if_nothing(picks, params)
         governed = picking.restrict(params, picks)
+        trees.check_differ([path for path, _ in trees.governed(governed)])
         floats = jax.tree.map(latents.begin, governed) if carry else ()
         inner_state = inside.init(picking.merge(params, floats, picks) if carry and inner else params)
         if inner:

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
+import clipjax
 from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -82,6 +83,12 @@ def test_match_finds_leaves_of_a_larger_tree():
 def test_by_path_refuses_paths_that_collide():
     with pytest.raises(ValueError, match=r"paths must differ.*a/b.*Rename"):
         trees.by_path({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
+
+
+@pytest.mark.parametrize("build", [lambda: clipjax.prune_mask(0.5), lambda: clipjax.fake_quantize(4)])
+def test_leaves_of_one_path_are_refused_at_init(build):
+    with pytest.raises(ValueError, match=r"paths must differ, got \['a/w'\] more than once\. Rename"):
+        build().init({"a/w": jnp.ones((2, 2)), "a": {"w": jnp.ones((2, 2))}})
 
 
 CONTAINERS = {
