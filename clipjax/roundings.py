@@ -33,7 +33,7 @@ def parq(updates: int, steepness: float = 10.0) -> Rounding:
       steepness: κ > 0 of the sigmoid schedule.
 
     Returns:
-      A `Rounding`. Until it has hardened, weights are between levels, and `quantized` gives the nearest codes.
+      A `Rounding`. Until it has hardened, weights are between levels, and `quantized` raises.
 
     Raises:
       ValueError: for fewer than one update or a steepness that is not positive and finite.
