@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from clipjax.typing import Count, PerLeaf
@@ -91,6 +92,14 @@ def scalar(value: object, name: str, remedy: str) -> None:
         raise ValueError(f"`{name}` must be one number, got an array of shape {shape}. {remedy}")
 
 
+def real(value: object, name: str) -> jax.Array:
+    """An argument as an array; complex numbers are refused, whose imaginary parts would be dropped."""
+    x = jnp.asarray(value)
+    if jnp.iscomplexobj(x):
+        raise TypeError(f"`{name}` must be real, got {x.dtype}. Pass its real and imaginary parts as two arrays.")
+    return x
+
+
 def non_negative(value: object, name: str, remedy: str) -> None:
     """Check a known bound or threshold: a number >= 0, infinity allowed, NaN not."""
     if checkable(value):
@@ -111,7 +120,7 @@ def whole(value: object, name: str, *, low: int, remedy: str) -> None:
     scalar(value, name, remedy)
     if not traced(value):
         number = numeric(value, name, remedy)
-        ok = np.all((number >= low) & (number == np.floor(number)))
+        ok = np.all((number >= low) & (number == np.floor(number)) & np.isfinite(number))
         require(ok, name, f"be a whole number >= {low}", value, remedy)
 
 
@@ -194,7 +203,7 @@ def is_number(value: object) -> bool:
 
 def transformation(value: object, name: str) -> None:
     """Refuse what is no Optax transformation, and no None."""
-    if value is not None and not (hasattr(value, "init") and hasattr(value, "update")):
+    if value is not None and not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
         remedy = f"Call its factory: `{name}=optax.adam(1e-3)`."
         raise TypeError(f"`{name}` must be an optax.GradientTransformation, got {value!r}. {remedy}")
 

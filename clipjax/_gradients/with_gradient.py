@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import optax
 
+from clipjax._arrays import arguments
 from clipjax.typing import State, Tree
 
 
@@ -19,6 +20,9 @@ def with_gradient(inner: optax.GradientTransformation) -> optax.GradientTransfor
     Returns:
       An `optax.GradientTransformationExtraArgs`.
 
+    Raises:
+      TypeError: for an `inner` that is no transformation.
+
     Example:
       >>> import clipjax, jax.numpy as jnp, optax
       >>> score = clipjax.scores.gradient()
@@ -31,6 +35,9 @@ def with_gradient(inner: optax.GradientTransformation) -> optax.GradientTransfor
     References:
       D2, section 2.2, step 1.
     """
+    if inner is None:
+        raise TypeError("`inner` must be an optax.GradientTransformation, got None. Give the whole chain.")
+    arguments.transformation(inner, "inner")
     inside = optax.with_extra_args_support(inner)
 
     def update_fn(updates: Tree, state: State, params: Tree | None = None, **extra: object) -> tuple[Tree, State]:

@@ -60,6 +60,7 @@ def round_to_step(x: jax.Array, step: Number, *, rounding: str = "nearest", key:
 
     Raises:
       ValueError: for a step that is not positive and finite, an unknown rounding, or a missing key.
+      TypeError: for complex numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,7 +74,7 @@ def round_to_step(x: jax.Array, step: Number, *, rounding: str = "nearest", key:
     """
     arguments.check_step(step)
     grids.check_rounding(rounding, key)
-    x = jnp.asarray(x)
+    x = arguments.real(x, "x")
     wide = dtypes.widened(x)
     step = blocks.spread(jnp.asarray(step), x.shape).astype(wide.dtype)
     level = grids.codes(wide, step, rounding=rounding, key=key) * step
@@ -110,6 +111,7 @@ def quantize(
 
     Raises:
       ValueError: for bits outside 1 to 16, a step that is not positive and finite, an unknown rounding.
+      TypeError: for complex numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -123,7 +125,7 @@ def quantize(
     grids.check_rounding(rounding, key)
     if bits is not None:
         arguments.bits(bits)
-    x = dtypes.widened(jnp.asarray(x))
+    x = dtypes.widened(arguments.real(x, "x"))
     step, zero = (blocks.spread(jnp.asarray(v), x.shape).astype(x.dtype) for v in (step, zero_point))
     whole = grids.codes(x, step, True if bits == 1 else None, rounding=rounding, key=key)
     whole = jnp.where(jnp.isnan(x) | jnp.isnan(whole), jnp.zeros_like(x), whole) + zero

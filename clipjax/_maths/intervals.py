@@ -31,6 +31,7 @@ def clamp(x: jax.Array, bound: Interval) -> jax.Array:
 
     Raises:
       ValueError: for a negative or NaN bound, lo > hi, or an interval without a value of the dtype of `x`.
+      TypeError: for complex numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -40,7 +41,7 @@ def clamp(x: jax.Array, bound: Interval) -> jax.Array:
     References:
       D3, section 3, step 4.
     """
-    x = jnp.asarray(x)
+    x = arguments.real(x, "x")
     low, high = inside(bound, x.dtype)
     return limit(x, low, high)
 

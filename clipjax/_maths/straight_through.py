@@ -55,6 +55,7 @@ def fake_quant(
     Raises:
       ValueError: for bits outside 1 to 16, a step that is not positive and finite, an unknown rounding or gradient, or
         "lsq" without bits.
+      TypeError: for complex numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -76,7 +77,7 @@ def fake_quant(
         arguments.bits(bits)
     remedy = "A step is learned for a grid that has ends: give the width."
     arguments.require(bits is not None or gradient != "lsq", "bits", "be given for a learned step", bits, remedy)
-    x = jnp.asarray(x)
+    x = arguments.real(x, "x")
     wide = dtypes.widened(x)
     step = jnp.asarray(step, wide.dtype)
     fixed, by = jax.lax.stop_gradient((wide, step))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipjax._arrays import dtypes, picking, trees
+from clipjax._arrays import arguments, dtypes, picking, trees
 from clipjax._maths import drawing, intervals, landing
 from clipjax._weights import latents, leaf_grid, visiting
 from clipjax._weights.clamping import ClampState
@@ -87,6 +87,7 @@ def check(
 
     Raises:
       ValueError: with `raise_`, naming every leaf; where the state does not belong to `tx` or to the params.
+      TypeError: for a `tx` that is no transformation, and a state of another one.
 
     Example:
       >>> import clipjax, jax.numpy as jnp, optax
@@ -100,6 +101,7 @@ def check(
     References:
       D2, section 2.2, step 3: pruned weights stay pruned.
     """
+    arguments.transformation(tx, "tx")
     rows = _of_state(params, opt_state) if tx is None else _of_optimizer(params, opt_state, tx)
     found = [Violation(row.path, row.rule, row.kind, int(row.entries), float(row.distance)) for row in rows]
     found = [violation for violation in found if violation.entries or violation.kind == "unchecked"]
@@ -128,12 +130,12 @@ def _of_optimizer(params: Tree, opt_state: State, tx: optax.GradientTransformati
             return visited.state
 
         visiting.visit(tx, look, params, opt_state, {})
-        labels[:] = [(row.path, row.rule, row.kind) for row in rows]
-        visits[0] = sum(times.values())
         # Numbered as in `report`: in the order of the state, not in that in which a wrapper calls its groups.
         places = {id(state.count): i for i, state in enumerate(states(opt_state))}
         found.sort(key=lambda visited: places.get(id(visited.state.count), len(places)))
         rows = [row for visited in found for row in _missed(visited, _numbered(visited.constraint.name, times))]
+        labels[:] = [(row.path, row.rule, row.kind) for row in rows]
+        visits[0] = sum(times.values())
         return [(row.entries, row.distance) for row in rows]
 
     try:

@@ -46,6 +46,7 @@ def hold_once(
     Raises:
       ValueError: where `tx` has no weight transformation that can be reached, as inside of `optax.MultiSteps` or
         `optax.apply_if_finite`, which call their transformation in a branch.
+      TypeError: for a `tx` that is no transformation.
 
     Example:
       >>> import clipjax, jax.numpy as jnp, optax
@@ -57,6 +58,8 @@ def hold_once(
     References:
       D2, section 2.2: prune a trained network. D4, section 2.2: quantize one.
     """
+    arguments.transformation(tx, "tx")
+    _require_reached(tx is not None, None)
     given = opt_state is not None
 
     def hold(params: Tree, opt_state: State) -> tuple[Tree, State]:
@@ -72,11 +75,11 @@ def hold_once(
         _require_reached(times == len(checking.states(opt_state)) > 0, times)
         return trees.map_with_path(lambda path, p: found[path][0], params), _merged(opt_state, new_state)
 
+    state = opt_state if given else tx.init(params)
     try:
         held = jax.jit(hold)(trees.pure(params), trees.pure(state))
         return trees.with_boxes(held[0], params), trees.with_boxes(held[1], state)
     except jax.errors.UnexpectedTracerError:
-    state = opt_state if given else tx.init(params)
         _require_reached(False, "some in a branch")
         raise
 

@@ -44,6 +44,7 @@ def make_mask(
     Raises:
       ValueError: for a sparsity outside [0, 1), None where the structure needs one, an unknown scope, and an array
         with an axis of 2**32 units or more.
+      TypeError: for complex scores.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,7 +58,7 @@ def make_mask(
     amount = sparsities.resolve(sparsity, structure, scope)
     remedy = "A mask is made once, at no count: give the fraction itself."
     arguments.require(not amount.scheduled, "sparsity", "be a number or a tree, not a schedule", sparsity, remedy)
-    scores = jax.tree.map(jnp.asarray, scores)
+    scores = jax.tree.map(lambda x: arguments.real(x, "scores"), scores)
     filled = jax.tree.map(lambda x: x if x.size else None, scores)
     scored = filled
     if structure.holds is not None:
@@ -157,10 +158,10 @@ def pool(
     if measure is None:
         units = [_finite(x.astype(dtype), f) for x, f in zip(units, _or_none(finite, units), strict=True)]
         units, treedef = trees.arrays(structure.reduce(treedef.unflatten(units)))
-    picked = _or_none(chosen, units)
     for unit, mask in zip(units, _or_none(before, units), strict=True):
         fits = mask is None or mask.shape == unit.shape
         trees.check_state(fits, f"a mask of other units, of shape {getattr(mask, 'shape', None)} for {unit.shape}")
+    picked = _or_none(chosen, units)
     spread = [None if c is None else jnp.broadcast_to(c, u.shape) for c, u in zip(picked, units, strict=True)]
     alone = _or_none(finite if structure.whole and measure is None else None, units)
     leaves = list(zip(units, _or_none(before, units), alone, spread, _or_none(safe, units), strict=True))

@@ -116,9 +116,10 @@ def prune_mask(
 
     Raises:
       ValueError: for a sparsity outside [0, 1), a schedule without `stop`, stop < start, every < 1, an unknown scope,
-        `regrow` without `inner`, `regrow` together with `carry` or `structures.n_of_m`, both sparsity and mask, or
-        neither where the structure does not fix the sparsity; at init for a mask of the wrong shape, and an array
-        with an axis of 2**32 units or more; at update for missing `params`, or a missing `grad` of a gradient score.
+        `regrow` without `inner`, `grow` without `regrow`, `regrow` together with `carry` or `structures.n_of_m`, both
+        sparsity and mask, or neither where the structure does not fix the sparsity; at init for a mask of the wrong
+        shape or of no leaf, and an array with an axis of 2**32 units or more; at update for missing `params`, or a
+        missing `grad` of a gradient score.
       TypeError: for a factory that is not called; at init for a complex leaf that `where` picks.
 
     Example:
@@ -136,6 +137,8 @@ def prune_mask(
     """
     structure = structures.element() if structure is None else structure
     score = scoring.magnitude() if score is None else score
+    remedy = "It says which removed weights grow, of which `regrow` is the number: `regrow=0.3`."
+    arguments.require(grow is None or regrow is not None, "grow", "be None without `regrow`", grow, remedy)
     grow = scoring.gradient(decay=0.0) if grow is None else grow
     for name, value in (("score", score), ("grow", grow)):
         arguments.instance(value, Score, name, "Call a factory: `scores.magnitude()`.")
@@ -225,13 +228,13 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
         since = context.count - pruning.cycle.start
         asked = pruning.amount.asked(structure.owners(target))
 
+        masks_there, owned = len(jax.tree.leaves(state.mask)), len(jax.tree.leaves(structure.owners(target)))
+        trees.check_state(masks_there == owned, f"{masks_there} masks for {owned} leaves")
+
         def refresh(weights: Tree) -> tuple[Tree, jax.Array]:
             target = facts.settled_tree(weights, context.known)
             before = trees.place(state.mask, structure.owners(target))
             owners = structure.owners(target)
-        masks_there, owned = len(jax.tree.leaves(state.mask)), len(jax.tree.leaves(structure.owners(target)))
-        trees.check_state(masks_there == owned, f"{masks_there} masks for {owned} leaves")
-
             kept = _refreshed(pruning, only(target), owners, before, new_score, new_grow, here, since, carry)
             return _stored(structure, kept), asked
 

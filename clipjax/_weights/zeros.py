@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from clipjax._arrays import elementwise, picking, trees
+from clipjax._arrays import arguments, elementwise, picking, trees
 from clipjax._weights import masks
 from clipjax._weights.constraints import Constraint
 from clipjax._weights.facts import Fact
@@ -59,6 +60,7 @@ def given(mask: Tree) -> Constraint:
     """The constraint to the zeros of a given mask."""
 
     def init_fn(params: Tree) -> PruneState:
+        _check_named(mask, params)
         masked = trees.map_with_path(masks.as_mask, params, trees.match(mask, params))
         return PruneState(masked, jnp.zeros(()), (), ())
 
@@ -72,6 +74,15 @@ def given(mask: Tree) -> Constraint:
         return frozen_fn(target, state, context), state
 
     return constraint(Projection(init_fn, apply_fn, frozen_fn), kept)
+
+
+def _check_named(mask: Tree, params: Tree) -> None:
+    """Every mask must belong to a leaf, unless a wrapper has masked that leaf away."""
+    found = trees.paths(params)
+    left = [path for path, m in trees.governed(mask) if m is not True and path not in found]
+    masked = trees.find(params, optax.MaskedNode)
+    remedy = "Build it from the params: `jax.tree.map(lambda p: p != 0, params)`."
+    arguments.require(not left or masked or not found, "mask", "match the params by path", left, remedy)
 
 
 def masked_leaves(mask: Tree, where: Where | None) -> Where:

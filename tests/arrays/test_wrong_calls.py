@@ -72,6 +72,12 @@ SIGNATURES = {
     "start": (lambda: prune(start=lambda count: 1), "`start` must be a number, got <function"),
     "inner": (lambda: clipjax.prune_mask(0.5, inner=optax.adam), "Call its factory: `inner=optax.adam(1e-3)`."),
     "key": (lambda: prune(key=3), "`key` must be a PRNG key, got 3. Make one: `jax.random.key(0)`."),
+    "with_gradient": (lambda: clipjax.with_gradient(optax.adam), "Call its factory: `inner=optax.adam(1e-3)`."),
+    "with_gradient/none": (lambda: clipjax.with_gradient(None), "got None. Give the whole chain."),
+    "check": (lambda: clipjax.check(PARAMS, (), optax.adam), "`tx` must be an optax.GradientTransformation"),
+    "hold_once": (lambda: clipjax.hold_once(PARAMS, prune()), "`tx` must be an optax.GradientTransformation"),
+    "hold_once/uncalled": (lambda: clipjax.hold_once(clipjax.prune_mask, PARAMS), "`tx` must be an optax.Gradient"),
+    "summarize": (lambda: clipjax.summarize(PARAMS, tx=clipjax.prune_mask), "`tx` must be an optax.Gradient"),
 }
 NO_PER_LEAF = {
     "start": lambda: prune(start=mark),
@@ -169,3 +175,36 @@ def test_a_complex_leaf_is_refused_unless_where_leaves_it_out(build):
     tx = build(where=lambda path, leaf: path == "kernel")
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     assert updates["fourier"].dtype == jnp.complex64 and not updates["fourier"].any()
+
+
+REAL = {
+    "scores": lambda x: clipjax.make_mask({"w": x}, 0.5),
+    "x/round_to_step": lambda x: clipjax.round_to_step(x, 0.5),
+    "x/quantize": lambda x: clipjax.quantize(x, 0.5, 4),
+    "x/fake_quant": lambda x: clipjax.fake_quant(x, 0.5, 4),
+    "x/clamp": lambda x: clipjax.clamp(x, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_functions_of_arrays_refuse_complex_numbers(name):
+    """They would work on the real parts alone."""
+    with pytest.raises(TypeError, match=rf"^`{name.split('/')[0]}` must be real, got complex64\. Pass"):
+        REAL[name](jnp.full(4, 3 + 4j))
+    assert REAL[name](jnp.full(4, 3.0)) is not None
+
+
+@pytest.mark.parametrize("name", ["start", "every", "stop"])
+def test_a_count_is_no_infinity(name):
+    for build in (prune, quantize):
+        with pytest.raises(ValueError, match=rf"^`{name}` must be a whole number >= [01], got inf\."):
+            build(**{name: np.inf})
+
+
+def test_a_mask_names_leaves_of_the_params():
+    kernel = jnp.ones((4, 4), bool)
+    wrong = clipjax.prune_mask(mask={"dense": {"kernel": kernel}, "dens": {"kernel": kernel}})
+    with pytest.raises(ValueError, match=r"^`mask` must match the params by path, got \['dens/kernel'\]\. Build it"):
+        wrong.init(PARAMS)
+    group = optax.masked(wrong, {"dense": True, "rest": False})  # the other masks belong to other groups
+    group.init(PARAMS | {"rest": {"kernel": kernel}})

@@ -182,6 +182,7 @@ ILLEGAL = [
     ("carry", {"inner": optax.sgd(0.1), "regrow": 0.3, "carry": True}),
     ("regrow", {"inner": optax.sgd(0.1), "regrow": 1.5}),
     ("inner", {"regrow": 0.3}),
+    ("grow", {"grow": scores.random()}),
     ("scores", {"score": scores.external({"a": {"kernel": jnp.ones((10, 12))}})}),
     ("scores", {"score": scores.external(jax.tree.map(lambda p: p[:1], PARAMS))}),
 ]
