@@ -64,7 +64,7 @@ MUTANTS = (
         "grids",
         "short",
     ),
-    Mutant("_maths/grids.py", "covered(near) > covered(below), near", "below.size > 0, near", "grids", "best_short"),
+    Mutant("_maths/grids.py", "covered(trial) > covered(below), trial", "below.size > 0, trial", "grids", "best_short"),
     Mutant("_maths/grids.py", "covered(above) > covered(best), above", "below.size < 0, above", "steps", "89_db"),
     Mutant("_maths/grids.py", "(first - 1, first, first + 1, first + 2)", "(first,)", "levels", "split"),
     Mutant("_maths/grids.py", "jnp.nextafter(middle, end), middle", "middle, middle", "grids", "reach"),

@@ -206,19 +206,6 @@ def test_factored_moments_are_refused_with_a_remedy():
         shrink(params, [{"a/kernel": -1, "b/kernel": 0}], tx.init(params))
 
 
-def test_groups_of_a_grid_are_refused_where_their_axis_is_cut():
-    """Two inputs share a step; with one of them gone the steps that are left would belong to other inputs."""
-    params = mlp_params(MLP_DEAD)
-    for path, refused in (("b/kernel", True), ("a/kernel", False)):
-        tx = clipjax.fake_quantize(4, group=clipjax.per_leaf(lambda p, leaf, path=path: 1 if p == path else None))
-        if refused:
-            with pytest.raises(ValueError, match=r"step/b/kernel` must have no groups along an axis that is cut"):
-                shrink(params, [MLP], tx.init(params))
-        else:
-            small, state, _ = shrink(params, [MLP], tx.init(params))
-            chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(small))
-
-
 def test_flattened_followers_take_every_nth_nan_is_alive_minus_zero_is_dead():
     params = {"in": jnp.array([[jnp.nan, -0.0, 2.0]]), "out": jnp.arange(12.0).reshape(6, 2), "mean": jnp.arange(6.0)}
     small = shrink(params, [{"in": -1, "out": 0, "mean": 0}]).variables

@@ -293,3 +293,17 @@ def test_quantized_refuses_the_state_of_other_params():
     ((params, state),) = run(clipjax.fake_quantize(4), 1)
     with pytest.raises(ValueError, match=r"`state` must belong to these params, got \['b/kernel'\]"):
         clipjax.quantized({"a": params["a"]}, state)
+
+
+@pytest.mark.parametrize("axis", [-2, -1], ids=["inputs", "outputs"])
+def test_shrink_refuses_to_cut_the_inputs_of_groups(axis):
+    """Two inputs share a step; with one of them gone the steps that are left would belong to other inputs."""
+    kernel = PARAMS["a"]["kernel"]
+    params = {"kernel": kernel.at[1].set(0.0) if axis == -2 else kernel.at[:, 1].set(0.0)}
+    tx = clipjax.fake_quantize(4, group=2)
+    if axis == -2:
+        with pytest.raises(ValueError, match=r"step/kernel` must have no groups along an axis that is cut, got \(3, 1"):
+            clipjax.shrink(params, [{"kernel": axis}], tx.init(params))
+    else:
+        small, state, _ = clipjax.shrink(params, [{"kernel": axis}], tx.init(params))
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(small))
