@@ -163,7 +163,8 @@ def unit(
     with ``axis=(0, -1)`` axis 0 is that of the layers, and each loses units of its own. All layers of a stack lose the
     same number, so that it can shrink: round(sparsity * units) with scope "leaf". With scope "global" all arrays have
     one threshold t. If c units of a stack of L layers score below t, each layer loses its floor(c / L) lowest. Together
-    all arrays lose round(sparsity * n) of n units, or less by at most L - 1 where t falls inside a stack.
+    all arrays lose round(sparsity * n) of n units, or less by at most L - 1 where t falls inside a stack. The exception
+    is a `select` that draws other candidates at every refresh: what earlier refreshes removed stays removed.
 
     With `groups` a unit extends over several leaves: the outputs of a kernel, their biases, the scale and offset of a
     batch norm, the inputs of the next kernel. All entries of a removed unit are exactly 0 in all of these leaves, so

@@ -1,4 +1,4 @@
-"""Claims: a frozen chain (clip, adam, clamp, prune, quantize) costs at most 1.7 times adam, a norm clip 1.25 times.
+"""Claims: a frozen chain costs at most 1.06 times additions over its arrays, refreshes in the program 1.15 times that.
 
 One jitted, donated update + apply_updates at 1.6e7 parameters, all variants in one process, in turns of eight steps as
 a training loop would run them; ratios of medians. The first four of a turn are not timed: what runs behind a refresh,
@@ -141,15 +141,15 @@ def main() -> None:
         ratios[name] = median / base
         rate = f"{moved / size:12.1f} {moved / median / 1e9:6.0f}" if moved else f"{'':19s}"
         print(f"{name:34s} {1e3 * median:8.2f} {ratios[name]:7.2f} {rate} {temp / 1e6:15.1f}")
-    optax_norm = ratios.get("optax.clip_by_global_norm + adam", 0.0)
     claims = [
-        ("whole chain, frozen", "adam", 1.0, 1.7),
-        ("clip_norm(zscore) + adam", "adam", 1.0, 1.25),
-        ("clip_norm(zscore) + adam", "optax.clip_by_global_norm + adam", optax_norm, 0.6),
+        ("whole chain, frozen", "additions", 1.06),
+        ("whole chain, cycle", "whole chain, frozen", 1.15),
+        ("clip_norm(zscore) + adam", "adam", 1.25),
+        ("clip_norm(zscore) + adam", "optax.clip_by_global_norm + adam", 0.6),
     ]
-    for name, peer, base, most in claims:
-        if name in ratios and base:
-            ratio = ratios[name] / base
+    for name, peer, most in claims:
+        if name in ratios and peer in ratios:
+            ratio = ratios[name] / ratios[peer]
             print(f"{name} / {peer} = {ratio:.2f} (at most {most}): {'holds' if ratio <= most else 'FAILS'}")
 
 
