@@ -5,12 +5,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import arguments
+from clipjax._arrays import arguments, elementwise
 from clipjax.typing import Selection, Tree
 
 
 def key_at(key: jax.Array | None, count: jax.Array) -> jax.Array:
     """The key of one update: the given one, `jax.random.key(0)` for None, folded with the count, never global."""
+    return _folded(key, count)
+
+
+@elementwise.leafwise
+def _folded(key: jax.Array | None, count: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(0) if key is None else key, count)
 
 

@@ -197,7 +197,7 @@ class Pruning(NamedTuple):
 
 def _pruned(pruning: Pruning, carry: bool) -> Constraint:
     """The constraint to the zeros of a mask that is chosen by score."""
-    structure, score, grow, regrow = pruning.structure, pruning.score, pruning.grow, pruning.regrow
+    structure, regrow = pruning.structure, pruning.regrow
 
     def scored(params: Tree) -> Callable[[Tree], Tree]:
         """A function that sets to None the leaves that lose entries with a unit, but do not enter its score."""
@@ -213,16 +213,29 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
         pruning.amount.check(structure.owners(params))
         asked = jnp.full_like(pruning.amount.asked(structure.owners(params)), NEVER)
         return PruneState(
-            _stored(structure, units), asked, score.init(weights), () if regrow is None else grow.init(weights)
+            _stored(structure, units),
+            asked,
+            pruning.score.init(weights),
+            () if regrow is None else pruning.grow.init(weights),
         )
+
+    @refreshing.compiled
+    def refresh(weights: Tree, inputs: refreshing.Inputs) -> tuple[Tree, jax.Array]:
+        """The mask that is chosen from the weights, and the sparsity that it is made for."""
+        known, mask, score, grow, here, since, asked = inputs
+        target = facts.settled_tree(weights, known)
+        owners, picks = structure.owners(target), [p is not None for p in trees.flatten(here.params)[0]]
+        before, values = trees.place(mask, owners), picking.restrict(target, picks)
+        kept = _refreshed(pruning, values, owners, before, score, grow, here, since, carry)
+        return _stored(structure, kept), asked
 
     def apply_fn(target: Tree, state: PruneState, context: Context) -> tuple[Tree, PruneState]:
         if not jax.tree.leaves(target):  # as in a group of `optax.partition` that has no kernel
             return target, state
         only = scored(context.params)
         here = _restricted(context, only)
-        new_score = score.observe(only(target), state.score, here)
-        new_grow = state.grow if regrow is None else grow.observe(only(target), state.grow, here)
+        new_score = pruning.score.observe(only(target), state.score, here)
+        new_grow = state.grow if regrow is None else pruning.grow.observe(only(target), state.grow, here)
 
         # Schedules count from `start`, as the cycle does.
         since = context.count - pruning.cycle.start
@@ -231,15 +244,10 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
         masks_there, owned = len(jax.tree.leaves(state.mask)), len(jax.tree.leaves(structure.owners(target)))
         trees.check_state(masks_there == owned, f"{masks_there} masks for {owned} leaves")
 
-        def refresh(weights: Tree) -> tuple[Tree, jax.Array]:
-            target = facts.settled_tree(weights, context.known)
-            before = trees.place(state.mask, structure.owners(target))
-            owners = structure.owners(target)
-            kept = _refreshed(pruning, only(target), owners, before, new_score, new_grow, here, since, carry)
-            return _stored(structure, kept), asked
-
-        old = state.mask, state.asked
-        mask, asked = refreshing.refreshed(pruning.cycle, context, refresh, old, target, jnp.any(asked != state.asked))
+        here = here._replace(refresh=None, memory=None, known=())
+        inputs = context.known, state.mask, new_score, new_grow, here, since, asked
+        old, changed = (state.mask, state.asked), jnp.any(asked != state.asked)
+        mask, asked = refreshing.refreshed(pruning.cycle, context, refresh, inputs, old, target, changed)
         new = PruneState(mask, asked, new_score, new_grow)
         return zeroed(target, kept(target, state, new)), new
 

@@ -142,27 +142,28 @@ def fake_quantize(
         begun = {path: leaf_grid.begin(plan, leaves[path]) for path, plan in by_path.items()}
         return leaf_grid.gathered(begun, _widest(by_path), leaf_grid.NEVER)
 
+    @refreshing.compiled
+    def refresh(weights: Tree, inputs: refreshing.Inputs) -> QuantizeState:
+        """The grids that are fitted to the weights as the transformations before leave them."""
+        by_path, values = plans(weights), jax.tree.leaves(weights)
+        known, kinds = facts.governed(weights, inputs[0]), [p.dtype for p in jax.tree.leaves(inputs[1])]
+        limits = facts.shared(leaf_grid.max_level, known, kinds)
+        rows = zip(by_path.values(), values, known, limits, kinds, strict=True)
+        measured = [leaf_grid.measure(*row) for row in rows]
+        names, static = list(by_path), list(by_path.values())
+        if widths.choose is None:
+            found, width = stacks.mapped(leaf_grid.fit, names, static, measured), _widest(by_path)
+        else:
+            found, width = _chosen(widths.choose, by_path, measured)
+        return leaf_grid.gathered(dict(zip(names, found, strict=True)), width, leaf_grid.fingerprint(by_path))
+
     def apply_fn(target: Tree, state: QuantizeState, context: Context) -> tuple[Tree, QuantizeState]:
         by_path = plans(target)
         if not by_path:
             return target, state
-        asked = leaf_grid.fingerprint(by_path)
-
-        def refresh(weights: Tree) -> QuantizeState:
-            known, values = facts.governed(weights, context.known), jax.tree.leaves(weights)
-            kinds = [p.dtype for p in jax.tree.leaves(context.params)]
-            limits = facts.shared(leaf_grid.max_level, known, kinds)
-            rows = zip(by_path.values(), values, known, limits, kinds, strict=True)
-            measured = [leaf_grid.measure(*row) for row in rows]
-            names, static = list(by_path), list(by_path.values())
-            if widths.choose is None:
-                found, width = stacks.mapped(leaf_grid.fit, names, static, measured), _widest(by_path)
-            else:
-                found, width = _chosen(widths.choose, by_path, measured)
-            return leaf_grid.gathered(dict(zip(names, found, strict=True)), width, asked)
-
         outdated = leaf_grid.outdated(by_path, target, state)
-        new = refreshing.refreshed(cycle, context, refresh, state, target, outdated)
+        inputs = context.known, context.params
+        new = refreshing.refreshed(cycle, context, refresh, inputs, state, target, outdated)
         return frozen_fn(target, new, context), new
 
     def frozen_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ import numpy as np
 
 from clipjax._arrays import arguments, elementwise, sharding
 from clipjax.typing import Context, Count, Schedule, State, Tree
+
+Inputs: TypeAlias = tuple[Tree, ...]
+"""What a refresh computes with besides the weights: trees of arrays, and of functions, as facts have."""
 
 
 class Cycle(NamedTuple):
@@ -43,27 +46,60 @@ def repeated(cycle: Cycle) -> bool:
     return not known or int(cycle.stop) > int(cycle.start)
 
 
+Refresh: TypeAlias = Callable[[Tree, Inputs], State]
+"""`refresh(weights, inputs) -> state`: masks or grids from the weights."""
+
+
+def compiled(refresh: Refresh) -> Refresh:
+    """A refresh that is a function of arrays alone, compiled once for their shapes where it is called outside of jit.
+
+    A refresh counts and searches in loops, which JAX would compile anew at every call. Inside of jit the function is as
+    it was. A transformation makes one of these, for all its updates.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def program(treedef: jax.tree_util.PyTreeDef, static: tuple[object, ...], arrays: list[jax.Array]) -> State:
+        rest = iter(arrays)
+        return refresh(*treedef.unflatten([next(rest) if x is _ARRAY else x for x in static]))
+
+    def call(weights: Tree, inputs: Inputs) -> State:
+        leaves, treedef = jax.tree.flatten((weights, inputs))
+        if any(map(arguments.traced, leaves)):
+            return refresh(weights, inputs)
+        static = tuple(_ARRAY if isinstance(x, _ARRAYS) else x for x in leaves)
+        return program(treedef, static, [x for x in leaves if isinstance(x, _ARRAYS)])
+
+    return call
+
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+_ARRAY = "an array"  # in the place of one
+
+
 def refreshed(
     cycle: Cycle,
     context: Context,
-    refresh: Callable[[Tree], State],
+    refresh: Refresh,
+    inputs: Inputs,
     old: State,
     target: Tree,
     changed: jax.Array | bool = False,
 ) -> State:
-    """`refresh(target)` where a refresh is due, else `old`.
+    """`refresh(weights, inputs)` where a refresh is due, else `old`.
 
     A refresh is due at counts c >= start with (c - start) divisible by `every` up to `stop`, and at `stop` itself;
     without `every` once, at `start`. A static `context.refresh` decides at trace time instead.
 
     A refresh in a branch is given the weights as they lie in memory before the update: were the updates an operand of
     the branch, the program would have to store them at every step of the run. A cycle without a branch, static
-    `every=1` without an end, is given the target of this update.
+    `every=1` without an end, is given the target of this update. Outside of jit the count is known and there is no
+    branch either: JAX would compile both sides of it at every update.
 
     Args:
       cycle: when it is due.
       context: of this update.
-      refresh: the state for these weights.
+      refresh: from `compiled`.
+      inputs: what it is given besides the weights of the refresh.
       old: the state so far.
       target: what is projected at this update.
       changed: True where the state was made for other arguments, so that a refresh is due at any count from `start` on.
@@ -73,7 +109,7 @@ def refreshed(
 
     def fresh(weights: Tree) -> State:
         # a constant in derivatives: rules search and count, and reverse mode cannot pass through their loops
-        return jax.tree.map(sharding.laid_as, refresh(jax.lax.stop_gradient(weights)), old)
+        return jax.tree.map(sharding.laid_as, refresh(jax.lax.stop_gradient(weights), inputs), old)
 
     if context.refresh is not None:
         return fresh(memory()) if context.refresh else old
@@ -81,10 +117,24 @@ def refreshed(
     if cycle.stop is None and arguments.known(cycle.every) and cycle.every == 1:
         begun = None if arguments.known(cycle.start) and cycle.start == 0 else since >= 0
         return jax.tree.map(functools.partial(elementwise.keep, begun), fresh(target), old)
-    due = since == 0 if cycle.every is None else (since >= 0) & (since % cycle.every == 0)
-    if cycle.stop is not None:
-        due = (due & (context.count <= cycle.stop)) | (context.count == cycle.stop)
-    return jax.lax.cond(due | (changed & (since >= 0)), lambda: fresh(memory()), lambda: old)
+    due = _due(cycle, context.count, changed)
+    if not arguments.traced(due):
+        return fresh(memory()) if due else old
+    return jax.lax.cond(due, lambda: fresh(memory()), lambda: old)
+
+
+def _due(cycle: Cycle, count: Count, changed: jax.Array | bool) -> jax.Array | bool:
+    """True at the counts of the cycle, and from its start on where `changed`."""
+    start, every, stop = cycle
+    if not any(map(arguments.traced, (count, changed, *cycle))):
+        # numbers of Python: outside of jit a single operation on arrays takes longer than all of this
+        count, changed, start = int(count), bool(changed), int(start)
+        every, stop = (None if x is None else int(x) for x in (every, stop))
+    since = count - start
+    due = since == 0 if every is None else (since >= 0) & (since % every == 0)
+    if stop is not None:
+        due = (due & (count <= stop)) | (count == stop)
+    return due | (changed & (since >= 0))
 
 
 def check_ramp(name: str, schedule: Schedule, cycle: Cycle) -> None:

@@ -33,12 +33,22 @@ MUTANTS = (
     ),
     Mutant(
         "_weights/refreshing.py",
-        "(since % cycle.every == 0)",
-        "(since % cycle.every == 1)",
+        "(since % every == 0)",
+        "(since % every == 1)",
         "projecting",
         "refreshes_are_due",
     ),
-    Mutant("_weights/refreshing.py", "| (context.count == cycle.stop)", "", "projecting", "refreshes_are_due"),
+    Mutant("_weights/refreshing.py", "| (count == stop)", "", "projecting", "refreshes_are_due"),
+    Mutant(
+        "_weights/refreshing.py", "if not arguments.traced(due):", "if False:", "eager_updates", "compiles and prune"
+    ),
+    Mutant(
+        "_weights/refreshing.py",
+        "if any(map(arguments.traced, leaves)):",
+        "if leaves:",
+        "eager_updates",
+        "compiles and prune",
+    ),
     Mutant(
         "_weights/latents.py",
         "else zeros + p.astype(zeros.dtype)",
@@ -120,8 +130,8 @@ MUTANTS = (
     Mutant("_weights/leaf_grid.py", "facts.settled(x, known), plan", "x, plan", "refreshing", "same_update"),
     Mutant(
         "_weights/quantizing.py",
-        "refresh, state, target, outdated)",
-        "refresh, state, target)",
+        "inputs, state, target, outdated)",
+        "inputs, state, target)",
         "refreshing",
         "widths_that_were_changed",
     ),
@@ -163,8 +173,8 @@ MUTANTS = (
     Mutant("_weights/clamping.py", "elementwise.where(chosen, new, w)", "new", "documents", "d3_strategies"),
     Mutant(
         "_weights/refreshing.py",
-        "jax.tree.map(sharding.laid_as, refresh(jax.lax.stop_gradient(weights)), old)",
-        "refresh(jax.lax.stop_gradient(weights))",
+        "jax.tree.map(sharding.laid_as, refresh(jax.lax.stop_gradient(weights), inputs), old)",
+        "refresh(jax.lax.stop_gradient(weights), inputs)",
         "explicit_axes",
     ),
     Mutant("_weights/checking.py", "(state.count > visited.start) & ", "", "checking", "what_holds"),
