@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments, dtypes, elementwise
-from clipjax._maths import intervals, norms
+from clipjax._maths import intervals, norms, square_sums
 from clipjax.typing import Context, Number, Projection, State, Tree
 
 __all__ = ["Projection", "clamp", "identity", "max_norm", "stateless", "unit_norm"]
@@ -107,9 +109,9 @@ def max_norm(bound: float, *, axis: int | tuple[int, ...] | None = None) -> Proj
     r"""Norms of at most the bound: :math:`w \leftarrow w \min(1, C / \lVert w \rVert_2)`.
 
     The weights that result, in their dtype, have norms of at most C exactly. For that the factor is short of
-    :math:`C / \lVert w \rVert` by the error that a sum in f32 (f64 for f64 weights) can have, about :math:`10^{-7} n`
-    for n weights along an axis, and narrower dtypes are rounded toward zero; weights of a norm that is so close to C
-    count as too long.
+    :math:`C / \lVert w \rVert` by :math:`10^{-6}` (:math:`2 \cdot 10^{-15}` for f64 weights), whatever the number of
+    weights: squares are summed as whole numbers, without an error. Narrower dtypes are rounded toward zero. Weights of
+    a norm that is so close to C count as too long.
 
     Args:
       bound: C > 0.
@@ -135,17 +137,19 @@ def max_norm(bound: float, *, axis: int | tuple[int, ...] | None = None) -> Proj
 
     def scale(x: jax.Array, p: jax.Array) -> jax.Array:
         shown = dtypes.narrowed(x, p.dtype)  # what the params would be
-        scaled, largest, norm = _norm(jnp.where(jnp.isfinite(shown), shown, x), axis)
-        # In units of u, half an ulp of 1: a sum of n squares is off by n at most, its root by n/2 + 1, the norm by
-        # n/2 + 3. So a norm is surely within C where it is found to be below C (1 - margin). What is scaled is off by
-        # n/2 + 4 and must be found to be so by the next update, which may be wrong the other way: n/2 + 3 more.
+        axes = _axes(x, axis)
+        scaled, power, norm = _norm(jnp.where(jnp.isfinite(shown), shown, x), axes)
+        # In units of u, half an ulp of 1, the norm is off by e at most: half the error of the sum, and the root. So it
+        # is surely within C where it is found to be at most C (1 - margin), one rounding more. What is scaled is off by
+        # e and four roundings, and must be found to be so by the next update, which may be off by e the other way.
         unit = float(jnp.finfo(x.dtype).eps) / 2
-        half = sum(x.shape[a] for a in _axes(x, axis)) / 2
-        margin, short = (half + 4) * unit, (3 * half + 11) * unit
+        e = square_sums.error(x.shape, axes) / 2 + 1
+        margin = math.ceil(e + 1)
+        short = math.ceil(margin + 2 * e + 4)
         limit = jnp.asarray(bound, x.dtype)
         limit = jnp.where(limit < 0, jnp.zeros_like(limit), limit)
-        within = dtypes.truncated(scaled * (limit * (1 - short) / norm), p.dtype)
-        return jnp.where((norm * largest > limit * (1 - margin)) & jnp.isfinite(x), within, x)
+        within = dtypes.truncated(scaled * (limit * (1 - short * unit) / norm), p.dtype)
+        return jnp.where((2 * norm * power > limit * (1 - margin * unit)) & jnp.isfinite(x), within, x)
 
     def apply(target: Tree, state: State, context: Context | None) -> tuple[Tree, State]:
         return jax.tree.map(scale, target, _like(target, context)), state
@@ -169,25 +173,32 @@ def unit_norm(*, axis: int | tuple[int, ...] | None = None) -> Projection:
     """
 
     def scale(x: jax.Array) -> jax.Array:
-        scaled, _, norm = _norm(x, axis)
+        scaled, _, norm = _norm(x, _axes(x, axis))
         return jnp.where(jnp.isfinite(x), scaled / norm, x)
 
     return stateless(lambda tree: jax.tree.map(scale, tree))
 
 
-def _norm(x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The finite entries over the largest of them, that one, and the norm of the former: no square overflows."""
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _norm(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The finite entries over twice a power of two, so that the largest is at least 1/2, that power, and their norm."""
     finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    largest = jnp.max(jnp.abs(finite), axis=axis, keepdims=True, initial=0)
-    unit, part = norms.divisor(largest)
-    scaled = finite * part / unit
-    total = jnp.square(scaled)
-    for a in _axes(x, axis):  # one after the other: the fewer terms a sum has, the smaller is its error
-        total = jax.lax.optimization_barrier(jnp.sum(total, axis=a, keepdims=True))
-    norm = elementwise.root(total)
-    return scaled, largest, jnp.where(norm > 0, norm, jnp.ones_like(norm))
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(finite), axis=axes, keepdims=True, initial=0))
+    power = _power_of_two(largest)
+    unit, part = norms.divisor(power)
+    scaled = finite * part / unit * 0.5
+    norm = elementwise.root(square_sums.squares(scaled, axes))
+    return scaled, power, jnp.where(norm > 0, norm, jnp.ones_like(norm))
+
+
+def _power_of_two(largest: jax.Array) -> jax.Array:
+    """The power of two that is not above a number; 0 for 0."""
+    kind = jnp.dtype(f"int{8 * largest.dtype.itemsize}")
+    exponent = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, largest.dtype), kind)  # its bits, all set
+    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(largest, kind) & exponent, largest.dtype)
+    return jnp.where(largest > 0, jnp.maximum(power, jnp.finfo(largest.dtype).tiny), power)
 
 
 def _axes(x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
     """The axes that one norm is taken over."""
-    return tuple(range(x.ndim)) if axis is None else tuple(int(a) for a in np.ravel(axis))
+    return tuple(range(x.ndim)) if axis is None else tuple(int(a) % x.ndim for a in np.ravel(axis))

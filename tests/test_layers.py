@@ -24,8 +24,8 @@ LEVELS = (
     {"": "typing"},
     {"_arrays": "arguments trees sharding stacks elementwise dtypes picking"},
     {
-        "_maths": "blocks wide counts drawing ring_buffers intervals norms ranking grids step_groups integers fitting"
-        " levels spectra landing straight_through",
+        "_maths": "blocks wide counts drawing ring_buffers intervals norms square_sums ranking grids step_groups"
+        " integers fitting levels spectra landing straight_through",
         "_programs": "groups group_units shrinking",
     },
     {"": FAMILIES},

@@ -153,3 +153,27 @@ def test_clamp_in_a_narrow_dtype_is_rounded_inwards_by_project(dtype):
 def test_a_traced_norm_below_0_counts_as_0():
     new = jax.jit(lambda c: projections.max_norm(c).apply(jnp.asarray(W), (), None)[0])(jnp.float32(-1.0))
     assert not np.any(new)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_max_norm_of_many_weights_is_as_long_as_it_may_be(dtype):
+    """10^7 normal weights, all the same, and one large among small ones: 10^-6 short at most, but for the dtype."""
+    n = 10_000_000 if dtype == "float32" else 100_000
+    x = np.random.default_rng(3).normal(size=n)
+    spike = np.where(np.arange(n) == 5, 1.0, 2.0**-13)
+    scale = jax.jit(lambda x, p: projections.max_norm(0.7).apply(x, (), clipjax.Context(0, p, p, None, None))[0])
+    for values in (x, np.ones(n), spike):
+        wide = jnp.asarray(values, jnp.float32)
+        new = scale(wide, wide.astype(dtype))
+        np.testing.assert_array_equal(new, new.astype(dtype).astype(jnp.float32))
+        norm = np.sqrt(np.sum(np.square(np.asarray(new, np.float64))))
+        short = {"float32": 1e-6, "bfloat16": 2.0**-7, "float16": 2.0**-10}[dtype]
+        assert 0.7 * (1 - short) <= norm <= 0.7
+        np.testing.assert_array_equal(scale(new, new.astype(dtype)), new)
+
+
+@pytest.mark.parametrize("size", [2e38, 3e-38])
+def test_max_norm_leaves_what_is_short_at_both_ends_of_the_floats(size):
+    x = jnp.asarray([size, size / 4], jnp.float32)
+    np.testing.assert_array_equal(apply(projections.max_norm(size * 1.1), x), x)

@@ -45,12 +45,12 @@ MUTANTS = (
     Mutant("widths.py", "cost, 0), dtype=jnp.int32)", "cost, 0))", "choosing", "x64"),
     Mutant(
         "projections.py",
-        "(norm * largest > limit * (1 - margin)) & jnp.isfinite(x)",
-        "norm * largest > limit * (1 - margin)",
+        "(2 * norm * power > limit * (1 - margin * unit)) & jnp.isfinite(x)",
+        "2 * norm * power > limit * (1 - margin * unit)",
         "projections",
         "finite",
     ),
-    Mutant("projections.py", "limit * (1 - short) / norm", "limit / norm", "projections", "max_norm_holds"),
+    Mutant("projections.py", "limit * (1 - short * unit) / norm", "limit / norm", "projections", "max_norm_holds"),
     Mutant("projections.py", "shown = dtypes.narrowed(x, p.dtype)", "shown = x", "projections", "max_norm_holds"),
     Mutant(
         "projections.py",

@@ -3,6 +3,8 @@
 from breaks.mutant import Mutant
 
 MUTANTS = (
+    Mutant("_maths/square_sums.py", "sums[i - 1] += carry", "sums[i - 1] += 0", "square_sums", "bound"),
+    Mutant("_maths/square_sums.py", "(tail.astype(v.dtype) + fraction)", "fraction", "square_sums", "bound"),
     Mutant("_maths/levels.py", "near > largest, near / 2, near", "near > largest, near, near", "steps", "power_of_two"),
     Mutant(
         "_maths/spectra.py",

@@ -1,0 +1,103 @@
+"""Sums of squares to the last place: squares as whole numbers, whose sum is exact in any order and on any devices."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from clipjax._maths import blocks
+
+_GROUP = 2**12  # terms that are summed at once
+_WORD = {"float32": 30, "float64": 62}  # bits of a sum in i32 and i64: less a sign and one to spare
+_WHOLE = {"float32": jnp.int32, "float64": jnp.int64}
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def squares(x: jax.Array, axes: tuple[int, ...], group: int = _GROUP) -> jax.Array:
+    """The sums of x² over some axes, which stay with size 1; `error` bounds what they are off by.
+
+    Args:
+      x: f32 or f64; along the axes all magnitudes are below 1, and the largest is at least 1/2.
+      axes: not negative.
+      group: a power of two, the number of terms that are summed at once.
+    """
+    total, room = jnp.square(x), 0  # 0 <= total < 2^room
+    low = sum(_bits(x.shape[axis]) for axis in axes)
+    for together in _levels(x.shape, axes, group):
+        first, size = together[0], math.prod(total.shape[axis] for axis in together)
+        if size > group:  # one long axis, cut into groups
+            total = blocks.split(total, first, group)
+            together, size = (first + 1,), group
+            total = jnp.squeeze(_summed(total, together, size, room, low), first + 1)
+        else:
+            total = _summed(total, together, size, room, low)
+        room += _bits(size)
+    return total
+
+
+@squares.defjvp
+def _slope(
+    axes: tuple[int, ...], group: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    return squares(x, axes, group), jnp.sum(2 * x * dx, axis=axes, keepdims=True)
+
+
+def error(shape: tuple[int, ...], axes: tuple[int, ...], group: int = _GROUP) -> float:
+    """The largest relative error of `squares`, in units u of half an ulp of 1.
+
+    The square is off by u, and so is a sum that is far above 1 in its largest digit: with what is cut off, and the
+    digits below, 1.25 u. Sums of groups may be small, (top + (d + rest)), and are then off by 1.75 u: u of the whole,
+    and u of the parenthesis, at most half of it, which again is off by u of its own small part.
+    """
+    return 2.25 * len(_levels(shape, axes, group))
+
+
+def _bits(size: int) -> int:
+    """The exponent of the smallest power of two that is not below a size."""
+    return max(size - 1, 0).bit_length()
+
+
+def _levels(shape: tuple[int, ...], axes: tuple[int, ...], group: int) -> list[tuple[int, ...]]:
+    """The axes that are summed one behind the other: as many together as a group holds, a long one again and again."""
+    found: list[tuple[int, ...]] = []
+    size = group
+    for axis in axes:
+        length = shape[axis]
+        if size * length <= group and found:
+            found[-1] += (axis,)
+        else:
+            size = 1
+            while length > group:
+                found.append((axis,))
+                length = -(-length // group)
+            found.append((axis,))
+        size *= length
+    return found
+
+
+def _summed(v: jax.Array, axes: tuple[int, ...], size: int, room: int, low: int) -> jax.Array:
+    """The sum of `size` numbers in [0, 2^room), of which digits below 2^-(low + 30) of 1 (f64: 59) are cut off."""
+    name, precision = v.dtype.name, jnp.finfo(v.dtype).nmant + 1
+    word, whole = _WORD[name], _WHOLE[name]
+    digit = min(word - _bits(size), precision)
+    count = -(-(precision + 6 + low + room) // digit)
+    # v 2^-room = sum of digits[i] 2^(-digit (i + 1)), each a whole number below 2^digit; exact, as is their sum
+    rest, sums = v * 2.0**-room, []
+    for _ in range(count):
+        rest = rest * 2.0**digit
+        floor = jnp.floor(rest)
+        sums.append(jnp.sum(floor.astype(whole), axis=axes, keepdims=True, dtype=whole))
+        rest = rest - floor
+    fraction = jnp.zeros(sums[0].shape, v.dtype)
+    for i in range(count - 1, 0, -1):
+        carry = sums[i] >> digit
+        sums[i - 1] += carry
+        fraction = (fraction + (sums[i] - (carry << digit)).astype(v.dtype)) * 2.0**-digit
+    # From 2^precision on a whole number may have more bits than a float: what the last ones are goes to the fraction.
+    top = sums[0]
+    tail = jnp.where(top < 2**precision, jnp.zeros_like(top), top & (2 ** (word - precision + 1) - 1))
+    return ((top - tail).astype(v.dtype) + (tail.astype(v.dtype) + fraction)) * 2.0 ** (room - digit)
