@@ -51,9 +51,23 @@ def limit(x: jax.Array, low: Number, high: Number) -> jax.Array:
     """The entries limited to [low, high], NaN as it is."""
     low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
     if low.ndim == high.ndim == 0:
-        return jax.lax.clamp(low, x, high)  # one operation, which takes scalar ends as they are
+        return _clamped(x, low, high)
     x = elementwise.where(x > high, high, x)
     return elementwise.where(x < low, low, x)
+
+
+@jax.custom_jvp
+def _clamped(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    return jax.lax.clamp(low, x, high)  # one operation, which takes scalar ends as they are
+
+
+@_clamped.defjvp
+def _clamped_slope(
+    primals: tuple[jax.Array, jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The derivative of the end that is taken, and 1 in between and at the ends: JAX has none for scalar ends."""
+    (x, low, high), (dx, dlow, dhigh) = primals, tangents
+    return _clamped(*primals), elementwise.where(x > high, dhigh, elementwise.where(x < low, dlow, dx))
 
 
 Interval: TypeAlias = Number | Sequence[Number]

@@ -71,7 +71,10 @@ def bound(dtype: DTypeLike, known: Facts) -> tuple[jax.Array, jax.Array]:
 def shared(fn: Callable[[Facts, DTypeLike], Sides], known: Sequence[Facts], kinds: Sequence[DTypeLike]) -> list[Sides]:
     """`fn(facts, dtype)` of what bounds each leaf, computed once for leaves of one dtype with the same bounds."""
     found: dict[Hashable, Sides] = {}
-    keys = [(jnp.dtype(kind), *(id(fact.bound) for fact in facts)) for facts, kind in zip(known, kinds, strict=True)]
+    keys = [
+        (jnp.dtype(kind), *(id(end) for fact in facts for end in fact.bound or ()))
+        for facts, kind in zip(known, kinds, strict=True)
+    ]
     for key, facts, kind in zip(keys, known, kinds, strict=True):
         if key not in found:
             found[key] = fn(facts, kind)

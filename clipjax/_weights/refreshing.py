@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments, elementwise, sharding
-from clipjax.typing import Context, Count, Schedule, State, Tree
+from clipjax.typing import Context, Count, Leaf, Schedule, State, Tree
 
 Inputs: TypeAlias = tuple[Tree, ...]
 """What a refresh computes with besides the weights: trees of arrays, and of functions, as facts have."""
@@ -108,8 +108,7 @@ def refreshed(
     assert memory is not None  # `project` always gives it
 
     def fresh(weights: Tree) -> State:
-        # a constant in derivatives: rules search and count, and reverse mode cannot pass through their loops
-        return jax.tree.map(sharding.laid_as, refresh(jax.lax.stop_gradient(weights), inputs), old)
+        return jax.tree.map(sharding.laid_as, refresh(*_constant((weights, inputs))), old)
 
     if context.refresh is not None:
         return fresh(memory()) if context.refresh else old
@@ -121,6 +120,23 @@ def refreshed(
     if not arguments.traced(due):
         return fresh(memory()) if due else old
     return jax.lax.cond(due, lambda: fresh(memory()), lambda: old)
+
+
+def _constant(tree: Tree) -> Tree:
+    """The same with arrays that are constants in derivatives; leaves that are one array stay one.
+
+    Rules search and count, and reverse mode cannot pass through their loops.
+    """
+    found: dict[int, jax.Array] = {}
+
+    def constant(x: Leaf) -> Leaf:
+        if not isinstance(x, jax.Array):
+            return x
+        if id(x) not in found:
+            found[id(x)] = jax.lax.stop_gradient(x)
+        return found[id(x)]
+
+    return jax.tree.map(constant, tree)
 
 
 def _due(cycle: Cycle, count: Count, changed: jax.Array | bool) -> jax.Array | bool:

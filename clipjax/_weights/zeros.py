@@ -82,7 +82,9 @@ def _check_named(mask: Tree, params: Tree) -> None:
     left = [path for path, m in trees.governed(mask) if m is not True and path not in found]
     masked = trees.find(params, optax.MaskedNode)
     remedy = "Build it from the params: `jax.tree.map(lambda p: p != 0, params)`."
-    arguments.require(not left or masked or not trees.governed(params), "mask", "match the params by path", left, remedy)
+    arguments.require(
+        not left or masked or not trees.governed(params), "mask", "match the params by path", left, remedy
+    )
 
 
 def masked_leaves(mask: Tree, where: Where | None) -> Where:

@@ -173,8 +173,8 @@ MUTANTS = (
     Mutant("_weights/clamping.py", "elementwise.where(chosen, new, w)", "new", "documents", "d3_strategies"),
     Mutant(
         "_weights/refreshing.py",
-        "jax.tree.map(sharding.laid_as, refresh(jax.lax.stop_gradient(weights), inputs), old)",
-        "refresh(jax.lax.stop_gradient(weights), inputs)",
+        "jax.tree.map(sharding.laid_as, refresh(*_constant((weights, inputs))), old)",
+        "refresh(*_constant((weights, inputs)))",
         "explicit_axes",
     ),
     Mutant("_weights/checking.py", "(state.count > visited.start) & ", "", "checking", "what_holds"),

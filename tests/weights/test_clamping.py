@@ -196,3 +196,19 @@ def test_f64_bounds_are_f64():
         updates, state = tx.update(jnp.zeros(3), tx.init(params), params)
         params = optax.apply_updates(params, updates)
         assert params.tolist() == [0.1, -0.1, 0.05] and float(clipjax.report(state)["clamp_weights/high"]) == 0.1
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_the_derivative_by_a_traced_bound_is_that_of_the_end_that_is_taken(mode):
+    """Also behind it a mask and a grid are constants, whose searches reverse mode cannot pass."""
+    params = {"kernel": jnp.array([[0.5, -3.0, 1.0, 2.0]])}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def total(bound, *behind):
+        tx = optax.chain(optax.identity(), clipjax.clamp_weights((-2 * bound, bound)), *behind)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        return jnp.sum(optax.apply_updates(params, updates)["kernel"])
+
+    slope = {"forward": jax.jacfwd, "reverse": jax.grad}[mode](total)
+    assert float(slope(jnp.float32(1.0))) == -2 + 1  # -3 takes the lower end, 2 the upper one; 1 lies at it
+    assert np.isfinite(slope(jnp.float32(1.0), clipjax.prune_mask(0.25), clipjax.fake_quantize(4)))
