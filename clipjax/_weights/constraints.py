@@ -25,8 +25,8 @@ class Constraint(NamedTuple):
       facts: `facts(target, before, after, context) -> facts`, one for each leaf of the target in order: what the
         projection, in the states before and after the update, makes of any values of the leaf, whatever the other
         leaves are. For the transformations that are chained behind; None for a projection of whole trees.
-      surely_zero: `surely_zero(target, state) -> bool tree`, True only where the target is projected to 0: a cheaper
-        answer than projecting it.
+      surely_zero: `surely_zero(target, state, context) -> bool tree`, True only where the target is projected to 0: a
+        cheaper answer than projecting it.
       tolerance: the relative difference up to which params count as the projection of the latent weights; 0 where
         projected values are exact in floating point, so that two compiled programs agree on them.
     """
@@ -37,7 +37,7 @@ class Constraint(NamedTuple):
     checkable: bool = True
     fitted: Callable[[State], jax.Array | bool] = lambda state: True
     kept: Callable[[Tree, State, State], Tree] | None = None
-    surely_zero: Callable[[Tree, State], Tree] | None = None
+    surely_zero: Callable[[Tree, State, Context], Tree] | None = None
     facts: Callable[[Tree, State, State, Context], list[Fact]] | None = None
     tolerance: float = 0.0
 

@@ -65,7 +65,8 @@ def drop(constraint: Constraint, update: Update, new: Tree, projected: State) ->
     if constraint.surely_zero is None:
         zero = jax.tree.map(lambda n: n == 0, new)
     else:  # asked of floats - weights, which is the target where u = -p, and known before u is
-        zero = constraint.surely_zero(jax.tree.map(jnp.subtract, update.floats, update.weights), projected)
+        likely = jax.tree.map(jnp.subtract, update.floats, update.weights)
+        zero = constraint.surely_zero(likely, projected, update.context)
     dropped = functools.partial(_drop_leaf, update.active)
     return jax.tree.map(dropped, update.target, update.weights, update.steps, zero)
 

@@ -127,7 +127,7 @@ def fake_quantize(
     _warn_if_it_shrinks(rule, cycle, carry)
 
     def plans(tree: Tree) -> dict[str, Plan]:
-        """The static part of the grid of every governed leaf."""
+        """The static part of the grid of every governed leaf, of params in their own dtype."""
         allowed = widths.allowed(tree)
 
         def plan(path: str, leaf: Leaf) -> Plan:
@@ -145,7 +145,7 @@ def fake_quantize(
     @refreshing.compiled
     def refresh(weights: Tree, inputs: refreshing.Inputs) -> QuantizeState:
         """The grids that are fitted to the weights as the transformations before leave them."""
-        by_path, values = plans(weights), jax.tree.leaves(weights)
+        by_path, values = plans(inputs[1]), jax.tree.leaves(weights)
         known, kinds = facts.governed(weights, inputs[0]), [p.dtype for p in jax.tree.leaves(inputs[1])]
         limits = facts.shared(leaf_grid.max_level, known, kinds)
         rows = zip(by_path.values(), values, known, limits, kinds, strict=True)
@@ -158,7 +158,7 @@ def fake_quantize(
         return leaf_grid.gathered(dict(zip(names, found, strict=True)), width, leaf_grid.fingerprint(by_path))
 
     def apply_fn(target: Tree, state: QuantizeState, context: Context) -> tuple[Tree, QuantizeState]:
-        by_path = plans(target)
+        by_path = plans(context.params)
         if not by_path:
             return target, state
         outdated = leaf_grid.outdated(by_path, target, state)
@@ -167,7 +167,7 @@ def fake_quantize(
         return frozen_fn(target, new, context), new
 
     def frozen_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
-        by_path = plans(target)
+        by_path = plans(context.params)
         index = {path: i for i, path in enumerate(by_path)}
         since = (context.count - start).astype(jnp.float32)
 
@@ -179,8 +179,8 @@ def fake_quantize(
         # A weight that is not on its level yet may lie beyond the bound that levels keep.
         return shown if soften is None else facts.settled_tree(shown, context.known)
 
-    def surely_zero(target: Tree, state: QuantizeState) -> Tree:
-        by_path = plans(target)
+    def surely_zero(target: Tree, state: QuantizeState, context: Context) -> Tree:
+        by_path = plans(context.params)
         zero = lambda path, x: leaf_grid.surely_zero(by_path[path], x, leaf_grid.at(state, path))  # noqa: E731
         return trees.map_with_path(zero, target)
 

@@ -98,6 +98,14 @@ def test_bits_tree_of_choose_bits():
     assert q.bits == bits["b"]["kernel"] in (3, 6)
 
 
+def test_per_leaf_sees_the_params_in_their_own_dtype_at_every_update():
+    params = {"a": {"kernel": jnp.ones((2, 3), jnp.bfloat16)}, "b": {"kernel": jnp.full((2, 3), 0.3)}}
+    bits = clipjax.per_leaf(lambda path, leaf: 3 if leaf.dtype == jnp.bfloat16 else None)
+    (first, state), *_ = run(clipjax.fake_quantize(bits), 1, lambda i: jax.tree.map(jnp.zeros_like, params), params)
+    assert list(state.projection.step) == ["a"] and float(first["b"]["kernel"][0, 0]) == np.float32(0.3)
+    assert clipjax.quantized(params, state)["a"]["kernel"].bits == 3
+
+
 def test_per_leaf_bits_and_axis():
     bits = clipjax.per_leaf(lambda path, leaf: 2 if path.startswith("a") else 5)
     axis = clipjax.per_leaf(lambda path, leaf: -1 if path.startswith("a") else None)
