@@ -54,6 +54,11 @@ class Programs:
     def count(self, event, *_, **__):
         self.held += event == "/jax/core/compile/backend_compile_duration"
 
+    def pytest_collection_finish(self):
+        """What is there stays. Tracing makes many objects that live on, among which there is little to collect."""
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
+
     def drop(self):
         self.held = 0
         jax.clear_caches()
