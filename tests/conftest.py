@@ -54,6 +54,12 @@ class Programs:
     def count(self, event, *_, **__):
         self.held += event == "/jax/core/compile/backend_compile_duration"
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        """What is compiled alike stands together in a file: between the two kinds all programs are dropped."""
+        places = {item.path: i for i, item in reversed(list(enumerate(items)))}
+        items.sort(key=lambda item: (places[item.path], _optimized(item)))
+
     def pytest_collection_finish(self):
         """What is there stays. Tracing makes many objects that live on, among which there is little to collect."""
         gc.freeze()

@@ -60,6 +60,41 @@ ALIKE = {
 }
 
 
+# What stands around a transformation, a wrapper or a loop or a container, meets its arguments and its state, whatever
+# the numbers are computed by. Where every row is traced, values are compared for one row of each kind of state.
+KINDS = {
+    "clip": "a count",
+    "clip_spam_carry": "second moments and error feedback",
+    "clip_norm_zscore": "moments of a norm",
+    "clip_norm_percentile_leaf": "a ring buffer for each leaf",
+    "skip_spikes_zscore": "an optimizer inside",
+    "clamp": "a bound",
+    "prune": "a mask",
+    "prune_taylor": "averaged scores of gradients",
+    "prune_random": "a key",
+    "prune_rigl": "an optimizer inside, whose moments are cleared",
+    "prune_carry": "a mask and latent weights",
+    "prune_groups": "units of several leaves",
+    "quantize": "steps and latent weights",
+    "quantize_sqnr": "steps and widths",
+    "quantize_groups": "steps along an axis",
+    "quantize_inner": "steps, and an optimizer inside",
+    "project_master": "master weights, and an optimizer inside",
+    "project_function": "a plain function",
+}
+
+
 def paths(rows):
     """The rows as cases, those that are ALIKE another one marked as slow."""
-    return [pytest.param(m, id=m.name, marks=[pytest.mark.slow] if m.name in ALIKE else []) for m in rows]
+    rows = list(rows)
+    return cases(rows, [m.name for m in rows if m.name not in ALIKE])
+
+
+def kinds(rows):
+    """The rows as cases, all but one of each kind of state marked as slow."""
+    return cases(rows, KINDS)
+
+
+def cases(rows, names):
+    """The rows as cases, those that are not named marked as slow."""
+    return [pytest.param(m, id=m.name, marks=[] if m.name in names else [pytest.mark.slow]) for m in rows]

@@ -11,6 +11,9 @@ import optax
 from contract_gradients import GRADIENT_SIDE
 from contract_row import ALIKE as ALIKE
 from contract_row import KEY, row
+from contract_row import KINDS as KINDS
+from contract_row import cases as cases
+from contract_row import kinds as kinds
 from contract_row import paths as paths
 
 import clipjax

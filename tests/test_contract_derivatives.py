@@ -29,15 +29,18 @@ def dot(a, b):
 
 
 def both_modes(run, *inputs):
-    """<w, J v> in forward and in reverse mode, and the size of its terms, for random v and w."""
+    """<w, J v> in forward and in reverse mode, and the size of its terms, for random v and w.
+
+    Reverse mode is the transpose of what forward mode applies to v: `jax.vjp` is these two lines.
+    """
 
     @jax.jit
     def compiled(*inputs):
         v = random(inputs, 3)
-        out, moved = jax.jvp(run, inputs, v)
+        out, push = jax.linearize(run, *inputs)
+        pull = jax.linear_transpose(push, *inputs)
         w = random(out, 4)
-        _, pull = jax.vjp(run, *inputs)
-        forward, size = dot(w, moved)
+        forward, size = dot(w, push(*v))
         return forward, dot(pull(w), v)[0], size
 
     return map(float, compiled(*inputs))
@@ -48,15 +51,13 @@ def test_reverse_mode_is_forward_mode(row):
     """Of the params and all floats of the state after two updates, after the params and both gradients."""
 
     def run(params, grads):
-        numbers = {k: v[0] for k, v in row.numbers.items() if k != "key"}
         tx = row.tx()
-        state = tx.init(params)
-        for i in range(2):
-            params, state = table.step(tx, params, state, table.at(grads, i))
-        return floats((params, state)), numbers
+        update = lambda carry, g: (table.step(tx, *carry, g), None)
+        return floats(jax.lax.scan(update, (params, tx.init(params)), grads, length=2)[0])
 
     single = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-    forward, reverse, size = both_modes(lambda *x: run(*x)[0], single(table.params()), single(table.gradients()))
+    both = jax.tree.map(lambda g: g[:2], table.gradients())
+    forward, reverse, size = both_modes(run, single(table.params()), single(both))
     assert np.isfinite([forward, reverse, size]).all() and size > 0
     np.testing.assert_allclose(reverse, forward, rtol=0, atol=1e-5 * size)
 
@@ -81,18 +82,16 @@ def test_a_first_update_that_clips_nothing_has_the_identity_as_its_derivative(na
     tx = RECORDING[name]()
     grads = GRADS | ({"zero": jnp.zeros(3)} if name == "zero_leaf" else {})
     state, w = tx.init(grads), random(grads, 5)
-    _, pull = jax.vjp(lambda g: tx.update(g, state)[0], grads)
-    jax.tree.map(np.testing.assert_array_equal, pull(w)[0], w)
+    pull = jax.jit(lambda g, state, w: jax.vjp(lambda g: tx.update(g, state)[0], g)[1](w)[0])
+    jax.tree.map(np.testing.assert_array_equal, pull(grads, state, w), w)
 
 
 @pytest.mark.parametrize("rule", [thresholds.zscore(0.5, warmup=2), thresholds.mean_sigma(window=2)])
 def test_equal_norms_whose_deviation_is_0_have_a_derivative(rule):
     def run(scales):
         tx = clipjax.clip_norm(rule)
-        state = tx.init(GRADS)
-        for i in range(4):
-            updates, state = tx.update(jax.tree.map(lambda g, i=i: g * scales[i], GRADS), state)
-        return floats((updates, state))
+        update = lambda state, s: tx.update(jax.tree.map(lambda g: g * s, GRADS), state)[::-1]
+        return floats(jax.lax.scan(update, tx.init(GRADS), scales))
 
     forward, reverse, size = both_modes(run, jnp.array([1.0, 1.0, 1.0, 3.0]))
     assert np.isfinite([forward, reverse]).all()

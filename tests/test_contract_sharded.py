@@ -42,11 +42,22 @@ def shardings(devices=8):
     return jax.tree.map(lambda spec: NamedSharding(mesh(devices), spec), SPECS, is_leaf=lambda x: isinstance(x, P))
 
 
+def once(row):
+    """An update of a transformation built, traced and compiled for it, on one device."""
+    tx, params = row.tx(optax.sgd(0.25)), table.params()
+    return jax.jit(tx.update)(table.at(table.gradients(), 0), jax.jit(tx.init)(params), params)
+
+
+@functools.cache
+def on_one_device(name):
+    return once(next(m for m in table.ALL if m.name == name))
+
+
 @every_path
 def test_sharded_state_update_and_decisions(row):
     """Eager init shards like the params, the update keeps it, nothing but reductions moves, values are the same."""
-    tx, local = row.tx(optax.sgd(0.25)), table.params()
-    params = jax.device_put(local, shardings())
+    tx = row.tx(optax.sgd(0.25))
+    params = jax.device_put(table.params(), shardings())
     grads = jax.device_put(table.at(table.gradients(), 0), shardings())
     state = tx.init(params)
     by_shape = {p.shape: p.sharding for p in jax.tree.leaves(params) if p.ndim > 1}
@@ -64,11 +75,14 @@ def test_sharded_state_update_and_decisions(row):
         if x.shape in by_shape:
             assert x.sharding.is_equivalent_to(by_shape[x.shape], x.ndim)
 
-    with jax.disable_jit():
-        expected, _ = tx.update(table.at(table.gradients(), 0), tx.init(local), local)
+    expected, _ = on_one_device(row.name)
     rtol = 1e-4 if row.name in ANOTHER_ORDER else 0
-    for u, v in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(u), np.asarray(v), rtol=rtol, atol=rtol)
+    for u, v, p in zip(*map(jax.tree.leaves, (updates, expected, params)), strict=True):
+        # a value between two levels may lie between two of bf16 as well, and then be rounded to either
+        ulps = np.abs(np.asarray(p, np.float32)) * (
+            2.0**-7 if row.name == "quantize_parq" and p.dtype != u.dtype else 0
+        )
+        assert np.all(np.abs(np.asarray(u) - v) <= rtol + rtol * np.abs(np.asarray(v)) + ulps)
 
 
 @pytest.mark.parametrize(("devices", "scope"), [(1, "global"), (2, "global"), (8, "global"), (8, "leaf")])
@@ -89,19 +103,12 @@ def test_same_mask_on_any_number_of_devices(devices, scope):
     )
 
 
-def once(row, params, grads):
-    """An update of a transformation built, traced and compiled for it."""
-    tx = row.tx()
-    return jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
-
-
 @every_path
 def test_same_key_same_result_other_count_other_draw(row):
     """Rule 7: two runs agree bit for bit, whatever was drawn in between."""
-    params, grads = table.params(), table.at(table.gradients(), 0)
-    first = once(row, params, grads)
+    first = on_one_device(row.name)
     jax.random.normal(jax.random.key(9), (3,))
-    second = once(row, params, grads)
+    second = once(row)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), first[0], second[0])
 
 

@@ -151,9 +151,17 @@ def assert_sharded_like(params, tree):
     return matched
 
 
+# Every layout on one kind of axes, one of them on both; `make slow` runs the others.
+USUAL = (("fsdp", "explicit"), ("tensor", "auto"), ("both", "explicit"), ("both", "auto"), ("replicated", "explicit"))
+PLACES = [
+    pytest.param(layout, kind, marks=[] if (layout, kind) in USUAL else pytest.mark.slow)
+    for layout in LAYOUTS
+    for kind in KINDS
+]
+
+
 @pytest.mark.parametrize("name", CHAINS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "kind"), PLACES)
 def test_every_layout_computes_what_one_device_computes(layout, kind, name):
     at = shardings(layout, kind)
     place = lambda x: jax.device_put(x, at)

@@ -33,7 +33,6 @@ CHAINS = {
 }
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_chain_is_its_transformations_one_after_the_other(name):
     """50 updates, in one chain, in a named one and by hand."""
@@ -178,7 +177,7 @@ def types(tree):
     return [of(x) for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", table.paths(table.ROWS))
 def test_the_types_of_a_state_are_those_of_init_everywhere(row):
     """Explicit axes: eagerly, under jit and after an update a state has the same shardings, and updates the params'."""
     with jax.set_mesh(MESH):

@@ -198,7 +198,7 @@ class Module:
 
 jax.tree_util.register_pytree_node(Module, lambda m: ((m.w,), None), lambda _, children: Module(*children))
 # A group's own tree, and a mask's, belong to other params.
-ROWS = pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
+ROWS = pytest.mark.parametrize("row", table.paths(table.ROWS))
 
 
 @pytest.mark.filterwarnings("ignore:`where` picks no float array")

@@ -116,8 +116,14 @@ EAGER = {
 }
 
 
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("name", EAGER)
+# Inside of the mesh all of them; outside of it those that make a constant, draw, or choose.
+EAGERLY = [pytest.param(name, True) for name in EAGER] + [
+    pytest.param(name, False, marks=[] if name in (*USUAL, "soft", "latent weights") else pytest.mark.slow)
+    for name in EAGER
+]
+
+
+@pytest.mark.parametrize(("name", "inside"), EAGERLY)
 def test_eager_updates_need_no_mesh(name, inside):
     tx = clipjax.with_gradient(optax.chain(optax.sgd(0.1), EAGER[name]()))
     local = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 32)), jnp.float32)}

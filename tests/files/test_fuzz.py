@@ -1,4 +1,4 @@
-"""Damaged and hostile files: the same params or a ValueError, in bounded memory; 2,000 cases, 20,000 by `make slow`.
+"""Damaged and hostile files: the same params or a ValueError, in bounded memory; 1,000 cases, 20,000 with `make slow`.
 
 Damage leaves checksums as they are. A hostile file has them right, so what is behind them must hold as well.
 """
@@ -18,7 +18,7 @@ import clipjax
 from clipjax._maths.grids import short
 
 RNG = np.random.default_rng(0)
-CASES, CHUNKS = 1000, 10  # of either kind
+CASES, CHUNKS = 500, 20  # of either kind
 
 
 def codes(*shape):

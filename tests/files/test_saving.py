@@ -65,7 +65,7 @@ TREES = st.recursive(
 )
 
 
-@hypothesis.settings(max_examples=500, deadline=None)
+@hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(TREES)
 def test_any_tree_comes_back_bit_for_bit(tree):
     same(round_trip(tree), tree)

@@ -156,7 +156,7 @@ def test_bf16_and_f16_entries_and_600_leaves_accumulate_in_f32(order, dtype):
     lone = jnp.asarray(0.1, dtype)
     expected = reference_norm([np.full(600, float(lone))], order)
     many = [*map(compiled(order), ([jnp.full(600, 0.1, dtype)], [jnp.full((3, 100), 0.1, dtype)] * 2))]
-    if dtype == jnp.bfloat16:
+    if dtype == jnp.bfloat16 and order in (1, 2, 3):
         with jax.disable_jit():  # as compiling 600 leaves takes seconds
             many.append(norms.norm([lone] * 600, order))
     for got in many:

@@ -230,8 +230,18 @@ def test_candidates_of_a_stack_leave_its_layers_alike():
     assert all(len(set(n.tolist())) == 1 for n in numbers) and sum(n.sum() for n in numbers) > 0
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("spec", [P("data", None, "model"), P(None, "model", "data")])
+LAYERS_APART, LAYERS_WHOLE = P("data", None, "model"), P(None, "model", "data")
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("Auto", LAYERS_APART),
+        ("Explicit", LAYERS_WHOLE),
+        pytest.param("Auto", LAYERS_WHOLE, marks=pytest.mark.slow),
+        pytest.param("Explicit", LAYERS_APART, marks=pytest.mark.slow),
+    ],
+)
 def test_stacks_on_many_devices_move_no_weights(kind, spec):
     """Also where the layers are on several devices; two stacks are alike, and stacked once more."""
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(getattr(jax.sharding.AxisType, kind),) * 2)
