@@ -48,7 +48,7 @@ def check(params, state):
 
 
 @every_model
-@pytest.mark.parametrize("row", table.paths(table.ROWS))
+@pytest.mark.parametrize("row", table.kinds(table.ROWS))
 def test_every_transformation_keeps_every_container(model, row):
     """Traced: updates fit the params, the state keeps structure, shapes and dtypes (raw paths in it would not)."""
     params, _ = models.MODELS[model]()
