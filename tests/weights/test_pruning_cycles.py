@@ -217,8 +217,16 @@ OPTIMIZERS = {
 GROW = {"gradient": scores.gradient(decay=0.0), "random": scores.random()}
 
 
-@pytest.mark.parametrize("grow", GROW)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def mostly(values, usual, others):
+    """Every optimizer with the usual value, some with the others too; `make slow` runs every pair."""
+    return [
+        pytest.param(optimizer, value, marks=[] if value == usual or optimizer in others else pytest.mark.slow)
+        for optimizer in OPTIMIZERS
+        for value in values
+    ]
+
+
+@pytest.mark.parametrize(("optimizer", "grow"), mostly(GROW, "gradient", ["adam"]))
 def test_rigl_and_set_exchange_weights_that_start_at_zero(optimizer, grow):
     params, state = rigl(optimizer, grow)
     kept = masks(state)
@@ -324,8 +332,7 @@ def test_inner_whose_moments_cannot_be_found_is_refused_by_name():
         clipjax.prune_mask(0.5, inner=odd).init(PARAMS)
 
 
-@pytest.mark.parametrize("wrap", ["multi_steps", "inject"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "wrap"), mostly(["multi_steps", "inject"], "inject", ["adam", "muon"]))
 def test_pruned_weights_stay_zero_between_refreshes(optimizer, wrap):
     """In a chain behind every optimizer, with MultiSteps around and with an injected sparsity."""
     if wrap == "inject":
