@@ -40,13 +40,13 @@ MUTANTS = (
     ),
     Mutant("_weights/refreshing.py", "| (count == stop)", "", "projecting", "refreshes_are_due"),
     Mutant(
-        "_weights/refreshing.py", "if not arguments.traced(due):", "if False:", "eager_updates", "compiles and prune"
+        "_weights/refreshing.py", "if not arguments.traced(due):", "if False:", "eager_weights", "compiles and prune"
     ),
     Mutant(
         "_weights/refreshing.py",
         "if any(map(arguments.traced, leaves)):",
         "if leaves:",
-        "eager_updates",
+        "eager_weights",
         "compiles and prune",
     ),
     Mutant(
