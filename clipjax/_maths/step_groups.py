@@ -68,8 +68,10 @@ def shared_axes(ndim: int, axis: Axis, group: int | None = None) -> tuple[int, .
 
 def shape(leaf: Leaf, groups: StepGroups) -> tuple[int, ...]:
     """The shape of the steps of an array: of its view, 1 along axes that share a step; () where all of them do."""
-    *outer, inputs, outputs = (1, *leaf.shape)[-max(leaf.ndim, 2) :]
-    viewed = leaf.shape if groups.size is None else (*outer, inputs // groups.size, groups.size, outputs)
+    viewed = leaf.shape
+    if groups.size is not None:
+        *outer, inputs, outputs = leaf.shape
+        viewed = (*outer, inputs // groups.size, groups.size, outputs)
     return () if len(groups.axes) == len(viewed) else tuple(1 if a in groups.axes else n for a, n in enumerate(viewed))
 
 

@@ -156,10 +156,11 @@ def outdated(plans: dict[str, Plan], target: Tree, state: QuantizeState) -> jax.
     for path, x in trees.governed(target):
         _check_shape(plans[path], x, at(state, path))
     other = state.asked != fingerprint(plans)
-    path, plan = next(iter(plans.items()))
-    if plan.rule.levels is levels.as_given:  # one rule, and so one number, for all leaves
-        number = plan.rule.fit(jnp.zeros((1,)), 0, (0,)).reshape(())
-        other |= (jnp.ravel(at(state, path).step)[0] != number) & (number > 0)
+    path, x = trees.governed(target)[0]
+    plan = plans[path]
+    if plan.rule.levels is levels.as_given:  # one rule, and so the same numbers, for all leaves
+        number = plan.rule.fit(step_groups.view(x, plan.groups), 0, plan.groups.axes)
+        other |= jnp.any((at(state, path).step != number) & (number > 0))
     return fitted(state) & other
 
 

@@ -220,9 +220,9 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
         )
 
     @refreshing.compiled
-    def refresh(weights: Tree, inputs: refreshing.Inputs) -> tuple[Tree, jax.Array]:
+    def refresh(weights: Tree, known: Tree, inputs: refreshing.Inputs) -> tuple[Tree, jax.Array]:
         """The mask that is chosen from the weights, and the sparsity that it is made for."""
-        known, mask, score, grow, here, since, asked = inputs
+        mask, score, grow, here, since, asked = inputs
         target = facts.settled_tree(weights, known)
         owners, picks = structure.owners(target), [p is not None for p in trees.flatten(here.params)[0]]
         before, values = trees.place(mask, owners), picking.restrict(target, picks)
@@ -245,7 +245,7 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
         trees.check_state(masks_there == owned, f"{masks_there} masks for {owned} leaves")
 
         here = here._replace(refresh=None, memory=None, known=())
-        inputs = context.known, state.mask, new_score, new_grow, here, since, asked
+        inputs = state.mask, new_score, new_grow, here, since, asked
         old, changed = (state.mask, state.asked), jnp.any(asked != state.asked)
         mask, asked = refreshing.refreshed(pruning.cycle, context, refresh, inputs, old, target, changed)
         new = PruneState(mask, asked, new_score, new_grow)

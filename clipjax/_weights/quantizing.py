@@ -143,12 +143,13 @@ def fake_quantize(
         return leaf_grid.gathered(begun, _widest(by_path), leaf_grid.NEVER)
 
     @refreshing.compiled
-    def refresh(weights: Tree, inputs: refreshing.Inputs) -> QuantizeState:
+    def refresh(weights: Tree, known: Tree, inputs: refreshing.Inputs) -> QuantizeState:
         """The grids that are fitted to the weights as the transformations before leave them."""
-        by_path, values = plans(inputs[1]), jax.tree.leaves(weights)
-        known, kinds = facts.governed(weights, inputs[0]), [p.dtype for p in jax.tree.leaves(inputs[1])]
-        limits = facts.shared(leaf_grid.max_level, known, kinds)
-        rows = zip(by_path.values(), values, known, limits, kinds, strict=True)
+        (params,), values = inputs, jax.tree.leaves(weights)
+        by_path, kinds = plans(params), [p.dtype for p in jax.tree.leaves(params)]
+        of_leaves = facts.governed(weights, known)
+        limits = facts.shared(leaf_grid.max_level, of_leaves, kinds)
+        rows = zip(by_path.values(), values, of_leaves, limits, kinds, strict=True)
         measured = [leaf_grid.measure(*row) for row in rows]
         names, static = list(by_path), list(by_path.values())
         if widths.choose is None:
@@ -162,8 +163,7 @@ def fake_quantize(
         if not by_path:
             return target, state
         outdated = leaf_grid.outdated(by_path, target, state)
-        inputs = context.known, context.params
-        new = refreshing.refreshed(cycle, context, refresh, inputs, state, target, outdated)
+        new = refreshing.refreshed(cycle, context, refresh, (context.params,), state, target, outdated)
         return frozen_fn(target, new, context), new
 
     def frozen_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:

@@ -15,7 +15,7 @@ from clipjax._arrays import arguments, elementwise, sharding
 from clipjax.typing import Context, Count, Leaf, Schedule, State, Tree
 
 Inputs: TypeAlias = tuple[Tree, ...]
-"""What a refresh computes with besides the weights: trees of arrays, and of functions, as facts have."""
+"""What a refresh computes with besides the weights: trees of arrays."""
 
 
 class Cycle(NamedTuple):
@@ -46,8 +46,8 @@ def repeated(cycle: Cycle) -> bool:
     return not known or int(cycle.stop) > int(cycle.start)
 
 
-Refresh: TypeAlias = Callable[[Tree, Inputs], State]
-"""`refresh(weights, inputs) -> state`: masks or grids from the weights."""
+Refresh: TypeAlias = Callable[[Tree, Tree, Inputs], State]
+"""`refresh(weights, known, inputs) -> state`: masks or grids from the weights, and what is known of them."""
 
 
 def compiled(refresh: Refresh) -> Refresh:
@@ -62,10 +62,10 @@ def compiled(refresh: Refresh) -> Refresh:
         rest = iter(arrays)
         return refresh(*treedef.unflatten([next(rest) if x is _ARRAY else x for x in static]))
 
-    def call(weights: Tree, inputs: Inputs) -> State:
-        leaves, treedef = jax.tree.flatten((weights, inputs))
+    def call(weights: Tree, known: Tree, inputs: Inputs) -> State:
+        leaves, treedef = jax.tree.flatten((weights, known, inputs))
         if any(map(arguments.traced, leaves)):
-            return refresh(weights, inputs)
+            return refresh(weights, known, inputs)
         static = tuple(_ARRAY if isinstance(x, _ARRAYS) else x for x in leaves)
         return program(treedef, static, [x for x in leaves if isinstance(x, _ARRAYS)])
 
@@ -85,7 +85,7 @@ def refreshed(
     target: Tree,
     changed: jax.Array | bool = False,
 ) -> State:
-    """`refresh(weights, inputs)` where a refresh is due, else `old`.
+    """`refresh(weights, known, inputs)` where a refresh is due, else `old`.
 
     A refresh is due at counts c >= start with (c - start) divisible by `every` up to `stop`, and at `stop` itself;
     without `every` once, at `start`. A static `context.refresh` decides at trace time instead.
@@ -99,7 +99,7 @@ def refreshed(
       cycle: when it is due.
       context: of this update.
       refresh: from `compiled`.
-      inputs: what it is given besides the weights of the refresh.
+      inputs: what it is given besides the weights of the refresh, and what the context knows of them.
       old: the state so far.
       target: what is projected at this update.
       changed: True where the state was made for other arguments, so that a refresh is due at any count from `start` on.
@@ -108,7 +108,8 @@ def refreshed(
     assert memory is not None  # `project` always gives it
 
     def fresh(weights: Tree) -> State:
-        return jax.tree.map(sharding.laid_as, refresh(*_constant((weights, inputs))), old)
+        given, known = _constant((weights, context.known))
+        return jax.tree.map(sharding.laid_as, refresh(given, known, inputs), old)
 
     if context.refresh is not None:
         return fresh(memory()) if context.refresh else old

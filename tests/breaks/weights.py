@@ -4,7 +4,7 @@ from breaks.mutant import Mutant
 
 MUTANTS = (
     Mutant("_weights/quantizing.py", "state, target, outdated)", "state, target)", "changed_arguments", "another"),
-    Mutant("_weights/leaf_grid.py", "[0] != number)", "[0] > 2 * number)", "changed_arguments", "another_number"),
+    Mutant("_weights/leaf_grid.py", "step != number)", "step > 2 * number)", "changed_arguments", "another_number"),
     Mutant("_weights/sparsities.py", "asarray(structure.kind,", "asarray(0.0,", "changed_arguments", "n_of_m"),
     Mutant("_weights/checking.py", "trees.pure(opt_state))", "opt_state)", "checking", "nnx"),
     Mutant("_weights/zeros.py", "not left or masked", "True or masked", "wrong_calls", "mask_names"),
@@ -128,13 +128,6 @@ MUTANTS = (
         "allow",
     ),
     Mutant("_weights/leaf_grid.py", "facts.settled(x, known), plan", "x, plan", "refreshing", "same_update"),
-    Mutant(
-        "_weights/quantizing.py",
-        "inputs, state, target, outdated)",
-        "inputs, state, target)",
-        "refreshing",
-        "widths_that_were_changed",
-    ),
     Mutant("_weights/refreshing.py", "| (changed & (since >= 0))", "", "refreshing", "on_resume"),
     Mutant("_weights/refreshing.py", "lambda: fresh(memory())", "lambda: fresh(target)", "refreshing", "memory"),
     Mutant("_weights/facts.py", "and array() is update", "", "refreshing", "belongs"),
@@ -173,8 +166,8 @@ MUTANTS = (
     Mutant("_weights/clamping.py", "elementwise.where(chosen, new, w)", "new", "documents", "d3_strategies"),
     Mutant(
         "_weights/refreshing.py",
-        "jax.tree.map(sharding.laid_as, refresh(*_constant((weights, inputs))), old)",
-        "refresh(*_constant((weights, inputs)))",
+        "jax.tree.map(sharding.laid_as, refresh(given, known, inputs), old)",
+        "refresh(given, known, inputs)",
         "explicit_axes",
     ),
     Mutant("_weights/checking.py", "(state.count > visited.start) & ", "", "checking", "what_holds"),

@@ -288,7 +288,7 @@ def test_refreshes_are_due_at(start, every, stop, expected):
     def due(count):
         context = Context(count, None, None, None, jax.random.key(0), memory=lambda: None)
         no, yes = (jnp.full((), value, bool) for value in (False, True))
-        return refreshed(Cycle(start, every, stop), context, lambda target: yes, no, None)
+        return refreshed(Cycle(start, every, stop), context, lambda *_: yes, (), no, None)
 
     got = jax.vmap(due)(jnp.arange(10))
     assert list(np.flatnonzero(got)) == expected
