@@ -148,8 +148,11 @@ def max_norm(bound: float, *, axis: int | tuple[int, ...] | None = None) -> Proj
         short = math.ceil(margin + 2 * e + 4)
         limit = jnp.asarray(bound, x.dtype)
         limit = jnp.where(limit < 0, jnp.zeros_like(limit), limit)
-        within = dtypes.truncated(scaled * (limit * (1 - short * unit) / norm), p.dtype)
-        return jnp.where((2 * norm * power > limit * (1 - margin * unit)) & jnp.isfinite(x), within, x)
+        beyond = 2 * norm * power > limit * (1 - margin * unit)
+        # a factor that is not used has a derivative all the same
+        reached = jnp.where(beyond, limit, jnp.ones_like(norm))
+        within = dtypes.truncated(scaled * (reached * (1 - short * unit) / norm), p.dtype)
+        return jnp.where(beyond & jnp.isfinite(x), within, x)
 
     def apply(target: Tree, state: State, context: Context | None) -> tuple[Tree, State]:
         return jax.tree.map(scale, target, _like(target, context)), state

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import thresholds
+from clipjax import projections, thresholds
 
 
 def floats(tree):
@@ -108,6 +108,19 @@ def test_a_clipped_gradient_has_the_derivative_of_its_formula():
     g, dw = flat(GRADS), flat(w)
     np.testing.assert_allclose(flat(by_gradient), 0.5 / 1.3 * (dw - g * (g @ dw) / 1.3**2), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(by_threshold, g @ dw / 1.3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_the_derivative_of_a_clip_does_not_depend_on_the_unit_of_its_gradients(scale):
+    """Of g C / n, whose n² is beyond the range of floats: C / n (I - g g^T / n²)."""
+    tx, grads = clipjax.clip_norm(2.5 * scale), jnp.array([3.0, 4.0]) * scale
+    found = jax.jacfwd(lambda g: tx.update(g, tx.init(g))[0])(grads)
+    np.testing.assert_allclose(found, [[0.32, -0.24], [-0.24, 0.18]], rtol=1e-6)
+
+
+def test_a_norm_within_a_huge_bound_has_the_identity_as_its_derivative():
+    found = jax.jacrev(lambda w: projections.max_norm(3e38).apply(w, (), None)[0])(jnp.ones(2))
+    np.testing.assert_array_equal(found, jnp.eye(2))
 
 
 def test_landing_has_the_derivative_of_the_difference():

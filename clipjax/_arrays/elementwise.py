@@ -49,6 +49,21 @@ def _root_slope(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[
     return y, jnp.where(y > 0, dx / jnp.where(y > 0, 2 * y, 1.0), 0.0)
 
 
+@jax.custom_jvp
+def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
+    """X / y, with a derivative that stays in the range of floats where y² would not."""
+    return x / y
+
+
+@quotient.defjvp
+def _quotient_slope(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (_, y), (dx, dy) = primals, tangents
+    value = quotient(*primals)
+    return value, dx / y - value * (dy / y)
+
+
 def keep(active: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
     """`new` where `active`, which is None for always, else `old`."""
     return new if active is None else where(active, new, old)

@@ -67,3 +67,8 @@ def with_whole_groups(x: jax.Array, axis: int, count: int) -> jax.Array:
     if not names or count % math.prod(sharding.mesh.shape[name] for name in names) == 0:
         return x
     return jax.reshard(x, jax.NamedSharding(sharding.mesh, jax.P(*spec[:axis], None, *spec[axis + 1 :])))
+
+
+def varies(x: jax.Array) -> frozenset[str]:
+    """The axes of a surrounding `shard_map` along which an array is known to differ."""
+    return jax.typeof(x).mat.varying

@@ -108,6 +108,6 @@ def _clip(x: jax.Array, limit: jax.Array, chosen: jax.Array) -> jax.Array:
 def _limited(x: jax.Array, limit: jax.Array) -> jax.Array:
     # a finite C beyond the range of a narrow dtype is its largest float: inf would not clip an infinite entry
     largest = jnp.asarray(dtypes.largest(x.dtype), limit.dtype)
-    free = threshold_state.unlimited(limit)
+    free = threshold_state.unlimited(limit) | jnp.isnan(limit)
     bound = elementwise.where(free, jnp.full_like(limit, jnp.inf), jnp.minimum(limit, largest)).astype(x.dtype)
     return intervals.limit(x, -bound, bound)

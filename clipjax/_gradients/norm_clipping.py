@@ -193,7 +193,7 @@ def _coefficient(norm: jax.Array, limit: jax.Array, eps: Number) -> jax.Array:
     within = norm <= limit
     # a quotient that is not used has a derivative all the same: within the threshold its divisor is 1
     divisor = jnp.where(within, jnp.ones_like(norm), norm + jnp.asarray(eps, norm.dtype))
-    factor = jnp.where(within, jnp.ones_like(norm), limit / divisor)
+    factor = jnp.where(within, jnp.ones_like(norm), elementwise.quotient(limit, divisor))
     return jnp.where(jnp.isfinite(norm), factor, jnp.full_like(norm, math.nan))
 
 

@@ -175,10 +175,19 @@ def inside(bound: Interval, dtype: DTypeLike, *, checked: bool = True) -> tuple[
     """The ends of the interval, rounded inwards where they fall between two values of `dtype`."""
     low, high = interval(bound, checked=checked)
     ends = toward(low, dtype, up=True), toward(high, dtype, up=False)
+    if not (checked and arguments.known(low) and arguments.known(high)):
+        ends = _ordered(*ends)
     if checked and arguments.known(low) and arguments.known(high):
         remedy = f"No value of {jnp.dtype(dtype).name} lies inside; widen the interval."
         arguments.require(np.all(ends[0] <= ends[1]), "bound", "hold a value of the leaf's dtype", bound, remedy)
     return ends
+
+
+def _ordered(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Ends that nothing has checked: NaN is no end, and the lower one wins where they are in wrong order."""
+    low = jnp.where(jnp.isnan(low), -jnp.inf, low)
+    high = jnp.where(jnp.isnan(high), jnp.inf, high)
+    return low, jnp.maximum(low, high)
 
 
 def outward(x: jax.Array, low: Number, high: Number) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax._arrays import dtypes, elementwise
+from clipjax._arrays import dtypes, elementwise, sharding
 
 # Powers of two: x * shrink has a square in range for the largest floats, x * grow for the smallest. A sum of squares
 # below the floor may have lost squares to underflow.
@@ -46,7 +46,9 @@ def _norm(arrays: list[jax.Array], ord: float, over: tuple[tuple[str, ...], ...]
         return _added([part(x) for x in wide], over, each)
 
     if ord == 2:
-        return _two_norm(total, dtype.name)
+        # inside of `shard_map`: the axes along which devices have sums of their own
+        vary = {name for x, at in zip(arrays, over, strict=True) for name in sharding.varies(x) if name not in at}
+        return _two_norm(total, dtype.name, tuple(sorted(vary)))
     if ord <= 1:  # the powers leave the range of floats only where the norm does: one pass
         return total(lambda x: jnp.sum(jnp.abs(x) ** ord)) ** (1 / ord)
     tops = [jnp.max(jnp.abs(x), initial=0) for x in wide]
@@ -117,7 +119,9 @@ def divisor(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest)) * part, part
 
 
-def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dtype: str) -> jax.Array:
+def _two_norm(
+    total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dtype: str, varying: tuple[str, ...]
+) -> jax.Array:
     """The 2-norm from the sums of x², (x / c)² and (x c)² for a large c.
 
     One of the three is right wherever a float can hold the norm: x² overflows to infinity for entries from 1e19 (f32)
@@ -150,6 +154,7 @@ def _two_norm(total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dt
         # The first turn is the plain sum: the loop holds the code of one sum, where a branch would hold that of two.
         like = jax.eval_shape(squares, None)
         none = jnp.zeros(like.shape, like.dtype)
+        none = jax.lax.pcast(none, varying, to="varying") if varying else none
         begun = (jnp.zeros((), jnp.int32), none, none)
         _, sums, scale = jax.lax.while_loop(lambda x: (x[0] == 0) | ((x[0] == 1) & ~jnp.all(right(x[1]))), again, begun)
         undo = jnp.where(scale == shrink, grow, jnp.where(scale == grow, shrink, scale.dtype.type(1)))

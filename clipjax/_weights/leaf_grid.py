@@ -194,7 +194,7 @@ class Measured(NamedTuple):
 def max_level(known: facts.Facts, dtype: DTypeLike) -> Sides:
     """How far levels may extend, as in `Measured`, with the transformations before and the dtype of the params."""
     low, high = facts.bound(dtypes.wide(dtype), known)
-    reached = (jnp.maximum(end, 0).astype(jnp.float32) for end in (-low, high))
+    reached = (dtypes.truncated(jnp.maximum(end, 0), jnp.float32).astype(jnp.float32) for end in (-low, high))
     below, above = (jnp.asarray(intervals.toward(end, dtype, up=False), jnp.float32) for end in reached)
     return below, above
 

@@ -45,12 +45,13 @@ MUTANTS = (
     Mutant("widths.py", "cost, 0), dtype=jnp.int32)", "cost, 0))", "choosing", "x64"),
     Mutant(
         "projections.py",
-        "(2 * norm * power > limit * (1 - margin * unit)) & jnp.isfinite(x)",
-        "2 * norm * power > limit * (1 - margin * unit)",
+        "jnp.where(beyond & jnp.isfinite(x), within, x)",
+        "jnp.where(beyond, within, x)",
         "projections",
         "finite",
     ),
-    Mutant("projections.py", "limit * (1 - short * unit) / norm", "limit / norm", "projections", "max_norm_holds"),
+    Mutant("projections.py", "reached * (1 - short * unit) / norm", "reached / norm", "projections", "max_norm_holds"),
+    Mutant("projections.py", "jnp.where(beyond, limit, jnp.ones_like(norm))", "limit", "contract_derivatives", "huge"),
     Mutant("projections.py", "shown = dtypes.narrowed(x, p.dtype)", "shown = x", "projections", "max_norm_holds"),
     Mutant(
         "projections.py",

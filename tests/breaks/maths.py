@@ -179,4 +179,14 @@ MUTANTS = (
         "leaf_grid",
         "spends_its_levels",
     ),
+    Mutant("_maths/intervals.py", "jnp.where(jnp.isnan(low), -jnp.inf, low)", "low", "clamping", "gives_nan"),
+    Mutant("_maths/norms.py", "if varying else none", "if False else none", "clipping_sharded", "without_names"),
+    Mutant("_arrays/elementwise.py", "dx / y - value * (dy / y)", "dx / y", "contract_derivatives", "unit"),
+    Mutant(
+        "_weights/leaf_grid.py",
+        "dtypes.truncated(jnp.maximum(end, 0), jnp.float32)",
+        "jnp.maximum(end, 0)",
+        "clamping",
+        "f32_does_not_hold",
+    ),
 )

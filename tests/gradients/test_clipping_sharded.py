@@ -135,3 +135,10 @@ def test_shard_map_element_clip_needs_no_axis():
         got, state = jax.jit(update)(sharded(gradients(step)), state)
         expected, alone = jax.jit(tx.update)(gradients(step), alone)
         assert_same(got, expected)
+
+
+@pytest.mark.parametrize("tx", [clipjax.clip_norm(1.0), clipjax.clip_norm(1.0, per="leaf")], ids=["global", "leaf"])
+def test_shard_map_without_names_clips_by_the_norms_of_each_device(tx):
+    across = {"mesh": jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,)), "in_specs": P("d")}
+    local = jax.shard_map(lambda g: tx.update(g, tx.init(g))[0], **across, out_specs=P("d"))
+    np.testing.assert_array_equal(jax.jit(local)(jnp.arange(8.0)), [0, 1, 1, 1, 1, 1, 1, 1])

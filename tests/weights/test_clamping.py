@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import projections, selections
+from clipjax import projections, selections, steps
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -196,6 +196,28 @@ def test_f64_bounds_are_f64():
         updates, state = tx.update(jnp.zeros(3), tx.init(params), params)
         params = optax.apply_updates(params, updates)
         assert params.tolist() == [0.1, -0.1, 0.05] and float(clipjax.report(state)["clamp_weights/high"]) == 0.1
+
+
+def test_a_schedule_that_gives_nan_bounds_nothing_at_that_update():
+    tx = clipjax.clamp_weights(lambda count: jnp.where(count == 1, jnp.nan, 1.0))
+    params, state = jnp.array([0.5, -2.0]), tx.init(jnp.zeros(2))
+    for update in ([0.0, 0.0], [3.0, 0.0], [0.0, 0.0]):
+        updates, state = tx.update(jnp.array(update), state, params)
+        params = params + updates
+        assert params.tolist() == {0: [0.5, -1], 1: [3.5, -1], 2: [1, -1]}[int(state.count) - 1]
+    wrong = jax.jit(lambda low, high: clipjax.clamp(jnp.array([0.0, 9.0, -9.0]), (low, high)))(1.0, -1.0)
+    assert wrong.tolist() == [1, 1, 1]  # traced ends in wrong order, which nothing can check: the lower one wins
+
+
+@pytest.mark.parametrize("step", [0.1, steps.minmax()], ids=["number", "minmax"])
+def test_levels_keep_a_bound_that_f32_does_not_hold(step):
+    """f32(0.1) is above 0.1: as a level it would be beyond the bound of f64 params."""
+    with jax.enable_x64(True):
+        params = {"kernel": jnp.linspace(-1, 1, 16, dtype=jnp.float64).reshape(4, 4)}
+        tx = optax.chain(optax.sgd(0.1), clipjax.clamp_weights(0.1), clipjax.fake_quantize(2, step=step))
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        params = optax.apply_updates(params, updates)
+        assert np.abs(params["kernel"]).max() <= 0.1 and clipjax.check(params, state, tx) == []
 
 
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
