@@ -51,7 +51,7 @@ def _root_slope(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[
 
 @jax.custom_jvp
 def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
-    """X / y, with a derivative that stays in the range of floats where y² would not."""
+    """The quotient x / y, with a derivative that stays in the range of floats where y² would not."""
     return x / y
 
 
