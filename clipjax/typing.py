@@ -36,6 +36,7 @@ __all__ = [
     "Structure",
     "Threshold",
     "Tree",
+    "UnitAxes",
     "ValueTree",
     "Where",
     "Width",
@@ -191,7 +192,10 @@ class Structure(NamedTuple):
         removed, True where an entry is kept. None where the sparsity is free.
       kind: a number that says which `keep` this is: a mask that was made by another one is made anew.
       layers: the axes of an array of units along which layers are stacked, all of which lose the same number; () where
-        an array is one layer.
+        an array is one layer. `PerLeaf`, of the leaf that owns the units, where arrays differ.
+      axes: `axes(path, leaf)`, the axes, counted from 0, along which `keep` compares the entries of a leaf: it is then
+        called as `keep(keys, axes)`. None for a `keep` of the keys alone.
+      round_to: the number of units that stay in each layer of an array is a multiple of this one, or that of all.
     """
 
     reduce: Callable[[Tree], Tree]
@@ -201,9 +205,11 @@ class Structure(NamedTuple):
     holds: Where | None = None
     min_keep: int = 0
     whole: bool = False
-    keep: Callable[[jax.Array], jax.Array] | None = None
+    keep: Callable[[jax.Array], jax.Array] | Callable[[jax.Array, tuple[int, ...]], jax.Array] | None = None
     kind: float = 0.0
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] | PerLeaf = ()
+    axes: Callable[[str, Leaf], tuple[int, ...]] | None = None
+    round_to: int = 1
 
 
 class Levels(NamedTuple):
@@ -302,5 +308,8 @@ Axis: TypeAlias = int | tuple[int, ...] | None
 RoundingMode: TypeAlias = Literal["nearest", "half_away", "stochastic"] | Rounding
 """How a quotient becomes a whole number: a name, or a rule of `clipjax.roundings` that hardens with time."""
 
-Groups: TypeAlias = Sequence[Mapping[str, int | tuple[int, ...]]]
-"""Leaves that share units: dicts path -> axis, or a tuple of axes; the first leaf of each dict owns its units."""
+UnitAxes: TypeAlias = int | tuple[int, ...] | Mapping[int, int]
+"""The axis, or axes, along which a leaf has units; or a dict axis -> how many entries of it each unit has."""
+
+Groups: TypeAlias = Sequence[Mapping[str, UnitAxes]]
+"""Leaves that share units: dicts path -> axis, or axes; the first leaf of each dict owns its units."""

@@ -233,8 +233,8 @@ def per_leaf(fn: Callable[[str, Any], Any]) -> PerLeaf:
 
     Wherever an argument takes a function, a bare callable means a schedule, a function of the count. A function of the
     leaf is marked by `per_leaf`. It can be given as the bound of `clamp_weights`, the sparsity of `prune_mask`, the
-    bits, axis and group of `fake_quantize` and `choose_bits`, and the `axis_name` of `clip_norm` and, with
-    ``per="leaf"``, its threshold.
+    bits, axis and group of `fake_quantize` and `choose_bits`, the axis of `structures.n_of_m` and `unit`, and the
+    `axis_name` of `clip_norm` and, with ``per="leaf"``, its threshold.
 
     Args:
       fn: `fn(path, leaf) -> value`, a function of path, shape and dtype; a path reads `"encoder/lin/kernel"`. It is

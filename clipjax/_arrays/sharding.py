@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -56,6 +56,13 @@ def respecified(
     return jax.NamedSharding(sharding.mesh, jax.P(*change(spec))) if any(spec) else None
 
 
+def whole(x: jax.Array, axes: Container[int]) -> jax.Array:
+    """Where mesh axes are explicit: an array whose devices have all entries along some axes."""
+    sharding = jax.typeof(x).sharding
+    spec = tuple(None if i in axes else names for i, names in enumerate(sharding.spec))
+    return x if spec == tuple(sharding.spec) else jax.reshard(x, jax.NamedSharding(sharding.mesh, jax.P(*spec)))
+
+
 def with_whole_groups(x: jax.Array, axis: int, count: int) -> jax.Array:
     """Where mesh axes are explicit: an array whose devices have whole groups, of `count` along an axis.
 
@@ -64,9 +71,8 @@ def with_whole_groups(x: jax.Array, axis: int, count: int) -> jax.Array:
     sharding = jax.typeof(x).sharding
     spec = tuple(sharding.spec)
     names = jax.tree.leaves(spec[axis])
-    if not names or count % math.prod(sharding.mesh.shape[name] for name in names) == 0:
-        return x
-    return jax.reshard(x, jax.NamedSharding(sharding.mesh, jax.P(*spec[:axis], None, *spec[axis + 1 :])))
+    fits = not names or count % math.prod(sharding.mesh.shape[name] for name in names) == 0
+    return x if fits else whole(x, (axis,))
 
 
 def varies(x: jax.Array) -> frozenset[str]:

@@ -1,6 +1,8 @@
-"""Axes cut into blocks: two axes where there was one, and back, on arrays sharded in any way."""
+"""Axes cut into blocks or made one, and back, on arrays sharded in any way."""
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,33 @@ from clipjax._arrays import sharding
 def resized(x: jax.Array, axis: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of an array with other sizes in place of an axis."""
     return (*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+
+
+def flattened(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, int]:
+    """Some axes made one, in this order, the last one running fastest; and which axis of the result that is.
+
+    It is sharded as the first of them. One axis alone is left as it is.
+    """
+    at, sizes = min(axes), [x.shape[axis] for axis in axes]
+    x = jnp.transpose(x, _together(axes, x.ndim))
+    x = sharding.whole(x, range(at + 1, at + len(axes)))
+    shape = (*x.shape[:at], math.prod(sizes), *x.shape[at + len(axes) :])
+    spec = lambda spec: (*spec[: at + 1], *spec[at + len(axes) :])  # noqa: E731
+    return jnp.reshape(x, shape, out_sharding=sharding.respecified(x, spec)), at
+
+
+def unflattened(x: jax.Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """The array of this shape of which `flattened` made another."""
+    at, order = min(axes), _together(axes, len(shape))
+    spec = lambda spec: (*spec[: at + 1], *[None] * (len(axes) - 1), *spec[at + 1 :])  # noqa: E731
+    apart = jnp.reshape(x, [shape[axis] for axis in order], out_sharding=sharding.respecified(x, spec))
+    return jnp.transpose(apart, sorted(range(len(order)), key=order.__getitem__))
+
+
+def _together(axes: tuple[int, ...], ndim: int) -> list[int]:
+    """All axes, with some of them behind each other where the first of these is."""
+    first = min(axes)
+    return [*range(first), *axes, *(axis for axis in range(first, ndim) if axis not in axes)]
 
 
 def split(x: jax.Array, axis: int, size: int) -> jax.Array:

@@ -32,8 +32,8 @@ class Quantized:
       step: f32, broadcasts to the weight, block by block where there are groups.
       zero_point: i32, the code of 0, a scalar 0 on symmetric grids, else of the shape of `step`.
       bits: the width, None for unbounded codes.
-      axis: the axis or axes with a step of their own, or None.
-      group: the size of groups along the input axis, or None.
+      axis: the axis or axes with a step of their own, or None; with groups, those behind the axis that groups divide.
+      group: how many neighbours along all other axes, flattened in order, share a step; None without groups.
       format: the name of the format that decodes the codes, or None for the formula above.
     """
 

@@ -28,7 +28,7 @@ Keys = list[jax.Array]
 _DIGIT = 3  # bits of the threshold that one pass settles
 
 
-@functools.partial(jax.jit, static_argnames=("pooled", "places", "layers"), inline=True)
+@functools.partial(jax.jit, static_argnames=("pooled", "places", "layers", "round_to"), inline=True)
 def keep(
     keys: Keys,
     k: Wide,
@@ -36,6 +36,7 @@ def keep(
     pooled: bool,
     places: tuple[tuple[int, ...], ...] | None = None,
     layers: tuple[int, ...] | None = None,
+    round_to: int = 1,
 ) -> Keys:
     """Masks that are False at the `k` lowest keys; of equal keys the earlier ones are kept, and protected ones always.
 
@@ -51,6 +52,7 @@ def keep(
       places: the place in the tree of each leaf of each stack, by which ties are settled; the order of the stacks by
         default.
       layers: how many axes of each stack, after the first, are axes of layers; none by default.
+      round_to: what the number of keys that stay in each row is rounded to a multiple of; all may stay, too.
     """
     rows = [1 + n for n in layers or (0,) * len(keys)]
     depths = np.concatenate([np.full(len(x), math.prod(x.shape[1:row])) for x, row in zip(keys, rows, strict=True)])
@@ -58,8 +60,12 @@ def keep(
     if pooled:
         order = np.arange(len(depths)) if places is None else np.concatenate(places)
         cut, inside, k = _shared(keys, k, free, depths, order)
-    k = jax.tree.map(lambda x: _by_row(x, keys, rows), wide.minimum(k, free))
-    if not pooled or max(rows) > 1:
+    k = wide.minimum(k, free)
+    if round_to > 1:
+        sizes = [math.prod(key.shape[row:]) for key, row in zip(keys, rows, strict=True) for _ in key]
+        k = _rounded(k, wide.of(sizes), free, np.uint32(round_to))
+    k = jax.tree.map(lambda x: _by_row(x, keys, rows), k)
+    if not pooled or max(rows) > 1 or round_to > 1:
         below = functools.partial(_below, keys, rows)
         cut, _ = _search(below, k, keys[0].dtype, keys[0].dtype.itemsize * 8)
         inside = below(_neighbours(cut))
@@ -157,6 +163,18 @@ def _shared(keys: Keys, k: Wide, free: Wide, depths: np.ndarray, order: np.ndarr
     removed = wide.minimum(wide.rest(surplus, before), ties)
     lost = wide.add(lower, removed)
     return jnp.broadcast_to(cut, len(depth)), inside, wide.quotient(lost, depth) if layered else lost
+
+
+def _rounded(k: Wide, n: Wide, free: Wide, step: Any) -> Wide:
+    """How many of n go instead of k if a multiple of `step` stays, the nearest, the larger one of two; or all n.
+
+    Where the smaller multiple is less than the n - free that may not go, the larger one stays.
+    """
+    stay = wide.minus(n, k)
+    down = wide.multiple(stay, step)
+    up = wide.minimum(wide.add(down, wide.of(int(step))), n)
+    nearer = ~wide.less(wide.minus(stay, down), wide.minus(up, stay))
+    return wide.minus(n, wide.where(nearer | wide.less(down, wide.minus(n, free)), up, down))
 
 
 def _neighbours(cut: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Which entries of an array share a step: the one reading of `axis` and `group`.
 
-A *view* is the array with its input axis, -2, cut into groups, so that the entries of each step lie along whole axes.
+A group is a box: neighbours along one axis, and all of some axes behind it. A *view* is the array with that one axis
+cut, so that the entries of each step lie along whole axes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import arguments, picking, sharding
+from clipjax._arrays import arguments, leaf_axes, picking, sharding
 from clipjax._maths import blocks
 from clipjax.typing import Axis, Leaf, PerLeaf
 
@@ -20,73 +21,105 @@ class StepGroups(NamedTuple):
 
     Attributes:
       axes: the axes of the view that share a step; all others have steps of their own.
-      size: how many neighbours along the input axis share one; None for all of them.
+      at: the axis that is cut into groups, None where there are none. In the view the groups lie along it, and their
+        entries along the next one.
+      size: how many neighbours along that axis share a step.
     """
 
     axes: tuple[int, ...]
-    size: int | None
+    at: int | None = None
+    size: int = 1
 
 
 def check(axis: Axis | PerLeaf, group: int | PerLeaf | None) -> None:
     """Check what needs no leaf: both are static, and no functions."""
-    for name, value in (("axis", axis), ("group", group)):
-        arguments.static(value, name)
-        if callable(value):
-            raise TypeError(f"`{name}` must be static, got {value!r}. Mark a function (path, leaf) by `per_leaf`.")
+    leaf_axes.check(axis)
+    arguments.static(group, "group")
+    if callable(group):
+        raise TypeError(f"`group` must be static, got {group!r}. Mark a function (path, leaf) by `per_leaf`.")
 
 
 def resolve(axis: Axis | PerLeaf, group: int | PerLeaf | None, path: str, leaf: Leaf) -> StepGroups:
     """Read `axis` and `group` for one leaf.
 
     Raises:
-      ValueError: for an axis that does not exist, and for a group that does not divide axis -2.
+      ValueError: for an axis that does not exist, and for groups that are no boxes.
     """
-    kept: Axis = picking.for_leaf(axis, path, leaf)
+    kept = leaf_axes.resolve(axis, path, leaf)
     size: int | None = picking.for_leaf(group, path, leaf)
-    if size is not None:
-        arguments.whole(size, "group", low=1, remedy="Give the size of a group, e.g. 32.")
-        remedy = f"Leaf {path!r} has shape {leaf.shape}: leave it out with `where`, or give `per_leaf` sizes or None."
-        ok = leaf.ndim >= 2 and leaf.shape[-2] % size == 0
-        arguments.require(ok, "group", "divide axis -2 of every picked leaf", size, remedy)
-    return StepGroups(shared_axes(leaf.ndim, kept, size), size)
+    if kept is None:
+        kept = () if size is None else (leaf.ndim - 1,)
+    others = tuple(i for i in range(leaf.ndim) if i not in kept)
+    return StepGroups(others) if size is None else _boxes(size, others, path, leaf)
 
 
-def shared_axes(ndim: int, axis: Axis, group: int | None = None) -> tuple[int, ...]:
-    """The axes that share a step, all but `axis`, in the view of an array of this rank."""
-    if axis is None:
-        axis = () if group is None else -1
-    kept = (axis,) if isinstance(axis, int) else tuple(axis)
-    for a in kept:
-        remedy = f"An array of rank {ndim} has axes {-ndim} to {ndim - 1}."
-        arguments.require(-ndim <= a < ndim, "axis", "exist in every picked leaf", axis, remedy)
-    own = {a % ndim for a in kept}
-    if group is not None:  # the view has the groups at ndim - 2 and their entries behind: axes after that move by one
-        own = {a if a <= ndim - 2 else a + 1 for a in own | {ndim - 2}}
-        ndim += 1
-    return tuple(i for i in range(ndim) if i not in own)
+def _boxes(size: int, others: tuple[int, ...], path: str, leaf: Leaf) -> StepGroups:
+    """Groups of a size along some axes flattened in order: all of the last axes, and a part of the one before."""
+    arguments.whole(size, "group", low=1, remedy="Give the size of a group, e.g. 32.")
+    remedy = f"Leaf {path!r} has shape {leaf.shape}: leave it out with `where`, or give `per_leaf` sizes or None."
+    arguments.require(others, "group", "be None where `axis` leaves no axis of a leaf", size, remedy)
+    at, part = others[-1], size
+    for i in reversed(others):
+        at = i
+        if i == others[0] or part <= leaf.shape[i] or part % leaf.shape[i]:
+            break
+        part //= leaf.shape[i]
+    # A size that divides the product of all axes, but ends inside of one and goes on in the next, makes no boxes.
+    behind = f" times the {size // part} entries behind it" * (part < size)
+    rule = f"divide axis {at - leaf.ndim} of every picked leaf{behind}"
+    arguments.require(leaf.shape[at] % part == 0, "group", rule, size, remedy)
+    return StepGroups(tuple(i + 1 for i in others if i >= at), at, part)
 
 
 def shape(leaf: Leaf, groups: StepGroups) -> tuple[int, ...]:
-    """The shape of the steps of an array: of its view, 1 along axes that share a step; () where all of them do."""
-    viewed = leaf.shape
-    if groups.size is not None:
-        *outer, inputs, outputs = leaf.shape
-        viewed = (*outer, inputs // groups.size, groups.size, outputs)
-    return () if len(groups.axes) == len(viewed) else tuple(1 if a in groups.axes else n for a, n in enumerate(viewed))
+    """The shape of the steps of an array in the state."""
+    sizes = tuple(1 if i in _shared(groups) else n for i, n in enumerate(leaf.shape))
+    if groups.at is not None:
+        return (leaf.shape[groups.at] // groups.size, *sizes)
+    return () if len(groups.axes) == leaf.ndim else sizes
+
+
+def _shared(groups: StepGroups) -> tuple[int, ...]:
+    """The axes of the array itself of which a step has more than one entry."""
+    return groups.axes if groups.at is None else tuple(i - 1 for i in groups.axes)
 
 
 def view(x: jax.Array, groups: StepGroups) -> jax.Array:
-    """An array with its input axis cut into groups, where there are any."""
-    return x if groups.size is None else blocks.split(x, x.ndim - 2, groups.size)
+    """An array with one axis cut into groups, where there are any."""
+    return x if groups.at is None else blocks.split(x, groups.at, groups.size)
 
 
 def joined(x: jax.Array, groups: StepGroups, like: jax.Array) -> jax.Array:
     """The array that a view is of, sharded as another one."""
-    if groups.size is None:
+    if groups.at is None:
         return x
-    return sharding.laid_as(blocks.join(x, x.ndim - 3, x.shape[-3] * groups.size), like)
+    return sharding.laid_as(blocks.join(x, groups.at, x.shape[groups.at] * groups.size), like)
 
 
-def per_block(values: jax.Array, groups: StepGroups) -> jax.Array:
-    """Values of step groups in the rank of the array itself, to broadcast block by block."""
-    return values if groups.size is None else jnp.squeeze(values, -2)
+# In the state the axis of the groups is the first one, before the axes of the array: an array of steps is then a stack
+# of some that broadcast to it, and `shrink` cuts each axis of it as that of the array.
+
+
+def stored(values: jax.Array, groups: StepGroups) -> jax.Array:
+    """Values of step groups as the state has them, from those that broadcast to the view."""
+    return values if groups.at is None else jnp.moveaxis(values, groups.at, 0)
+
+
+def in_view(values: jax.Array, groups: StepGroups) -> jax.Array:
+    """Values of step groups that broadcast to the view, from those of the state."""
+    return values if groups.at is None else jnp.moveaxis(values, 0, groups.at)
+
+
+def cut_axis(values: tuple[int, ...], leaf: tuple[int, ...]) -> int | None:
+    """The axis of an array that is cut into groups, from the shape that its steps have in the state; None for none."""
+    if len(values) <= len(leaf):
+        return None
+    # It is the first one along which entries share a step. If it has size 1 there is none such, and one group.
+    pairs = enumerate(zip(values[1:], leaf, strict=True))
+    return next((i for i, (have, want) in pairs if have == 1 < want), values[1:].index(1))
+
+
+def per_block(values: jax.Array, leaf: tuple[int, ...]) -> jax.Array:
+    """Values of the state in the rank of the array, of this shape, to broadcast block by block."""
+    at = cut_axis(values.shape, leaf)
+    return values if at is None else jnp.squeeze(jnp.moveaxis(values, 0, at), at + 1)

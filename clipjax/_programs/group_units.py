@@ -8,27 +8,32 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipjax._arrays import sharding, trees
+from clipjax._programs import group_leaves
 from clipjax._programs import groups as grouping
-from clipjax._programs.groups import GroupLeaf
-from clipjax.typing import Groups, Leaf, Structure, Tree
+from clipjax._programs.group_leaves import GroupLeaf
+from clipjax.typing import Groups, Leaf, PerLeaf, Structure, Tree
 
 
-def structure(groups: Groups, reduce: str, min_keep: int) -> Structure:
+def structure(groups: Groups, reduce: str, min_keep: int, round_to: int = 1) -> Structure:
     """The structure whose units are those of the groups; the array of a group's units lies at its first leaf.
+
+    It has an entry for each unit, and where each layer of a stack has units of its own, for each unit of each layer.
 
     Args:
       groups: dicts path -> axis, or a tuple of axes.
       reduce: "mean", "sum" or "max".
       min_keep: how many units every group keeps.
+      round_to: what the number of units that stay is rounded to a multiple of.
     """
     groups = grouping.of_params(groups)
     named = {path for group in groups for path in group}
 
     def resolved(tree: Tree) -> list[list[GroupLeaf]]:
         """The groups whose first leaf is in this tree."""
-        return [leaves for leaves in grouping.resolve(groups, tree, partial=True) if leaves]
+        return [leaves for leaves in group_leaves.resolve(groups, tree, partial=True) if leaves]
 
     def reduce_units(scores: Tree) -> Tree:
         return _place({leaves[0].position: _unit_scores(leaves, reduce) for leaves in resolved(scores)}, scores)
@@ -49,8 +54,12 @@ def structure(groups: Groups, reduce: str, min_keep: int) -> Structure:
     def holds(path: str, leaf: Leaf) -> bool:
         return path.removeprefix("params/") in named
 
-    check = functools.partial(grouping.check_params, groups)
-    return Structure(reduce_units, check, expand, owners, holds, min_keep)
+    def layers(path: str, leaf: Leaf) -> tuple[int, ...]:
+        return stacked[path.removeprefix("params/")]
+
+    stacked = {next(iter(group)): grouping.layers(group) for group in groups}
+    check = functools.partial(group_leaves.check_params, groups)
+    return Structure(reduce_units, check, expand, owners, holds, min_keep, layers=PerLeaf(layers), round_to=round_to)
 
 
 def _place(arrays: Mapping[int, jax.Array], like: Tree) -> Tree:
@@ -80,40 +89,58 @@ def _unit_scores(leaves: list[GroupLeaf], reduce: str) -> jax.Array:
     """The score of every unit of a group over its entries in all leaves, in the shape that broadcasts to the first."""
     first, reduction = leaves[0], _MAX if reduce == "max" else _SUM
     total = functools.reduce(reduction.pair, [_leaf_totals(leaf, first, reduction) for leaf in leaves])
-    entries = sum(leaf.leaf.size for leaf in leaves) // grouping.units_of(first)
+    entries = sum(leaf.leaf.size * int((leaf.places >= 0).sum()) // leaf.places.size for leaf in leaves)
+    entries //= first.units * first.depth
     return total / entries if reduce == "mean" else total
 
 
 def _leaf_totals(leaf: GroupLeaf, first: GroupLeaf, reduction: _Reduction) -> jax.Array:
     """One value for each unit from the entries of one leaf, in the shape that broadcasts to the first leaf."""
-    x, n = leaf.leaf, grouping.units_of(first)
-    along_axis = reduction.along(x, axis=tuple(i for i in range(x.ndim) if i != x.ndim + leaf.axis))
-    # Entry i of the axis belongs to unit i % n.
-    if jax.typeof(x).sharding.mesh.empty:
-        totals = reduction.along(jnp.reshape(along_axis, (leaf.repeats, n)), axis=0)
+    x, n = leaf.leaf, first.units
+    along_axis = _layers_first(reduction.along(x, axis=tuple(i for i in range(-x.ndim, 0) if i not in leaf.own)), leaf)
+    if jax.typeof(x).sharding.mesh.empty and _tiled(leaf):
+        totals = reduction.along(jnp.reshape(along_axis, (*along_axis.shape[:-1], -1, n)), axis=-2)
     else:
         # The axis may be sharded, and its entries of one unit may lie on different devices: to reshape it, XLA would
         # gather it. Masked copies, one for each unit, keep its sharding; their reduction is one all-reduce of n values.
-        shape = (n, n * leaf.repeats)
-        own = jax.lax.broadcasted_iota(jnp.int32, shape, 1) % n == jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        copies = jnp.where(own, along_axis[None], jnp.full_like(along_axis, reduction.neutral)[None])
-        totals = reduction.along(copies, axis=1)
-    return sharding.reshaped(sharding.replicated(totals), _shape_along(first, n), like=first.leaf)
+        own = _own(leaf, n)[(None,) * (along_axis.ndim - 1)]
+        others = jnp.full_like(along_axis, reduction.neutral)[..., None, :]
+        totals = reduction.along(jnp.where(own, along_axis[..., None, :], others), axis=-1)
+    return sharding.reshaped(_layers_first(sharding.replicated(totals), first), first.along(n), like=first.leaf)
+
+
+def _layers_first(x: jax.Array, leaf: GroupLeaf) -> jax.Array:
+    """Layers and entries, in the order that they have in a leaf, as [layers, entries]; or these in that order."""
+    return x if leaf.layers is None or leaf.layers < leaf.axis else jnp.swapaxes(x, 0, 1)
+
+
+def _tiled(leaf: GroupLeaf) -> bool:
+    """True where entry i belongs to unit i % n."""
+    return bool((leaf.places == np.arange(leaf.places.size) % max(leaf.units, 1)).all())
+
+
+def _own(leaf: GroupLeaf, n: int) -> jax.Array:
+    """bool[units, entries]: which entries belong to which unit."""
+    shape = (n, leaf.places.size)
+    units = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    if _tiled(leaf):
+        return jax.lax.broadcasted_iota(jnp.int32, shape, 1) % n == units
+    return jnp.asarray(leaf.places, jnp.int32)[None] == units
 
 
 def _at_entries(units: jax.Array, leaf: GroupLeaf, first: GroupLeaf) -> jax.Array:
     """At each entry along the axis of a leaf the value of its unit, in the shape that broadcasts to the leaf."""
-    n = grouping.units_of(first)
-    row = sharding.reshaped(sharding.replicated(units), (1, n), like=leaf.leaf)
-    repeated = jnp.broadcast_to(row, (leaf.repeats, n))
-    # On explicit mesh axes the result takes the sharding of the leaf's axis, which `where` asks for.
+    n, size, stacked = first.units, leaf.places.size, leaf.layers is not None
+    own = tuple(units.shape[i] for i in sorted(first.own)) if stacked else (1, n)
+    rows = _layers_first(sharding.reshaped(sharding.replicated(units), own, like=leaf.leaf), first)
+    if _tiled(leaf):
+        repeated = jnp.broadcast_to(jnp.expand_dims(rows, 1), (len(rows), size // max(n, 1), n))
+    else:  # an entry of no unit stays
+        repeated = ~jnp.any(_own(leaf, n)[None] & ~jnp.expand_dims(rows, 2), axis=1)
+    if stacked:
+        repeated = _layers_first(sharding.reshaped(repeated, (len(rows), size), like=leaf.leaf), leaf)
+    # On explicit mesh axes the result takes the sharding of the leaf's axes, which `where` asks for.
     ndim = leaf.leaf.ndim
     spec = (*jax.typeof(leaf.leaf).sharding.spec, *[None] * ndim)
-    own = [spec[i] if i == ndim + leaf.axis else None for i in range(ndim)]
-    return sharding.reshaped(repeated, _shape_along(leaf, n * leaf.repeats), like=leaf.leaf, spec=jax.P(*own))
-
-
-def _shape_along(leaf: GroupLeaf, size: int) -> tuple[int, ...]:
-    """The shape of `size` values along the axis of a leaf, 1 in its other axes."""
-    ndim = leaf.leaf.ndim
-    return tuple(size if i == ndim + leaf.axis else 1 for i in range(ndim))
+    kept = [spec[i] if i - ndim in leaf.own else None for i in range(ndim)]
+    return sharding.reshaped(repeated, leaf.along(size), like=leaf.leaf, spec=jax.P(*kept))

@@ -2,40 +2,126 @@
 
 from __future__ import annotations
 
-import difflib
-import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-import jax
-import optax
+import numpy as np
 
-from clipjax._arrays import arguments, picking, trees
-from clipjax.typing import Groups, Tree
-
-STATISTICS = ("mean", "var")  # of a batch norm: no params, so no optimizer updates them
-
-_ONE = "name one array by each path"
+from clipjax._arrays import arguments
+from clipjax.typing import Groups
 
 
-class GroupLeaf(NamedTuple):
-    """One leaf of a group and the axis along which it has the group's units.
+def is_statistic(path: str) -> bool:
+    """True for running statistics and caches: values that no optimizer updates. Haiku's are averages in its state."""
+    haiku = r"(state/.*|(.*/)?(mean|var)_ema)/(average|hidden|counter)$"
+    return re.match(rf"(batch_stats|cache)/|{haiku}|(.*/)?(mean|var)$", path) is not None
+
+
+def inside_collection(path: str) -> str:
+    """The path of a statistic in its collection, which a function may return alone; "" for all else."""
+    inside = path.partition("/")[2]
+    return inside if is_statistic(path) and re.match("(batch_stats|cache|state)/", path) and "/" in inside else ""
+
+
+class Member(NamedTuple):
+    """A leaf of a group that `analyze` found, and the axis along which its entries belong to the group's units.
 
     Attributes:
-      written: its path as the group writes it.
-      path: its path in the tree.
-      position: its place among the leaves of the tree.
-      axis: the axis of its units, counted from the end.
-      leaf: its array.
-      repeats: how many entries of that axis belong to each of the n units: entry i belongs to unit i % n.
+      path: of the leaf, as an optimizer sees the params.
+      axis: counted from the end.
+      places: for each entry of the axis the unit that it belongs to, -1 for none.
+      layers: the axis of stacked layers, counted from the end, each of which has units of its own; None for none.
     """
 
-    written: str
     path: str
-    position: int
     axis: int
-    leaf: jax.Array
-    repeats: int
+    places: np.ndarray
+    layers: int | None = None
+
+
+class Repair(NamedTuple):
+    """A scale behind a root mean square over units, which is divided by their number.
+
+    With d' of d units left, the scale c becomes (offset + c) * sqrt(d / d') - offset, and the number that the model
+    adds to the mean square becomes epsilon * d / d'; the outputs are then what they were.
+
+    Attributes:
+      path: of the scale.
+      offset: 1 where the model multiplies by 1 + c.
+      epsilon: the number that the model adds to the mean square; 0 for none, and where the model itself adds another.
+    """
+
+    path: str
+    offset: float
+    epsilon: float
+
+
+class Traceable(Protocol):
+    """A program that can be traced again."""
+
+    def differs(self, new: Mapping[Any, int]) -> str:
+        """Where the program with other numbers of units is another program; "" for nowhere."""
+
+
+class Group(Mapping[str, "int | tuple[int, ...]"]):
+    """Units that several leaves share: a mapping path -> axis, or axes, and which entries belong to which unit.
+
+    Attributes:
+      units: how many there are.
+      members: the leaves and axes.
+      proved: True where the program was traced again with another number of units, and depends on it in its shapes
+        alone.
+      repairs: the scales that make up for the units that are cut.
+      statistics: why the outputs change when units are cut: statistics that run over them; empty for an exact cut.
+      refusal: what the model raised when it was traced with another number of units.
+      evidence: the program that was read, and the atom of it that has these units; None for none.
+    """
+
+    def __init__(
+        self,
+        units: int,
+        members: Sequence[Member],
+        proved: bool,
+        repairs: Sequence[Repair] = (),
+        statistics: Sequence[str] = (),
+        refusal: str = "",
+        evidence: tuple[Traceable, Any] | None = None,
+    ) -> None:
+        """A group of these members."""
+        self.units, self.members, self.proved = units, tuple(members), proved
+        self.repairs, self.statistics, self.refusal = tuple(repairs), tuple(statistics), refusal
+        self.evidence = evidence
+
+    def __getitem__(self, path: str) -> int | tuple[int, ...]:
+        """The axis, or the axes, of a leaf."""
+        found = tuple(member.axis for member in self.members if member.path == path)
+        if not found:
+            raise KeyError(path)
+        return found[0] if len(found) == 1 else found
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths."""
+        return iter(dict.fromkeys(member.path for member in self.members))
+
+    def __len__(self) -> int:
+        """How many leaves it has."""
+        return len({member.path for member in self.members})
+
+    def __repr__(self) -> str:
+        """The number of units, and the leaves."""
+        leaves = ", ".join(f"{path}: {self[path]}" for path in self)
+        return f"Group({self.units} units; {leaves})"
+
+    @property
+    def layered(self) -> bool:
+        """True where each layer of a stack has units of its own, in all leaves of the group."""
+        return all(member.layers is not None for member in self.members)
+
+    def of_params(self) -> Group:
+        """Without the statistics, which no optimizer updates."""
+        kept = [m for m in self.members if not is_statistic(m.path)]
+        return Group(self.units, kept, self.proved, self.repairs, self.statistics, self.refusal, self.evidence)
 
 
 def check(groups: object) -> None:
@@ -47,6 +133,18 @@ def check(groups: object) -> None:
         )
 
 
+def analyzed(value: Mapping[str, Any]) -> Group | None:
+    """A group that `analyze` found; None for one by hand."""
+    return value if isinstance(value, Group) else None
+
+
+def layers(group: Mapping[str, Any]) -> tuple[int, ...]:
+    """The axis of layers that have units of their own, of the first leaf of a group; () for none."""
+    known = analyzed(group)
+    first = None if known is None or not known.layered else known.members[0].layers
+    return () if first is None else (first,)
+
+
 def _is_group(value: object) -> bool:
     return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(path, str) for path in value)
 
@@ -54,133 +152,15 @@ def _is_group(value: object) -> bool:
 def of_params(groups: Groups) -> Groups:
     """The same groups for a tree of params: without the statistics, and without Linen's "params/" in front."""
     check(groups)
-    kept = [{path: group[path] for path in group if path.rsplit("/", 1)[-1] not in STATISTICS} for group in groups]
+    kept = [_of_params(group) for group in groups]
     remedy = "Begin each with the kernel that makes the units."
     arguments.require(all(kept), "groups", "each name a param", groups, remedy)
-    return [{path.removeprefix("params/"): axes for path, axes in group.items()} for group in kept]
+    return kept
 
 
-def check_params(groups: Groups, params: Tree, scored: Tree) -> None:
-    """Check that every path of the groups is in `params`, and that the first leaf of each group is scored.
-
-    Nothing is required of a leaf that is None or below a `MaskedNode`, nor of a tree without leaves:
-    `optax.tree.map_params` calls `init` with one.
-
-    Args:
-      groups: as `of_params` returns them.
-      params: the params, None at leaves that no group names.
-      scored: the same tree, None also at leaves that have no score.
-    """
-    plain = jax.tree.map(lambda x: None if _absent(x) else x, params, is_leaf=_absent)
-    paths, leaves = trees.paths(plain), trees.flatten(plain)[0]
-    absent = [path for path, x in zip(paths, leaves, strict=True) if x is None]
-    # An absent node may stand for a whole subtree, whose paths begin with its own. A group may leave out the first part
-    # of a path, the collection, so the absent path without it counts too.
-    roots = [f"{root}/" for path in absent for root in (path, path.partition("/")[2]) if root]
-    for written in dict.fromkeys(path for group in groups for path in group):
-        ok = not paths or written.startswith(tuple(roots)) or bool(_positions(written, paths))
-        arguments.require(ok, "groups", _ONE, written, _suggestion(written, paths))
-    if len(absent) == len(paths):
-        return
-    has_score = [x is not None for x in trees.flatten(scored)[0]]
-    firsts = set[int]()
-    for group, found in zip(groups, resolve(groups, params, partial=True), strict=True):
-        path = next(iter(group))
-        picked = bool(found) and has_score[found[0].position]
-        remedy = "Begin it with the kernel that makes the units, or leave the group out."
-        arguments.require(picked, "groups", "begin with a leaf that `where` picks", path, remedy)
-        remedy = "A group is known by its first leaf: begin one of them with another leaf."
-        arguments.require(found[0].position not in firsts, "groups", "begin with different leaves", path, remedy)
-        firsts.add(found[0].position)
-
-
-def _absent(x: object) -> bool:
-    return x is None or isinstance(x, optax.MaskedNode)
-
-
-def resolve(groups: Groups, tree: Tree, *, partial: bool = False) -> list[list[GroupLeaf]]:
-    """The leaves of every group, found in a tree of arrays.
-
-    Args:
-      groups: checked ones.
-      tree: with None at leaves that take no part.
-      partial: leave out a path that is no array of the tree, and all leaves of a group whose first one is not there.
-
-    Raises:
-      ValueError: for an unknown or ambiguous path, an axis that does not exist or that is cut twice, and sizes that do
-        not match.
-    """
-    leaves, paths = trees.flatten(tree)[0], trees.paths(tree)
-    resolved = []
-    for group in groups:
-        named = [(written, _position(written, paths, leaves, partial)) for written in group]
-        if named[0][1] is None:
-            named = []
-        cuts = [(written, i, axis) for written, i in named if i is not None for axis in _axes(group[written])]
-        resolved.append(_group_leaves(cuts, paths, leaves))
-    every = [(leaf.path, leaf.axis) for group_leaves in resolved for leaf in group_leaves]
-    for i, (path, axis) in enumerate(every):
-        remedy = "Put all leaves that share these units into one group."
-        arguments.require((path, axis) not in every[:i], path, "be cut once along each axis", axis, remedy)
-    return resolved
-
-
-def _position(written: str, paths: list[str], leaves: list[Any], partial: bool) -> int | None:
-    """Which array a group means: the one of this path, else the one of this path inside of a Linen collection."""
-    found = [i for i in _positions(written, paths) if hasattr(leaves[i], "shape")]
-    if partial and not found:
-        return None
-    whole = f"Write the whole path, one of {[paths[i] for i in found]}."
-    arguments.require(len(found) == 1, "groups", _ONE, written, whole if found else _suggestion(written, paths))
-    return found[0]
-
-
-def _positions(written: str, paths: list[str]) -> list[int]:
-    exact = [i for i, path in enumerate(paths) if path == written]
-    if exact or not any(path.startswith("params/") for path in paths):
-        return exact
-    return [i for i, path in enumerate(paths) if path.partition("/")[2] == written]
-
-
-def _suggestion(written: str, paths: list[str]) -> str:
-    return f"Did you mean one of {difflib.get_close_matches(written, paths, n=5, cutoff=0.0)}?"
-
-
-def _axes(axes: int | tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(axes) if isinstance(axes, tuple | list) else (axes,)
-
-
-def _group_leaves(cuts: list[tuple[str, int, int]], paths: list[str], leaves: list[Any]) -> list[GroupLeaf]:
-    """The leaves of one group, their axes and sizes checked against those of the first."""
-    found: list[GroupLeaf] = []
-    for written, i, axis in cuts:
-        path, leaf = paths[i], leaves[i]
-        ok = -leaf.ndim <= operator.index(axis) < leaf.ndim
-        arguments.require(ok, "groups", "name an axis that exists", axis, f"Leaf {path!r} has shape {leaf.shape}.")
-        alone = GroupLeaf(written, path, i, axis if axis < 0 else axis - leaf.ndim, leaf, 1)
-        found.append(alone._replace(repeats=_repeats(alone, found[0] if found else alone)))
-    return found
-
-
-def _repeats(leaf: GroupLeaf, first: GroupLeaf) -> int:
-    """How many entries along the axis of a leaf belong to each unit of the first one."""
-    units, size = units_of(first), int(leaf.leaf.shape[leaf.axis])
-    if owns(leaf, first):
-        remedy = f"It is cut along the same axis as {first.path!r} and must have its size, {units}."
-        arguments.require(size == units, leaf.path, "have the units of its group", size, remedy)
-    # A flattened map has the units as its fastest index only where they are the last axis of the features.
-    ok = size == units or (units > 0 and size % units == 0 and first.axis == -1)
-    rule = f"have {units} entries along the axis of its units" + ", or a multiple" * (first.axis == -1)
-    arguments.require(ok, leaf.path, rule, size, f"Its units are those of {first.path!r}.")
-    return size // units if units else 1
-
-
-def units_of(leaf: GroupLeaf) -> int:
-    """The number of units of its group."""
-    return int(leaf.leaf.shape[leaf.axis]) // leaf.repeats
-
-
-def owns(leaf: GroupLeaf, first: GroupLeaf) -> bool:
-    """True for the first leaf, and for the other weights that are cut along the same axis counted from the end."""
-    same = (leaf.path, leaf.axis) == (first.path, first.axis)
-    return same or (leaf.axis == first.axis and picking.weights(leaf.path, leaf.leaf))
+def _of_params(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    known = analyzed(group)
+    if known is not None:
+        return known.of_params()
+    kept = {path: group[path] for path in group if not is_statistic(path)}
+    return {path.removeprefix("params/"): axes for path, axes in kept.items()}

@@ -101,7 +101,7 @@ def choose_step(
       bits: 1 to 16.
       step: a rule of `clipjax.steps`, `mse()` by default, or a number.
       axis: the axis or axes that keep a step of their own; None for one step in all.
-      group: the size of groups along axis -2, see `fake_quantize`.
+      group: the number of neighbouring inputs that share a step, see `fake_quantize`.
 
     Returns:
       f32, a scalar for `axis=None`, else with size 1 in every other axis, so that it broadcasts to `x`; with groups
@@ -123,4 +123,4 @@ def choose_step(
     finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
     groups = step_groups.resolve(axis, group, "x", x)
     found = levels.of(levels.resolve(step, steps.mse()), step_groups.view(finite, groups), bits, groups.axes)
-    return step_groups.per_block(found.step, groups)
+    return step_groups.per_block(step_groups.stored(found.step, groups), x.shape)

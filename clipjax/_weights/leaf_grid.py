@@ -22,7 +22,7 @@ class QuantizeState(NamedTuple):
     """State of `fake_quantize` inside its `ProjectState`: the grids of all leaves, in nested dicts by path.
 
     Attributes:
-      step: f32 per step group, the distance of two levels.
+      step: f32 per step group, the distance of two levels; with `group` a stack of arrays that broadcast to the leaf.
       low: f32 per step group, the smallest multiple of the step that is a level; 0 for unbounded codes.
       high: the largest one; likewise.
       bits: i32, the width; 0 for unbounded codes.
@@ -144,7 +144,7 @@ def begin(plan: Plan, leaf: Leaf) -> LeafLevels:
     step = fitting.given(1.0, like, plan.groups.axes)
     top = 0.0 if plan.unbounded else float(grids.top(plan.widest))
     low, high = (jnp.full(step.shape, end, jnp.float32) for end in (-top, top))
-    return step, low, high
+    return _stored(plan, step, low, high)
 
 
 def outdated(plans: dict[str, Plan], target: Tree, state: QuantizeState) -> jax.Array:
@@ -160,6 +160,7 @@ def outdated(plans: dict[str, Plan], target: Tree, state: QuantizeState) -> jax.
     plan = plans[path]
     if plan.rule.levels is levels.as_given:  # one rule, and so the same numbers, for all leaves
         number = plan.rule.fit(step_groups.view(x, plan.groups), 0, plan.groups.axes)
+        number = step_groups.stored(number, plan.groups)
         other |= jnp.any((at(state, path).step != number) & (number > 0))
     return fitted(state) & other
 
@@ -221,9 +222,9 @@ def fit(plan: Plan, measured: Measured) -> LeafLevels:
     axes = plan.groups.axes
     if plan.unbounded:
         step = plan.rule.fit(measured.values, 0, axes)
-        return step, jnp.zeros_like(step), jnp.zeros_like(step)
+        return _stored(plan, step, jnp.zeros_like(step), jnp.zeros_like(step))
     found = levels.of(plan.rule, measured.values, plan.widest, axes, measured.max_level, measured.dtype)
-    return found.step, found.low, found.high
+    return _stored(plan, found.step, found.low, found.high)
 
 
 def spectrum(plan: Plan, measured: Measured) -> spectra.Spectrum:
@@ -232,16 +233,28 @@ def spectrum(plan: Plan, measured: Measured) -> spectra.Spectrum:
     return spectra.spectrum(measured.values, *given, dtype=measured.dtype)
 
 
-def chosen(spectrum: spectra.Spectrum, index: jax.Array) -> LeafLevels:
+def chosen(plan: Plan, spectrum: spectra.Spectrum, index: jax.Array) -> LeafLevels:
     """The levels of the width at an index of the allowed ones."""
     found = spectra.entry(spectrum, index)
-    return found.step, found.low, found.high
+    return _stored(plan, found.step, found.low, found.high)
+
+
+def _stored(plan: Plan, *levels: jax.Array) -> LeafLevels:
+    """The levels in the layout of the state."""
+    step, low, high = (step_groups.stored(x, plan.groups) for x in levels)
+    return step, low, high
+
+
+def _in_view(plan: Plan, grid: LeafGrid) -> LeafGrid:
+    """The grid whose levels broadcast to the view of the weights."""
+    step, low, high = (step_groups.in_view(x, plan.groups) for x in (grid.step, grid.low, grid.high))
+    return grid._replace(step=step, low=low, high=high)
 
 
 def level(plan: Plan, x: jax.Array, grid: LeafGrid, key: jax.Array | None, since: jax.Array) -> jax.Array:
     """The level of every weight: code * s, the codes limited to those of the grid."""
     _check_shape(plan, x, grid)
-    w = step_groups.view(x, plan.groups)
+    w, grid = step_groups.view(x, plan.groups), _in_view(plan, grid)
     binary = plan.binary(grid)
     code = grids.codes(w, grid.step, binary, rounding=plan.rounding, key=key)
     if not plan.unbounded:
@@ -275,16 +288,11 @@ def _softened(
 
 def surely_zero(plan: Plan, x: jax.Array, grid: LeafGrid) -> jax.Array:
     """True only where the level is surely 0."""
-    w = step_groups.view(x, plan.groups)
+    w, grid = step_groups.view(x, plan.groups), _in_view(plan, grid)
     if plan.rounding == "stochastic" or plan.soften is not None or 1 in plan.allowed:
         return step_groups.joined(w == 0, plan.groups, x)
     # |w| <= .499 s: half a step, less the error of a division. A product with s may become a kernel of its own.
     return step_groups.joined(jnp.abs(w) * 2.004 <= grid.step.astype(w.dtype), plan.groups, x)
-
-
-def flat(values: jax.Array, leaf: Leaf) -> jax.Array:
-    """Values of step groups in the rank of the leaf, to broadcast block by block."""
-    return jnp.squeeze(values, -2) if values.ndim > leaf.ndim else values
 
 
 def nearest(grid: LeafGrid, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -294,7 +302,8 @@ def nearest(grid: LeafGrid, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     w = dtypes.widened(leaf)
     step, low, high = (
-        blocks.spread(flat(x, leaf), leaf.shape).astype(w.dtype) for x in (grid.step, grid.low, grid.high)
+        blocks.spread(step_groups.per_block(x, leaf.shape), leaf.shape).astype(w.dtype)
+        for x in (grid.step, grid.low, grid.high)
     )
     multiple = grids.ratio(w, step)
     multiple = jax.lax.round(multiple, jax.lax.RoundingMethod.TO_NEAREST_EVEN)

@@ -98,6 +98,7 @@ class Pool(NamedTuple):
       keys: stacks of unsigned arrays [leaves, *layers, *units], of which the lowest go first.
       positions: which leaves are in each stack, by their place among the leaves that own units.
       layers: for each stack the axes of an array of units along which it has layers.
+      along: for each stack what `Structure.keep` is given beside the keys.
       owners: path and leaf of every array of units.
       sizes: how many units of each may go; of each of its layers, where it has several.
       treedef: the structure of the tree.
@@ -106,6 +107,7 @@ class Pool(NamedTuple):
     keys: list[jax.Array]
     positions: list[stacks.Positions]
     layers: list[tuple[int, ...]]
+    along: list[tuple[tuple[int, ...], ...]]
     owners: list[tuple[str, Leaf]]
     sizes: sparsities.Sizes
     treedef: jax.tree_util.PyTreeDef
@@ -153,7 +155,7 @@ def pool(
     """
     units, treedef = trees.arrays(values)
     if not units:
-        return Pool([], [], [], [], [], treedef)
+        return Pool([], [], [], [], [], [], treedef)
     dtype = dtypes.widest(units)
     if measure is None:
         units = [_finite(x.astype(dtype), f) for x, f in zip(units, _or_none(finite, units), strict=True)]
@@ -166,10 +168,12 @@ def pool(
     alone = _or_none(finite if structure.whole and measure is None else None, units)
     leaves = list(zip(units, _or_none(before, units), alone, spread, _or_none(safe, units), strict=True))
     named = trees.governed(owners)
-    positions = stacks.alike([path for path, _ in named], leaves)
+    along = [() if structure.axes is None else (structure.axes(path, leaf),) for path, leaf in named]
+    stacked = [picking.for_leaf(structure.layers, path, leaf) for path, leaf in named]
+    positions = stacks.alike([path for path, _ in named], leaves, along, stacked)
     order = [i for group in positions for i in group]
-    layers = [tuple(axis % units[group[0]].ndim for axis in structure.layers) for group in positions]
-    found = Pool([], positions, layers, [named[i] for i in order], [], treedef)
+    layers = [tuple(axis % units[i].ndim for axis in stacked[i]) for i, *_ in positions]
+    found = Pool([], positions, layers, [along[i] for i, *_ in positions], [named[i] for i in order], [], treedef)
     scored, gone, whole, among, stays = map(list, zip(*found.stacked(leaves), strict=True))
     if measure is not None:
         whole = [jnp.isfinite(x) for x in scored]
@@ -223,11 +227,13 @@ def cut(units: Pool, structure: Structure, amount: sparsities.Amount, removed: w
     if not units.keys:
         return units.treedef.unflatten([])
     if structure.keep is not None:
-        masks = [jax.vmap(structure.keep)(x) for x in units.keys]
+        at = zip(units.keys, units.along, strict=True)
+        masks = [jax.vmap(lambda x, along=along: structure.keep(x, *along))(x) for x, along in at]  # type: ignore[misc]
     else:
         depth = tuple(len(axes) for axes in units.layers)
         places = tuple(map(tuple, units.positions))
-        masks = ranking.keep(units.keys, removed, pooled=amount.pooled, places=places, layers=depth)
+        how = {"places": places, "layers": depth, "round_to": structure.round_to}
+        masks = ranking.keep(units.keys, removed, pooled=amount.pooled, **how)
     masks = [_layers_back(x, axes) for x, axes in zip(masks, units.layers, strict=True)]
     return units.treedef.unflatten(stacks.unstack(masks, units.positions))
 

@@ -144,6 +144,9 @@ def prune_mask(
         arguments.instance(value, Score, name, "Call a factory: `scores.magnitude()`.")
     arguments.static(carry, "carry")
     candidates = None if select is None else drawing.resolve(select)
+    remedy = "Units that it does not select now may have been removed before, so that no multiple would stay."
+    ok = select is None or not isinstance(structure, Structure) or structure.round_to == 1
+    arguments.require(ok, "select", "be None with `round_to`", select, remedy)
     _check_regrow(regrow, structure, carry, inner)
     cycle = refreshing.cycle(start, every, stop)
     if mask is not None:

@@ -75,9 +75,12 @@ def fake_quantize(
         traced. With a number, a weight that jumps over several levels in one update may land one unit in the last place
         beside its level. The next update corrects this, and its latent weight starts again at the param.
       axis: the axis or axes along which each index has a step of its own: -1 gives one step per output unit of a Flax
-        kernel; None, without `group`, one step per leaf. Or `per_leaf`. Static.
-      group: the number g of neighbours along axis -2, the input of Flax's Dense and Conv kernels, that share a step;
-        each output unit (or each index along `axis`) has steps of its own. Or `per_leaf`. Static.
+        kernel; None, without `group`, one step per leaf. Or `per_leaf`, as ``analysis.outputs`` of `clipjax.analyze`.
+        Static.
+      group: the number g of neighbours that share a step, along all axes but those of `axis` (the last one by default)
+        flattened in order: the inputs of the kernel. They are those of f32[d, heads, head_dim] along d with the axes
+        (-2, -1), of f32[heads, head_dim, d] along heads * head_dim with -1. Along each axis g, or what is left of it,
+        divides the size, or is a multiple of it and goes on along the axis before. Or `per_leaf`. Static.
       rounding: "nearest" (halves to even), "half_away" (halves away from zero, as in D4), "stochastic", or a rule of
         `clipjax.roundings`, which moves weights onto the grid gradually: until it ends they lie between levels. Static.
       where: `where(path, leaf) -> bool` picks the leaves; a path is a string such as "dense/kernel". By default arrays
@@ -100,7 +103,7 @@ def fake_quantize(
 
     Raises:
       ValueError: for bits outside 1 to 16, bits=None without a number as step, stop < start, every < 1, an unknown
-        rounding; at init for an axis that does not exist, a group that does not divide its axis, a bits tree that
+        rounding; at init for an axis that does not exist, a group that does not divide the inputs, a bits tree that
         matches no leaf, or more than 8 bits on params narrower than f32, whose codes could not be recovered; at update
         for missing `params`.
       TypeError: for traced bits, axis or group; at init for a complex leaf that `where` picks.
@@ -240,7 +243,7 @@ def _chosen(
     index = choose([x.values.size for x in measured], energy, noise)
     rows = zip(plans.items(), index, strict=True)
     width = {path: spectra.width(plan.allowed, i) for (path, plan), i in rows}
-    return [leaf_grid.chosen(*row) for row in zip(found, index, strict=True)], width
+    return [leaf_grid.chosen(*row) for row in zip(plans.values(), found, index, strict=True)], width
 
 
 def quantized(params: Tree, opt_state: State) -> Tree:
@@ -292,18 +295,20 @@ def _integers(path: str, leaf: jax.Array, grid: leaf_grid.LeafGrid) -> integers.
     bits = int(grid.bits) or None
     code, level = leaf_grid.nearest(grid, leaf)
     # One landing late, a weight from far outside is beside its level by units in the last place of where it was.
-    late = blocks.spread(leaf_grid.flat(grid.step, leaf), leaf.shape).astype(level.dtype) / 256
+    step, zero = (step_groups.per_block(x, leaf.shape) for x in (grid.step, grid.zero_point))
+    late = blocks.spread(step, leaf.shape).astype(level.dtype) / 256
     entries, distance = landing.missed(leaf, level, late)
     remedy = (
         f"{int(entries)} weights of {path!r} are between its levels, by up to {float(distance):.3g}: an average (EMA),"
         " another checkpoint, or something chained behind the quantizer. Hold them with `clipjax.hold_once` first."
     )
     arguments.require(not int(entries), "params", "be on the grid of the state", path, remedy)
-    grouped = grid.step.ndim > leaf.ndim
-    group = leaf.shape[-2] // grid.step.shape[-3] if grouped else None
-    step, zero = (leaf_grid.flat(x, leaf) for x in (grid.step, grid.zero_point))
-    kept = tuple(i for i, n in enumerate(step.shape) if n > 1 and not (grouped and i == leaf.ndim - 2))
-    kept = (leaf.ndim - 2,) if grouped and not kept else kept
+    kept, group = tuple(i for i, n in enumerate(step.shape) if n > 1), None
+    at = step_groups.cut_axis(grid.step.shape, leaf.shape)
+    if at is not None:
+        # In front of the cut axis each index has groups of its own, whether `axis` names it or groups run along it.
+        group, own = leaf.size // step.size, [i for i in kept if i != at]
+        kept = tuple([i for i in own if i > at] or own or [at])
     axis = None if not kept and not step.ndim else kept[0] if len(kept) == 1 else kept
     zero = zero if bool(jnp.any(zero != 0)) else jnp.zeros((), jnp.int32)
     code = code + blocks.spread(zero, leaf.shape).astype(code.dtype)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple, TypeAlias
@@ -73,8 +75,8 @@ def resolve(sparsity: Sparsity, structure: Structure, scope: str) -> Amount:
     if structure.keep is not None:
         remedy = "This structure fixes the sparsity itself: leave it out."
         arguments.require(sparsity is None, "sparsity", "be None for n_of_m", sparsity, remedy)
-        asked = lambda owners: jnp.asarray(structure.kind, jnp.float32)  # noqa: E731
-        return Amount(scope == "global", False, asked, lambda owners: None, lambda count, leaves: wide.of(0))
+        kind = functools.partial(_kind, structure)
+        return Amount(scope == "global", False, kind, lambda owners: None, lambda count, leaves: wide.of(0))
     arguments.require(sparsity is not None, "sparsity", "be given for this structure", sparsity, _REMEDY)
     if arguments.is_tree(sparsity):  # also `per_leaf`, a tuple: with own fractions no leaves are compared with others
         return _leaf_by_leaf(sparsity)
@@ -85,6 +87,15 @@ def resolve(sparsity: Sparsity, structure: Structure, scope: str) -> Amount:
     asked = _nothing if scheduled else lambda owners: jnp.asarray(sparsity, jnp.float32)
     removed = _uniform(arguments.schedule(sparsity), scope)
     return Amount(scope == "global", scheduled, asked, lambda owners: None, removed)
+
+
+def _kind(structure: Structure, owners: Tree) -> jax.Array:
+    """A number that differs where a structure that fixes the sparsity keeps other entries of these leaves."""
+    kind = structure.kind
+    if structure.axes is not None:
+        axes = [structure.axes(path, leaf) for path, leaf in trees.governed(owners)]
+        kind = zlib.crc32(repr((kind, axes)).encode()) >> 8  # f32 holds 24 bits
+    return jnp.asarray(kind, jnp.float32)
 
 
 def _nothing(owners: Tree) -> jax.Array:

@@ -7,6 +7,7 @@ MUTANTS = (
         "structures.py", "(other == groups) & (j < place)", "(other == groups) & (j > place)", "structures", "n_of_m"
     ),
     Mutant("structures.py", "rank < n,", "rank <= n,", "structures", "n_of_m"),
+    Mutant("structures.py", "math.prod(sizes[i:]) % m == 0", "True", "structures", "several_axes"),
     Mutant(
         "structures.py",
         "totals(scores) / totals(jnp.ones_like(scores))",

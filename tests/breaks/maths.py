@@ -3,6 +3,20 @@
 from breaks.mutant import Mutant
 
 MUTANTS = (
+    Mutant("_maths/step_groups.py", "i == others[0] or ", "", "leaf_grid", "bad_arguments"),
+    Mutant("_maths/step_groups.py", "jnp.moveaxis(values, groups.at, 0)", "values", "step_groups", "inputs"),
+    Mutant("_maths/step_groups.py", "part //= leaf.shape[i]", "pass", "step_groups", "inputs"),
+    Mutant(
+        "_maths/ranking.py",
+        "nearer = ~wide.less(wide.minus",
+        "nearer = wide.less(wide.minus",
+        "layers_kept",
+        "multiples",
+    ),
+    Mutant("_maths/ranking.py", "nearer | wide.less(down, wide.minus(n, free))", "nearer", "layers_kept", "multiples"),
+    Mutant(
+        "_maths/blocks.py", "sorted(range(len(order)), key=order.__getitem__)", "order", "structures", "several_axes"
+    ),
     Mutant("_maths/square_sums.py", "sums[i - 1] += carry", "sums[i - 1] += 0", "square_sums", "bound"),
     Mutant("_maths/square_sums.py", "(tail.astype(v.dtype) + fraction)", "fraction", "square_sums", "bound"),
     Mutant("_maths/levels.py", "near > largest, near / 2, near", "near > largest, near, near", "steps", "power_of_two"),

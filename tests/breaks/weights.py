@@ -5,7 +5,10 @@ from breaks.mutant import Mutant
 MUTANTS = (
     Mutant("_weights/quantizing.py", "state, target, outdated)", "state, target)", "changed_arguments", "another"),
     Mutant("_weights/leaf_grid.py", "step != number)", "step > 2 * number)", "changed_arguments", "another_number"),
-    Mutant("_weights/sparsities.py", "asarray(structure.kind,", "asarray(0.0,", "changed_arguments", "n_of_m"),
+    Mutant("_weights/masks.py", "leaves, along, stacked)", "leaves, stacked)", "structures", "axes_of_each_leaf"),
+    Mutant("_weights/quantizing.py", "if i > at] or own", "] or own", "step_groups", "behind_the_cut"),
+    Mutant("_weights/sparsities.py", "repr((kind, axes))", "repr(kind)", "structures", "axes_of_each_leaf"),
+    Mutant("_weights/sparsities.py", "asarray(kind,", "asarray(0.0,", "changed_arguments", "n_of_m"),
     Mutant("_weights/checking.py", "trees.pure(opt_state))", "opt_state)", "checking", "nnx"),
     Mutant("_weights/zeros.py", "not left or masked", "True or masked", "wrong_calls", "mask_names"),
     Mutant("_weights/latents.py", "off & (w != 0)", "(w != w)", "projecting", "edited"),

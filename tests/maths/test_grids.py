@@ -189,7 +189,7 @@ def test_multiples_within_a_limit():
 
 @pytest.mark.parametrize(("axis", "expected"), [(None, (0, 1, 2)), (-1, (0, 1)), (0, (1, 2)), ((0, -1), (1,))])
 def test_shared_axes(axis, expected):
-    assert step_groups.shared_axes(3, axis) == expected
+    assert step_groups.resolve(axis, None, "w", jnp.ones((2, 3, 4))).axes == expected
 
 
 def test_vmap_over_steps_is_a_sweep():

@@ -13,7 +13,7 @@ from clipjax.structures import unit
 
 RNG = np.random.default_rng(0)
 FIRST = {"a/kernel": -1, "a/bias": 0, "bn/scale": 0, "bn/mean": 0, "batch_stats/bn/var": 0, "b/kernel": 2}
-SECOND = {"b/kernel": -1, "params/out/kernel": 0}
+SECOND = {"b/kernel": -1, "params/out/kernel": {0: 4}}
 GROUPS = [FIRST, SECOND]
 # leaf -> (axis, group) for each group that it is in; `out` reads a flattened map of 2 x 2 x 4: entry i is of unit i % 4
 SITES = {
@@ -210,7 +210,7 @@ def test_sharded_masks_are_the_local_ones_and_shardings_stay(case, kind):
     shapes = {"a": (8, 16), "bias": (16,), "b": (48 if case == "flat" else 16, 8)}
     local = {name: jnp.asarray(RNG.integers(1, 3, shape) / 4, jnp.float32) for name, shape in shapes.items()}
     placed = {name: jax.device_put(x, jax.NamedSharding(mesh, SPECS[case][name])) for name, x in local.items()}
-    tx = clipjax.prune_mask(0.5, structure=unit(groups=[{"a": -1, "bias": 0, "b": 0}]))
+    tx = clipjax.prune_mask(0.5, structure=unit(groups=[{"a": -1, "bias": 0, "b": {0: shapes["b"][0] // 16}}]))
     wanted, _ = tx.update(local, tx.init(local), local)
     with jax.set_mesh(mesh):
         compiled = jax.jit(tx.update).lower(placed, tx.init(placed), placed).compile()
@@ -251,6 +251,28 @@ def test_bad_groups_name_argument_value_and_remedy(case):
     groups, arguments, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         clipjax.prune_mask(**{"sparsity": 0.5} | arguments, structure=unit(groups=groups)).init(mlp())
+
+
+HEADS = {"a": jnp.ones((2, 3, 4)), "w": jnp.ones(12)}
+FLAT = {"a": jnp.ones((2, 4)), "w": jnp.ones((36, 3))}
+TIMES = {
+    "unsaid": ({"a": -1, "w": 0}, FLAT, r"`w` must have 4 .*, got 36. .*flattened map, say .*: `'w': \{-2: 9\}`"),
+    "other": ({"a": -1, "w": {0: 8}}, FLAT, r"`w` must have 32 entries .*got 36. .*: `'w': \{-2: 9\}`"),
+    "heads": ({"a": -2, "w": {0: 4}}, HEADS, "`w` must have 3 entries along the axis of its units, got 12. .* 'a'.$"),
+    "owner": ({"a": {-1: 2}}, FLAT, "`a` must have the units of its group, got 4. .* have its size, 4, once"),
+    "none": ({"a": -1, "w": {0: 0}}, FLAT, r"`groups\[0\]` must be a whole number >= 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("case", TIMES)
+def test_sizes_that_divide_by_chance_are_refused_with_what_to_write(case):
+    group, tree, message = TIMES[case]
+    for call in (
+        lambda: clipjax.shrink(tree, [group]),
+        lambda: clipjax.prune_mask(0.5, structure=unit(groups=[group])).init(tree),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("groups", [MLP, [{}], ["a/kernel"], [{1: 0}]])

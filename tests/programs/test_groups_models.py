@@ -37,7 +37,7 @@ CNN = [
         "bn1/var": 0,
         "conv2/kernel": 2,
     },
-    {"conv2/kernel": -1, "conv2/bias": 0, "dense/kernel": 0},
+    {"conv2/kernel": -1, "conv2/bias": 0, "dense/kernel": {0: 4}},
 ]
 
 

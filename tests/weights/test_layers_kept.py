@@ -197,6 +197,84 @@ def test_ties_of_a_stack_are_removed_from_the_back_of_every_layer():
     np.testing.assert_array_equal(got, [[False, False, True, True]] * 3)
 
 
+# Units in multiples
+
+
+def rounded(kept, n, step, min_keep=1):
+    """The nearest of 0, step, 2 step, ..., n that is not below `min_keep`; the larger one of two."""
+    allowed = [m for m in (*range(0, n, step), n) if m >= min(min_keep, n)]
+    return min(allowed, key=lambda m: (abs(m - kept), -m))
+
+
+WIDE = {"a": 24, "b": 20, "few": 5, "one": 1, "l_0": 16, "l_1": 16}  # units of each; 20 and 5 are no multiples
+
+
+@functools.partial(jax.jit, static_argnames=("scope", "min_keep"))
+def rounded_masks(scores, sparsity, scope, min_keep):
+    structure = structures.unit(round_to=8, min_keep=min_keep)
+    return clipjax.make_mask(scores, sparsity, structure=structure, scope=scope)
+
+
+@pytest.mark.parametrize("min_keep", [0, 1, 9])
+@pytest.mark.parametrize("scope", ["leaf", "global"])
+def test_units_stay_in_multiples(scope, min_keep):
+    """Of each array the nearest multiple of 8 or all, ties to more; globally of what the common threshold leaves."""
+    scores = {name: np.float32(np.abs(RNG.normal(size=(3, n)))) for name, n in WIDE.items()}
+    plain = structures.unit(min_keep=min_keep)
+    for sparsity in (0.0, 0.125, 0.25, 0.5, 0.75, 0.9375):
+        got = rounded_masks(scores, jnp.float32(sparsity), scope, min_keep)
+        before = clipjax.make_mask(scores, sparsity, structure=plain, scope=scope)
+        for name, mask in jax.device_get(got).items():
+            kept = int(before[name][0].sum())
+            expected = rounded(kept, WIDE[name], 8, min_keep)
+            assert (mask == mask[0]).all() and int(mask[0].sum()) == expected, (name, sparsity, kept)
+            order = np.argsort(-scores[name].mean(0))
+            assert mask[0][order[:expected]].all()  # the best ones
+
+
+def test_units_of_layers_and_of_groups_stay_in_multiples():
+    stack = {"a": np.float32(np.abs(RNG.normal(size=(3, 5, 24)))), "b": np.float32(np.abs(RNG.normal(size=(2, 5, 12))))}
+    by_layer = structures.unit(axis=(0, -1), round_to=8)
+    for scope in ("leaf", "global"):
+        for name, mask in clipjax.make_mask(stack, 0.55, structure=by_layer, scope=scope).items():
+            kept = np.asarray(mask)[:, 0].sum(-1)
+            assert (kept == 8).all(), (scope, name, kept)  # 11 of 24, and 5 of 12, of each layer
+    kernel = np.float32(np.abs(RNG.normal(size=(4, 20))))
+    groups = structures.unit(groups=[{"in": -1, "bias": 0, "out": 0}], round_to=8)
+    tree = {"in": kernel, "bias": np.zeros(20, np.float32), "out": kernel.T}
+    masks = clipjax.make_mask(tree, 0.4, structure=groups)  # 12 would stay: 16 is as near as 8
+    np.testing.assert_array_equal(masks["bias"], kernel.mean(0) >= np.sort(kernel.mean(0))[4])
+    np.testing.assert_array_equal(masks["out"][:, 0], masks["bias"])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"regrow": 0.3, "inner": optax.sgd(0.1)}], ids=["nested", "regrow"])
+def test_units_stay_in_multiples_all_along_a_schedule(arguments):
+    """In bf16 too; without growth what is removed stays removed."""
+    tree = {name: jnp.asarray(RNG.normal(size=(6, n)) + 1, jnp.bfloat16) for name, n in WIDE.items()}
+    ramp = optax.linear_schedule(0.0, 0.7, 6)
+    tx = clipjax.prune_mask(ramp, structure=structures.unit(round_to=4), every=1, stop=6, **arguments)
+    state, update, before = tx.init(tree), jax.jit(tx.update), None
+    with jax.numpy_dtype_promotion("standard"):
+        for i in range(8):
+            grads = jax.tree.map(lambda w, i=i: jnp.cos(w * (i + 1)), tree)
+            updates, state = update(grads, state, tree)
+            tree = optax.apply_updates(tree, updates)
+            masks = {name: np.ravel(mask) for name, mask in state.projection.mask.items()}
+            assert all(m.sum() % 4 == 0 or m.all() for m in masks.values())
+            assert arguments or before is None or not any((m > before[name]).any() for name, m in masks.items())
+            before = masks
+    assert sum(m.sum() for m in masks.values()) <= 0.3 * 82 + 2 * 6 + 4
+
+
+def test_round_to_is_checked():
+    for value in (0, 2.5, 2**16):
+        with pytest.raises(ValueError, match=rf"`round_to` must be .*, got {value}\. Give what"):
+            structures.unit(round_to=value)
+    structure = structures.unit(round_to=8)
+    with pytest.raises(ValueError, match=r"`select` must be None with `round_to`"):
+        clipjax.prune_mask(0.5, structure=structure, select=selections.bernoulli(0.5))
+
+
 def test_one_axis_removes_the_same_units_in_all_layers():
     scores = stacks()["enc"]
     gone = dead(clipjax.make_mask(scores, 0.5, structure=structures.unit()))

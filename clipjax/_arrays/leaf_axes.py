@@ -1,0 +1,50 @@
+"""Which axes of a leaf an argument names: the one reading of `axis`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from clipjax._arrays import arguments, picking
+from clipjax.typing import Axis, Leaf, PerLeaf
+
+
+def check(axis: Axis | PerLeaf) -> None:
+    """Check what needs no leaf: it is static, and no function."""
+    arguments.static(axis, "axis")
+    if callable(axis):
+        raise TypeError(f"`axis` must be static, got {axis!r}. Mark a function (path, leaf) by `per_leaf`.")
+
+
+def plain(axis: Axis | PerLeaf) -> tuple[int, ...]:
+    """The axes that all leaves have in common, as they are written, checked; () for `per_leaf`."""
+    check(axis)
+    return () if isinstance(axis, PerLeaf) else arguments.axes(axis)
+
+
+def resolve(axis: Axis | PerLeaf, path: str, leaf: Leaf) -> tuple[int, ...] | None:
+    """The axes of one leaf, counted from 0; None where the argument is.
+
+    Raises:
+      ValueError: for what is no axis of the leaf.
+    """
+    value = picking.for_leaf(axis, path, leaf)
+    if value is None:
+        return None
+    found = tuple(value) if isinstance(value, tuple | list) else (value,)
+    whole = all(isinstance(a, int | np.integer) for a in found)
+    remedy = f"Leaf {path!r} has rank {leaf.ndim}; choose an axis it has, or leave it out with `where`."
+    arguments.require(whole, "axis", "be a whole number or a tuple of some", value, remedy)
+    exist = all(-leaf.ndim <= a < leaf.ndim for a in found)
+    arguments.require(exist, "axis", "exist in every picked leaf", value, remedy)
+    return tuple(int(a) % leaf.ndim for a in found)
+
+
+def named(axis: Axis | PerLeaf, path: str, leaf: Leaf) -> tuple[int, ...]:
+    """The same where there must be one at least, and none twice."""
+    found = resolve(axis, path, leaf)
+    remedy = f"Leaf {path!r} has none: leave it out, with an analysis by `where=analysis.kernels`."
+    arguments.require(found, "axis", "name an axis of every picked leaf", found, remedy)
+    assert found is not None
+    remedy = f"Leaf {path!r} has rank {leaf.ndim}; choose an axis it has, or leave it out with `where`."
+    arguments.require(len({*found}) == len(found), "axis", "name different axes of every picked leaf", axis, remedy)
+    return found
