@@ -10,6 +10,7 @@ from clipjax._gradients.with_gradient import with_gradient
 from clipjax._maths.integers import Quantized, dequantize, quantize, round_to_step
 from clipjax._maths.intervals import clamp
 from clipjax._maths.straight_through import fake_quant
+from clipjax._programs.analysis import Analysis, analyze
 from clipjax._programs.shrinking import Shrunk, shrink
 from clipjax._reports.reporting import report
 from clipjax._reports.summarizing import Summary, summarize
@@ -27,6 +28,7 @@ from clipjax.typing import Context, Projection, Rounding, Rule, Score, Selection
 __version__ = "0.1.0"
 
 __all__ = [
+    "Analysis",
     "Context",
     "Projection",
     "Quantized",
@@ -40,6 +42,7 @@ __all__ = [
     "Summary",
     "Violation",
     "Width",
+    "analyze",
     "check",
     "choose_bits",
     "choose_step",
