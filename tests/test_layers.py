@@ -22,11 +22,12 @@ FAMILIES = "projections selections roundings steps widths structures scores thre
 # those that stand before it; the rooms of one level do not know each other.
 LEVELS = (
     {"": "typing"},
-    {"_arrays": "arguments trees sharding stacks elementwise dtypes picking"},
+    {"_arrays": "arguments trees sharding stacks elementwise dtypes picking leaf_axes"},
     {
         "_maths": "blocks wide counts drawing ring_buffers intervals norms square_sums ranking grids step_groups"
         " integers fitting levels spectra landing straight_through",
-        "_programs": "groups group_units shrinking",
+        "_programs": "axes origins equations rules walking means exactness layers proving groups roles program"
+        " models analysis group_leaves group_units cutting verifying shrinking",
     },
     {"": FAMILIES},
     {
@@ -109,7 +110,7 @@ def test_no_function_past_60_lines_without_a_comment(name):
 READERS = {
     "bits": "_weights.bit_widths",
     "sparsity": "_weights.sparsities",
-    "axis": "_maths.step_groups",
+    "axis": "_arrays.leaf_axes",
     "group": "_maths.step_groups",
     "threshold": "_gradients.threshold_state",
     "bound": "_maths.intervals",
