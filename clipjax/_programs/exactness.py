@@ -20,7 +20,7 @@ from clipjax._programs.walking import Step
 # What a reduction over units that are 0 gives with and without them is the same for a sum alone.
 _STATISTICS = (equations.REDUCTIONS - {"reduce_sum"}) | {"reduce_window_max", "reduce_window_min"}
 # What a result is, its operand is too, each of several its own.
-_SAME = set(
+_PASS_ON = set(
     "copy copy_p convert_element_type stop_gradient name sharding_constraint optimization_barrier pvary pcast psum"
     " psum_invariant pmax pmin psum2 reduce_precision".split()
 )
@@ -73,7 +73,7 @@ def _zero(step: Step, value: Value) -> frozenset[Axis] | None:
         return own if value.constant == 0 else _NOTHING
     if name in ("dot_general", "conv_general_dilated"):
         return own & _of_contraction(step.equation, operands, zeros)
-    if name in _SAME or name == "sort":
+    if name in _PASS_ON or name == "sort":
         return own & zeros[0 if len(step.results) == 1 else step.results.index(value)]
     if name in ("mul", "and"):
         return _of_product(value, operands, zeros)

@@ -129,7 +129,7 @@ def check(groups: object) -> None:
     if not isinstance(groups, Sequence) or not all(_is_group(group) for group in groups):
         raise TypeError(
             f"`groups` must be a list of dicts path -> axis, got {groups!r}."
-            ' Write `[{"conv/kernel": -1, "conv/bias": 0, "out/kernel": 0}]`.'
+            ' Give `analysis.groups`, or write `[{"conv/kernel": -1, "conv/bias": 0, "out/kernel": 0}]`.'
         )
 
 

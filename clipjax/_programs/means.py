@@ -16,7 +16,7 @@ from clipjax._programs.axes import Axis
 from clipjax._programs.equations import Value
 from clipjax._programs.walking import Step
 
-_SAME = set(
+_KEEP_ENTRIES = set(
     "broadcast_in_dim reshape squeeze expand_dims transpose convert_element_type copy copy_p reduce_precision"
     " sharding_constraint stop_gradient name optimization_barrier pvary pcast".split()
 )
@@ -93,7 +93,7 @@ class Means:
 
     def _follow(self, step: Step, other_uses: set[int]) -> None:
         name = "" if step.equation is None else step.equation.primitive.name
-        same = name in _SAME and not _rounds_to_integers(step)
+        same = name in _KEEP_ENTRIES and not _rounds_to_integers(step)
         if (same or (not name and step.results)) and len(step.operands) == 1:
             for known in (self._terms, self._powers, self._scales):
                 if id(step.operands[0]) in known:

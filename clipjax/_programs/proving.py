@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import textwrap
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -95,7 +96,7 @@ def prove(model: Traced, kinds: Sequence[Sequence[Axis]]) -> set[Axis]:
         try:
             return difference(model, {atom: new[atom] for atom in some})
         except Exception as error:  # the model refuses other widths, each library in its own way
-            raised = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raised = f"{type(error).__name__}: {textwrap.shorten(str(error), 120)}"
             return None
 
     # A model that is another program at each trace cannot be compared with itself.

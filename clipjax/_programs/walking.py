@@ -257,21 +257,28 @@ def _constant(x: Any, reader: str = "") -> Value:
     return Value(made, frozenset(), x.flat[0] if uniform else None)
 
 
-_SAME = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
+_KEEP_NUMBERS = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
 
 
 def folded(equation: Any, numbers: Sequence[Any]) -> Any:
     """The number that all entries of a result are, where all entries of each operand are one; None otherwise."""
     if not numbers or any(number is None for number in numbers) or len(equation.outvars) > 1:
         return None
-    if equation.primitive.name in _SAME:
+    if equation.primitive.name in _KEEP_NUMBERS:
         return numbers[0]
     return equations.evaluated(equation, numbers) if equation.primitive.name in equations.ELEMENTWISE else None
 
 
 def _line(equation: Any) -> str:
-    """The line of the user's program that an equation comes from; "" for what JAX traced inside of its functions."""
+    """The line of the user's program that an equation comes from; "" for what JAX traced inside of its functions.
+
+    Behind a layer of an installed library stands the line that calls it, where there is one.
+    """
     from jax._src import source_info_util  # the public API shows no source lines
 
-    frame = source_info_util.user_frame(equation.source_info.traceback)
-    return "" if frame is None else f"{frame.file_name.rsplit('/', 1)[-1]}:{frame.start_line}"
+    frames = list(source_info_util.user_frames(equation.source_info.traceback))
+    own = [frame for frame in frames if "-packages" not in frame.file_name]
+    if not frames:
+        return ""
+    frame = (own or frames)[0]
+    return f"{frame.file_name.rsplit('/', 1)[-1]}:{frame.start_line}"
