@@ -57,7 +57,7 @@ MUTANTS = (
         "pinned",
     ),
     Mutant("_programs/exactness.py", '"scatter": (0, 2)', '"scatter": (0, 0)', "rules", "written_into"),
-    Mutant("_programs/exactness.py", 'in _SAME or name == "sort"', "in _SAME", "exactness", "not_zero"),
+    Mutant("_programs/exactness.py", 'in _PASS_ON or name == "sort"', "in _PASS_ON", "exactness", "not_zero"),
     Mutant("_programs/exactness.py", "return found - missing", "return found", "exactness", "not_zero"),
     Mutant("_programs/layers.py", "stacked and not nested", "stacked", "stacked_layers", "every_turn"),
     Mutant("_programs/layers.py", "return alike and", "return alike or", "stacked_layers", "another_layer"),
@@ -118,6 +118,7 @@ MUTANTS = (
     Mutant(
         "_programs/shrinking.py", "what = program.differs(new)", 'what = ""', "analysis", "another_one_at_the_width"
     ),
+    Mutant("_programs/shrinking.py", "if what and 1 in new.values():", "if what == 1:", "analysis", "single_unit"),
     Mutant("_programs/roles.py", "elif leaf in looked_up:", "elif not steps:", "analysis", "roles"),
     Mutant("_programs/cutting.py", "return entries(x, units[name][1])", "return x", "cutting", "several_entries"),
     Mutant(

@@ -231,6 +231,19 @@ def test_a_program_that_is_another_one_at_the_width_that_is_left_is_refused():
         cut(3)
 
 
+def test_a_single_unit_may_be_left():
+    """JAX writes axes of one entry with other equations."""
+
+    def model(p, x):
+        h = jnp.repeat(jnp.einsum("td,dhk->thk", x, p["a"]), 2, axis=1)
+        return h.reshape(2, -1) @ p["b"] + jnp.einsum("td,dh,h->t", x, p["c"], p["d"])[:, None]
+
+    params = {"a": jnp.ones((4, 2, 3)).at[:, 1].set(0), "b": jnp.ones((12, 3)).at[6:].set(0)}
+    params |= {"c": jnp.ones((4, 2)).at[:, 1].set(0), "d": jnp.ones(2).at[1].set(0)}
+    small = clipjax.shrink(params, clipjax.analyze(model, params, X)).variables
+    assert (small["a"].shape, small["b"].shape, small["c"].shape) == ((4, 1, 3), (6, 3), (4, 1))
+
+
 @pytest.mark.parametrize("fn", [lambda w: w / jnp.linalg.norm(w, axis=0), lambda w: jnp.log(jnp.abs(w))])
 def test_what_is_not_finite_at_zero_is_refused(fn):
     analysis = read(lambda p, x: x @ fn(p["a"]) @ p["b"], a=(4, 8), b=(8, 3))
