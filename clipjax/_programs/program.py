@@ -38,7 +38,6 @@ class Program:
       constants: what the program holds as constants.
       means: its divisions by a number of terms, and the sums of these with an epsilon, keyed by their step's identity.
       roles: what each leaf is.
-      refusals: why the model refuses another number of units.
     """
 
     def __init__(
@@ -71,7 +70,6 @@ class Program:
         self.steps = walk.steps
         self._tie_outputs(out, results)
         self.roles = roles.of_leaves(self.paths, self.values, self.steps)
-        self.refusals: dict[Axis, str] = {}
         self._means = Means(self.steps, self.values, results)
         self.means = {id(step): mean for mean in self._means.found for step in (mean.step, mean.adds) if step}
         for path, value in zip(self.paths, self.values, strict=True):
@@ -156,9 +154,9 @@ class Program:
         kinds: dict[tuple[str, int, int], list[Axis]] = {}
         for atom in self.units():
             kinds.setdefault(self._kind(atom), []).append(atom)
-        proved = proving.prove(self, list(kinds.values()))
+        proved, refusals = proving.prove(self, list(kinds.values()))
         if proved and self._rebuild is None:  # a function that follows its variables in all but these
-            for atom, raised in self.refusals.items():
+            for atom, raised in refusals.items():
                 atom.pins[f"the model refuses another number of units: {raised}"] = None
         statistics = exactness.judge(self.steps, proved, self._means)
         exact: dict[Axis, Group] = {}
@@ -175,9 +173,10 @@ class Program:
             )
             members = self._ordered(self._members(atom), atom.size, firsts)
             firsts.add(members[0].path)
-            refusal = self.refusals.get(atom, "")
-            group = Group(atom.size, members, atom in proved, tuple(repairs), reasons, refusal, (self, atom))
-            (inexact if reasons else exact)[atom] = group
+            found = Group(
+                atom.size, members, atom in proved, tuple(repairs), reasons, refusals.get(atom, ""), (self, atom)
+            )
+            (inexact if reasons else exact)[atom] = found
         return exact, inexact
 
     def _kind(self, atom: Axis) -> tuple[str, int, int]:
@@ -190,7 +189,7 @@ class Program:
 
     def _pin_shared_entries(self) -> None:
         for atom in self.units():
-            if any(member.places is None for member in self._members(atom)):
+            if any(axes_.places(axis, atom) is None for value in self.values for axis in value.axes):
                 atom.pins["an entry would belong to two of its units"] = None
 
     def _members(self, atom: Axis) -> list[Member]:
@@ -199,23 +198,22 @@ class Program:
         for path, value in zip(self.paths, self.values, strict=True):
             for i, axis in enumerate(value.axes):
                 places = axes_.places(axis, atom)
-                if places is None or (places >= 0).any():
+                if places is not None and (places >= 0).any():
                     found.append((path, value, i - len(value.axes), places))
         leaves = [value for _, value, _, _ in found]
         own = layers.axes_of_layers(atom, leaves, self._bodies, self.order)
         return [
-            Member(roles.param(path), axis, places, None if own is None else own[i])  # type: ignore[arg-type]
+            Member(roles.param(path), axis, places, None if own is None else own[i])
             for i, (path, _, axis, places) in enumerate(found)
         ]
 
     def _ordered(self, members: list[Member], units: int, firsts: set[str]) -> list[Member]:
         """The members, first a kernel that makes the units: a group is known by its first leaf, no two by the same."""
-        makers = {roles.param(path): role.outputs for path, role in zip(self.paths, self.roles, strict=True)}
-        kernels = {roles.param(p) for p, role in zip(self.paths, self.roles, strict=True) if role.name == "kernel"}
+        own = {roles.param(path): role for path, role in zip(self.paths, self.roles, strict=True)}
 
         def rank(member: Member) -> tuple[bool, bool, bool]:
-            makes = member.axis in makers[member.path]
-            taken = member.path in firsts or member.path not in kernels
+            makes = member.axis in own[member.path].outputs
+            taken = member.path in firsts or own[member.path].name != "kernel"
             return taken, not (makes and member.places.size == units), not makes
 
         return sorted(members, key=rank)

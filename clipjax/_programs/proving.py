@@ -38,7 +38,6 @@ class Traced(Protocol):
       order: the walk through it.
       constants: those of its programs.
       means: the divisions by a number of units, and the sums of these with an epsilon.
-      refusals: filled with why the model refuses another width of an atom.
     """
 
     leaves: list[Any]
@@ -47,7 +46,6 @@ class Traced(Protocol):
     order: list[Step]
     constants: list[Value]
     means: dict[int, Mean]
-    refusals: dict[Axis, str]
 
     def again(self, new: Mapping[Axis, int]) -> Any:
         """The program with other widths."""
@@ -76,7 +74,7 @@ def size(axis: Axis, new: Mapping[Axis, int]) -> int:
     return sum(sizes) if axes_.is_sum(axis) else math.prod(sizes)
 
 
-def prove(model: Traced, kinds: Sequence[Sequence[Axis]]) -> set[Axis]:
+def prove(model: Traced, kinds: Sequence[Sequence[Axis]]) -> tuple[set[Axis], dict[Axis, str]]:
     """The atoms that may have another width: traced again with it, the program is the same but for its shapes.
 
     All are tried at once; where they fail, both halves are, each with those that passed. Of a kind for which the
@@ -86,8 +84,12 @@ def prove(model: Traced, kinds: Sequence[Sequence[Axis]]) -> set[Axis]:
     Args:
       model: the model.
       kinds: the atoms, those of equal layers together.
+
+    Returns:
+      Those that may, and for those of which the model refuses another width what it raised.
     """
     new, proved = widths([atom for kind in kinds for atom in kind]), set[Axis]()
+    refusals: dict[Axis, str] = {}
     refused, raised = 0, ""
 
     def difference_of(some: Sequence[Axis]) -> str | None:
@@ -114,7 +116,7 @@ def prove(model: Traced, kinds: Sequence[Sequence[Axis]]) -> set[Axis]:
             tried(some[: len(some) // 2])
             tried(some[len(some) // 2 :])
         elif found is None or not repeats():
-            model.refusals |= dict.fromkeys(atoms, raised if found is None else "it is another program at each trace")
+            refusals.update(dict.fromkeys(atoms, raised if found is None else "it is another program at each trace"))
             refused += 1
         elif len(atoms) > 1:
             tried([[atom] for atom in atoms])
@@ -122,7 +124,7 @@ def prove(model: Traced, kinds: Sequence[Sequence[Axis]]) -> set[Axis]:
             atoms[0].pins[found] = None
 
     tried(kinds)
-    return proved
+    return proved, refusals
 
 
 class _Line(NamedTuple):

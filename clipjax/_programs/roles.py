@@ -36,7 +36,7 @@ def of_leaves(paths: Sequence[str], leaves: Sequence[Value], steps: Sequence[Ste
     Args:
       paths: of the leaves.
       leaves: their axes.
-      steps: those of the walk on which an output depends.
+      steps: those of the walk.
     """
     looked_up: set[int] = set()
     summed: dict[int, set[int]] = {}

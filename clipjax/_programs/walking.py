@@ -178,14 +178,14 @@ class Walk:
 
     def _turn(self, body: Any, before: Sequence[Value], where: str) -> tuple[list[Value], list[Value], list[Value]]:
         """Walk the body of a loop; what it is given each turn is what came before, or what it gave."""
+        first = len(self.steps)
         inside = [self.meet([value], where) for value in before]
         results = body(inside)
         after = results[: len(inside)]
-        for one, other in zip(inside, after, strict=True):
+        for step, one, other in zip(self.steps[first : first + len(inside)], inside, after, strict=True):
             for a, b in zip(one.axes, other.axes, strict=True):
                 axes_.unite(a, b, where)
             one.leaves = None if other.leaves is None else one.leaves
-            step = next(s for s in self.steps if s.results == [one])
             step.operands.append(other)
         return inside, after, results[len(inside) :]
 

@@ -66,7 +66,7 @@ MUTANTS = (
     Mutant("_programs/walking.py", "operands[:1], [], f", "operands[:0], [], f", "refusals", "decides"),
     Mutant("_programs/shrinking.py", "if test is None and exact:", "if not exact:", "cutting", "makes_up"),
     Mutant("_programs/groups.py", '(average|hidden|counter)$"', '(hidden|counter)$"', "proof_set", "haiku"),
-    Mutant("_programs/program.py", " or member.path not in kernels", "", "proof_set", "prune_mask"),
+    Mutant("_programs/program.py", ' or own[member.path].name != "kernel"', "", "proof_set", "prune_mask"),
     Mutant("_programs/exactness.py", '"stack": (), ', '"stack": (0,), ', "rules", "ones_beside"),
     Mutant("_programs/origins.py", 'if name == "stack":', 'if name == "stacks":', "rules", "stacked"),
     Mutant(
