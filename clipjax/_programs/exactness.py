@@ -183,9 +183,6 @@ def judge(steps: Sequence[Step], proved: set[Axis], means: Means) -> dict[Axis, 
 
     for step in steps:
         if step.equation is None:
-            if step.where.startswith("the condition"):
-                for value in step.operands:
-                    equations.pin(value, step.where)
             continue
         name = step.equation.primitive.name
         if name in ("dot_general", "conv_general_dilated"):

@@ -82,7 +82,7 @@ class Means:
         for step in steps:
             self._follow(step, other_uses)
         for step in steps:  # what a turn of a loop gives is known only now
-            if step.equation is None and (len(step.operands) > 1 or not step.results):
+            if step.equation is None and len(step.operands) > 1:
                 for value in step.operands:
                     self._end(value, step.where, other_uses)
         for value in results:
@@ -94,7 +94,7 @@ class Means:
     def _follow(self, step: Step, other_uses: set[int]) -> None:
         name = "" if step.equation is None else step.equation.primitive.name
         same = name in _KEEP_ENTRIES and not _rounds_to_integers(step)
-        if (same or (not name and step.results)) and len(step.operands) == 1:
+        if (same or not name) and len(step.operands) == 1:
             for known in (self._terms, self._powers, self._scales):
                 if id(step.operands[0]) in known:
                     known[id(step.results[0])] = known[id(step.operands[0])]  # type: ignore[assignment]
@@ -137,7 +137,7 @@ class Means:
         """Operations of which the result is proportional to a power of a mean."""
         powers = [self._powers.get(id(value)) for value in step.operands]
         known = [power for power in powers if power is not None]
-        if not known or not step.results:
+        if not known:
             return False
         mean, power = known[0]
         if len(powers) == 1:
@@ -184,7 +184,7 @@ class Means:
 
     def _offset(self, step: Step, name: str) -> bool:
         """A number is added to a leaf."""
-        if name != "add" or not step.results:
+        if name != "add":
             return False
         for value, other in (step.operands, step.operands[::-1]):
             if id(value) in self._scales and other.constant is not None:

@@ -196,8 +196,7 @@ class Walk:
         before = operands[test + body :]
 
         def turn(inside: list[Value]) -> list[Value]:
-            decided = self.program(params["cond_jaxpr"], [*operands[:test], *inside])
-            self.steps.append(Step(None, decided, [], f"the condition of {where}"))
+            self.program(params["cond_jaxpr"], [*operands[:test], *inside])
             return self.program(params["body_jaxpr"], [*operands[test : test + body], *inside])
 
         carried, after, _ = self._turn(turn, before, where)
@@ -206,7 +205,6 @@ class Walk:
     def branches(self, equation: Any, operands: list[Value]) -> list[Value]:
         """All branches; each result is that of one of them."""
         where = self._source(equation)
-        self.steps.append(Step(None, operands[:1], [], f"the condition of {where}"))
         found = [self.program(branch, operands[1:]) for branch in equation.params["branches"]]
         return [self.meet(values, where) for values in zip(*found, strict=True)]
 

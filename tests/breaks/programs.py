@@ -63,7 +63,6 @@ MUTANTS = (
     Mutant("_programs/layers.py", "return alike and", "return alike or", "stacked_layers", "another_layer"),
     Mutant("_programs/walking.py", "_line(equation) or called_at", "_line(equation)", "refusals", "gather"),
     Mutant("_programs/proving.py", "or (a != a and b != b)", "", "refusals", "gather_by_the_data"),
-    Mutant("_programs/walking.py", "operands[:1], [], f", "operands[:0], [], f", "refusals", "decides"),
     Mutant("_programs/shrinking.py", "if test is None and exact:", "if not exact:", "cutting", "makes_up"),
     Mutant("_programs/groups.py", '(average|hidden|counter)$"', '(hidden|counter)$"', "proof_set", "haiku"),
     Mutant("_programs/program.py", ' or own[member.path].name != "kernel"', "", "proof_set", "prune_mask"),
