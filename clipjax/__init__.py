@@ -1,6 +1,6 @@
 """clipjax makes a JAX model small while it trains, with nothing but Optax transformations."""
 
-from clipjax import projections, roundings, scores, selections, steps, structures, thresholds, typing, widths
+from clipjax import formats, projections, roundings, scores, selections, steps, structures, thresholds, typing, widths
 from clipjax._arrays.arguments import per_leaf
 from clipjax._files.saving import load, pack, save, unpack
 from clipjax._gradients.clipping import clip
@@ -23,13 +23,14 @@ from clipjax._weights.projecting import project
 from clipjax._weights.pruning import prune_mask
 from clipjax._weights.quantizing import fake_quantize, quantized
 from clipjax.scores import snip, synflow
-from clipjax.typing import Context, Projection, Rounding, Rule, Score, Selection, Step, Structure, Width
+from clipjax.typing import Context, Format, Projection, Rounding, Rule, Score, Selection, Step, Structure, Width
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
     "Context",
+    "Format",
     "Projection",
     "Quantized",
     "Rounding",
@@ -53,6 +54,7 @@ __all__ = [
     "dequantize",
     "fake_quant",
     "fake_quantize",
+    "formats",
     "hold_once",
     "load",
     "make_mask",

@@ -9,22 +9,28 @@ import jax
 import numpy as np
 import optax
 
+from clipjax._format import Format, Pack, Quantize, Scales
+
 __all__ = [
     "Axis",
     "Bits",
     "Bound",
     "Context",
     "Count",
+    "Format",
     "Groups",
     "Leaf",
     "LeafThreshold",
     "Levels",
     "Number",
+    "Pack",
     "PerLeaf",
     "Projection",
+    "Quantize",
     "Rounding",
     "RoundingMode",
     "Rule",
+    "Scales",
     "Schedule",
     "Score",
     "Selection",

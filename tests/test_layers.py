@@ -16,16 +16,17 @@ TESTS = pathlib.Path(__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 FILES = [*PACKAGE.rglob("*.py"), *TESTS.rglob("*.py")]
 
-FAMILIES = "projections selections roundings steps widths structures scores thresholds"
+FAMILIES = "projections selections roundings steps widths structures scores thresholds formats"
 
 # CONTRIBUTING.md draws this. A room may use the rooms of the levels above it in the table, and inside a room a module
 # those that stand before it; the rooms of one level do not know each other.
 LEVELS = (
-    {"": "typing"},
+    {"": "_format typing"},
     {"_arrays": "arguments trees sharding stacks elementwise dtypes picking leaf_axes"},
     {
         "_maths": "blocks wide counts drawing ring_buffers intervals norms square_sums ranking grids step_groups"
-        " integers fitting levels spectra landing straight_through",
+        " integers fitting levels spectra landing straight_through float_codes block_bytes block_scales integer_blocks"
+        " float_blocks known_formats",
         "_programs": "axes origins equations rules walking means exactness layers proving groups roles program"
         " models analysis group_leaves group_units cutting verifying shrinking",
     },

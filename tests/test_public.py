@@ -12,7 +12,17 @@ import clipjax
 # `clipjax.choose_step` and `clipjax.choose_bits` through them.
 OLD = json.loads((pathlib.Path(__file__).parent / "signatures.json").read_text())
 
-FAMILIES = ("projections", "roundings", "scores", "selections", "steps", "structures", "thresholds", "widths")
+FAMILIES = (
+    "formats",
+    "projections",
+    "roundings",
+    "scores",
+    "selections",
+    "steps",
+    "structures",
+    "thresholds",
+    "widths",
+)
 
 # Interfaces whose fields changed with issues 8 and 9, before any release.
 CHANGED = {
@@ -62,5 +72,16 @@ def test_parameters_say_what_may_be_passed(name):
 
 
 def test_interfaces_are_public_in_one_place():
-    for name in ("Context", "Projection", "Rounding", "Rule", "Score", "Selection", "Step", "Structure", "Width"):
+    for name in (
+        "Context",
+        "Format",
+        "Projection",
+        "Rounding",
+        "Rule",
+        "Score",
+        "Selection",
+        "Step",
+        "Structure",
+        "Width",
+    ):
         assert getattr(clipjax, name) is getattr(clipjax.typing, name)

@@ -1,0 +1,68 @@
+"""The type of deployment formats, for `clipjax.typing`: what `clipjax.formats` returns, and users may implement."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+
+Scales: TypeAlias = tuple[jax.Array, ...]
+"""What a format stores of blocks beside their codes, in its dtypes: the bits of f16 as u16, of E4M3 and E8M0 as u8, or
+f32. All are [..., 1] for blocks [..., block], but for one of the whole array, which is a scalar."""
+
+Quantize: TypeAlias = Callable[[jax.Array, jax.typing.ArrayLike, int | None], tuple[jax.Array, Scales]]
+"""`quantize(x, limit, precision) -> (codes, scales)`, of blocks."""
+
+Pack: TypeAlias = Callable[[jax.typing.ArrayLike, tuple[jax.typing.ArrayLike, ...]], tuple[jax.typing.ArrayLike, ...]]
+"""`pack(codes, scales) -> arrays` of a file, in NumPy, from [..., blocks, block] and [..., blocks, 1]."""
+
+
+class Format(NamedTuple):
+    """A deployment format: blocks of codes with scales, and the rule by which its reference makes them.
+
+    Its functions take blocks along the last axis, x[..., block], and work in f32. A format of your own needs the first
+    six fields; `formats.register` makes it known by its id.
+
+    Attributes:
+      name: with the static parameters, as `"int4(group=128, scale='bfloat16')"`; two formats have two names.
+      fit: `fit(x, limit, precision) -> scales`. Pruned entries of `x` are 0. No level exceeds `limit`, which broadcasts
+        to [..., 1] and is at least 0; it is infinite for the reference to the bit. `precision` is how many significant
+        bits a scale keeps, None for all.
+      encode: `encode(x, scales, limit) -> codes` under given scales, u8 or i8.
+      decode: `decode(codes, scales) -> f32`.
+      code_bits: bits of a code.
+      scale_bits: bits of the scales of a block.
+      block: how many entries along the inputs share scales; None for all of them.
+      across: how many outputs do; None for all of them. A block of several is flattened into the last axis.
+      zero: True where 0 is a level of every block.
+      quantize: both at once, for a rule that divides by the scale before it is rounded; None for `fit`, then `encode`.
+      precision: `precision(dtype) -> int | None`: the argument of `fit` with which code * scale is exact in a param's
+        dtype, and an update lands on it.
+      pack: the bytes of a file, None for a format without one.
+    """
+
+    name: str
+    fit: Callable[[jax.Array, jax.typing.ArrayLike, int | None], Scales]
+    encode: Callable[[jax.Array, Scales, jax.typing.ArrayLike], jax.Array]
+    decode: Callable[[jax.Array, Scales], jax.Array]
+    code_bits: float
+    scale_bits: int
+    block: int | None = None
+    across: int | None = 1
+    zero: bool = True
+    quantize: Quantize | None = None
+    precision: Callable[[jax.typing.DTypeLike], int | None] = lambda dtype: None
+    pack: Pack | None = None
+
+    @property
+    def id(self) -> int:
+        """The CRC-32 of the name, by which a state and a file name the format."""
+        return zlib.crc32(self.name.encode())
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight, with its share of the scales where the size of a block is fixed."""
+        size = (self.block or 0) * (self.across or 0)
+        return self.code_bits + (self.scale_bits / size if size else 0)

@@ -1,0 +1,229 @@
+"""Blocks of small floats: the MX formats and NVFP4, FP8 with a scale, NF4.
+
+Each rule is that of its reference, operation by operation in f32, so that the codes are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from clipjax._arrays import elementwise
+from clipjax._maths import block_bytes, block_scales, float_codes, grids
+from clipjax._maths.block_scales import Limit
+from clipjax._maths.float_codes import Layout, Ties
+from clipjax.typing import Format, Scales
+
+E4M3, E5M2, E2M1 = float_codes.E4M3, float_codes.E5M2, float_codes.E2M1
+TOP = {E4M3: 448.0, E5M2: 57344.0, E2M1: 6.0}
+"""The largest number of each element; its exponent is where the block's largest entry goes."""
+
+
+def _coded(ratio: jax.Array, scale: jax.Array, layout: Layout, limit: Limit, ties: Ties = "even") -> jax.Array:
+    """The nearest codes of x / scale, u8; the next one toward 0 where the value exceeds the limit."""
+    size = jnp.minimum(float_codes.magnitude(ratio, layout, ties), jnp.uint32(layout.largest))
+    size = size - block_scales.exceeds(float_codes.value(size, layout) * scale, limit).astype(jnp.uint32)
+    negative = ratio < 0
+    # gguf-py takes the first of the codes that are as near, and 0 stands before -0.
+    code = float_codes.signed(size, negative & (size > 0) if ties == "lower" else negative, layout)
+    return code.astype(jnp.uint8)
+
+
+def _floor(size: jax.Array, layout: Layout) -> jax.Array:
+    """OCP: floor(log2 max|x|) minus the exponent of the largest element."""
+    return (float_codes.bits(size) >> 23).astype(jnp.int32) - int(math.log2(TOP[layout]))
+
+
+def _log2f(size: jax.Array, layout: Layout) -> jax.Array:
+    """GGUF: the same with the logarithm rounded to f32, as log2f of C and NumPy's log2 are.
+
+    Just below 2^k, at 2^k (1 - j 2^-24), it is k - j 2^-24 / ln 2, which rounds to k where that is at most half the
+    distance of f32 there. Below k > 0 that is half an ulp of the floats under |k| and above k < 0 one of those over it.
+    """
+    raw = float_codes.bits(size)
+    k = (raw >> 23).astype(jnp.int32) - 126
+    short = (jnp.uint32(0x800000) - (raw & jnp.uint32(0x7FFFFF))).astype(jnp.float32) / math.log(2.0)
+    nearest = jnp.maximum(jnp.abs(k), 1)
+    # The distance of floats at |k| is 2^(floor(log2 |k|) - 23), and half of it under a power of two.
+    low = jnp.where(k > 0, nearest * 2 - 1, nearest * 2)
+    ulp = float_codes.float_of((float_codes.bits(low.astype(jnp.float32)) >> 23) << 23) / 2
+    up = (short <= ulp) & (k != 0)
+    return _floor(size, layout) + up.astype(jnp.int32)
+
+
+def _ceil(size: jax.Array, layout: Layout) -> jax.Array:
+    """Qwix: ceil(log2(max|x| / largest element)); 1 for blocks of next to nothing."""
+    raw = float_codes.bits(grids.ratio(size, TOP[layout]))
+    up = (raw & jnp.uint32(0x7FFFFF)) > 0
+    return elementwise.where(raw < jnp.uint32(64 << 23), jnp.full_like(raw, 127), (raw >> 23) + up).astype(jnp.int32)
+
+
+def _even(size: jax.Array, layout: Layout) -> jax.Array:
+    """compressed-tensors: as `_floor`, of a largest entry that is rounded up from 1.75 * 2^k on."""
+    raw = float_codes.bits(size) + jnp.uint32(1 << 21)
+    return (raw >> 23).astype(jnp.int32) - int(math.log2(TOP[layout]))
+
+
+EXPONENTS: dict[str, Callable[[jax.Array, Layout], jax.Array]] = {
+    "gguf": _log2f,
+    "ocp": _floor,
+    "qwix": _ceil,
+    "compressed-tensors": _even,
+}
+"""The exponent of a block of 32, from 127 for 2^0, before it is limited to what E8M0 holds."""
+
+
+def mx(name: str, layout: Layout, rule: str, code_bits: int, digits: int, span: int) -> Format:
+    """MXFP4 and MXFP8: codes times 2^(e - 127)."""
+    ties: Ties = "lower" if rule == "gguf" else "even"
+    packed = block_bytes.plain if code_bits == 8 else block_bytes.gguf_4 if rule == "gguf" else block_bytes.pairs
+
+    def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
+        size = block_scales.absmax(block_scales.entries(x, limit))
+        found = jnp.clip(EXPONENTS[rule](size, layout), 0, 254)
+        if rule != "qwix":
+            found = elementwise.where(size == 0, jnp.zeros_like(found), found)
+        return (found.astype(jnp.uint8),)
+
+    def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
+        exponent = scales[0].astype(jnp.int32)
+        ratio = block_scales.entries(x, limit) * float_codes.power_of_two(254 - exponent)
+        return _coded(ratio, float_codes.power_of_two(exponent), layout, limit, ties)
+
+    def decode(codes: jax.Array, scales: Scales) -> jax.Array:
+        return float_codes.value(codes, layout) * float_codes.power_of_two(scales[0])
+
+    return Format(
+        name=name,
+        fit=fit,
+        encode=encode,
+        decode=decode,
+        code_bits=code_bits,
+        scale_bits=8,
+        block=32,
+        precision=block_scales.precision(digits, span, 1),
+        pack=block_bytes.packing(packed),
+    )
+
+
+def scaled(name: str, layout: Layout, block: int | None, across: int | None) -> Format:
+    """FP8 with an f32 scale: s = max|x| / largest, codes the nearest of x / s."""
+
+    def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
+        size = grids.ratio(block_scales.absmax(block_scales.entries(x, limit)), TOP[layout])
+        size = elementwise.where(size == 0, jnp.full_like(size, 2.0**-23), size)
+        return (block_scales.single(size, TOP[layout], limit, precision),)
+
+    def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
+        return _coded(grids.ratio(block_scales.entries(x, limit), scales[0]), scales[0], layout, limit)
+
+    return Format(
+        name=name,
+        fit=fit,
+        encode=encode,
+        decode=lambda codes, scales: float_codes.value(codes, layout) * scales[0],
+        code_bits=8,
+        scale_bits=32,
+        block=block,
+        across=across,
+        precision=block_scales.precision(layout.mantissa + 1, 18 if layout is E4M3 else 32, 24),
+        pack=block_bytes.packing(block_bytes.plain),
+    )
+
+
+def nvfp4(name: str, divisor: bool) -> Format:
+    """NVFP4: codes times an E4M3 scale of 16, by a divisor of the array (compressed-tensors), or times a factor."""
+
+    def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
+        size = block_scales.absmax(block_scales.entries(x, limit))
+        largest = jnp.maximum(jnp.max(size, initial=0.0), jnp.finfo(jnp.float32).tiny)
+        total = _times(largest, divisor, precision)
+        ratio = grids.ratio(size, 6.0)
+        ratio = ratio * total if divisor else grids.ratio(size, 6.0 * total)
+        code = float_codes.magnitude(jnp.clip(ratio, 0, 448.0), E4M3)
+        none = code == 0 if divisor else size == 0
+        code = elementwise.where(none, jnp.full_like(code, 0x20 if divisor else 0x38), code)  # .125, 1
+        return code.astype(jnp.uint8), total
+
+    def value(scales: Scales) -> jax.Array:
+        block = float_codes.value(scales[0], E4M3)
+        return grids.ratio(block, scales[1]) if divisor else block * scales[1]
+
+    def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
+        scale = value(scales)
+        return _coded(grids.ratio(block_scales.entries(x, limit), scale), scale, E2M1, limit)
+
+    return Format(
+        name=name,
+        fit=fit,
+        encode=encode,
+        decode=lambda codes, scales: float_codes.value(codes, E2M1) * value(scales),
+        code_bits=4,
+        scale_bits=8,
+        block=16,
+        precision=block_scales.precision(2, 4, 24),
+        pack=block_bytes.packing(block_bytes.pairs),
+    )
+
+
+def _times(largest: jax.Array, divisor: bool, precision: int | None) -> jax.Array:
+    """The f32 of an NVFP4 array: 448 * 6 / max|x|, or its inverse; a power of two where few bits are asked for.
+
+    The quotient of an E4M3 scale and any other divisor has 24 significant bits.
+    """
+    if not divisor:
+        factor = grids.ratio(largest, 2688.0)
+        up = float_codes.float_of(((float_codes.bits(factor) + 0x7FFFFF) >> 23) << 23)
+        return factor if precision is None else up
+    total = 2688.0 / largest
+    total = elementwise.where(jnp.isfinite(total), total, jnp.ones_like(total))
+    return total if precision is None else grids.short(total, 23)
+
+
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""The 16 levels of appendix E of https://arxiv.org/abs/2305.14314."""
+
+
+def normal(name: str, block: int) -> Format:
+    """NF4: s = max|x|, the nearest of 16 levels of x / s, the lower one of two that are as near."""
+
+    def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
+        size = block_scales.absmax(block_scales.entries(x, limit))
+        return (elementwise.where(size < 2.0**-63, jnp.ones_like(size), size),)
+
+    def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
+        ratio = grids.ratio(block_scales.entries(x, limit), scales[0])
+        code = jnp.zeros(x.shape, jnp.int32)
+        for low, high in itertools.pairwise(NF4):
+            code += jnp.abs(ratio - low) > jnp.abs(ratio - high)
+        over = block_scales.exceeds(decode(code, scales), limit)
+        return (code - jnp.where(over, jnp.sign(code - 7), 0)).astype(jnp.uint8)
+
+    def decode(codes: jax.Array, scales: Scales) -> jax.Array:
+        level = jnp.full(codes.shape, NF4[0], jnp.float32)
+        for code, at in enumerate(NF4[1:], start=1):
+            level = elementwise.where(codes >= code, jnp.full_like(level, at), level)
+        return level * scales[0]
+
+    return Format(name=name, fit=fit, encode=encode, decode=decode, code_bits=4, scale_bits=32, block=block)

@@ -1,0 +1,45 @@
+"""Formats that are known by their ids: what a state or a file names is found again from the number alone."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import jax
+
+from clipjax._arrays import arguments
+from clipjax.typing import Format, Quantize, Scales
+
+_known: dict[int, Format] = {}
+
+
+def register(form: Format) -> Format:
+    """Remember a format, with `quantize` where it has none, and return it; refuse one whose id another has."""
+    other, made = _known.get(form.id), form if form.quantize else form._replace(quantize=_in_two_steps(form))
+    same = other is None or (other.name, *other[1:4]) == (form.name, *form[1:4])
+    remedy = "Give it another name, or register it once, where the module that makes it is imported."
+    arguments.require(same, "name", "belong to one format", form.name, remedy)
+    return _known.setdefault(form.id, made)
+
+
+def _in_two_steps(form: Format) -> Quantize:
+    def quantize(x: jax.Array, limit: jax.typing.ArrayLike, precision: int | None) -> tuple[jax.Array, Scales]:
+        scales = form.fit(x, limit, precision)
+        return form.encode(x, scales, limit), scales
+
+    return quantize
+
+
+def made(name: str, build: Callable[[str], Format]) -> Format:
+    """The format of this name, built once: functions that are jitted with it are found again."""
+    found = _known.get(zlib.crc32(name.encode()))
+    return found if found is not None and found.name == name else register(build(name))
+
+
+def find(number: int) -> Format:
+    """The format of an id; ValueError for one that is not known."""
+    found = _known.get(number)
+    if found is None:
+        remedy = "Call its factory in `clipjax.formats`, or `formats.register` your own, before the state is read."
+        raise ValueError(f"The format's id must be that of a known format, got {number}. {remedy}")
+    return found
