@@ -7,11 +7,20 @@ from typing import Literal
 from clipjax._arrays import arguments
 from clipjax._maths import float_blocks, float_codes, integer_blocks, known_formats
 from clipjax._maths.block_bytes import gguf_8, gguf_ternary_1, gguf_ternary_2
+from clipjax._maths.free_formats import fp8_e4m3, fp8_e5m2, int4, int8, nbits, nf4
 from clipjax.typing import Format
 
 __all__ = [
     "Format",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "int4",
+    "int8",
     "mxfp4",
+    "mxfp8",
+    "nbits",
+    "nf4",
+    "nvfp4",
     "q4_0",
     "q4_1",
     "q5_0",
@@ -178,9 +187,73 @@ def mxfp4(scale: Literal["gguf", "ocp", "qwix", "compressed-tensors"] = "gguf") 
       compressed-tensors, `mxfp_utils`.
     """
     arguments.choice(scale, "scale", ("gguf", "ocp", "qwix", "compressed-tensors"))
-    layout = float_codes.E2M1
+    return known_formats.made(f"mxfp4(scale={scale!r})", lambda name: float_blocks.mx(name, float_codes.E2M1, scale))
+
+
+def mxfp8(
+    element: Literal["e4m3", "e5m2"] = "e4m3",
+    scale: Literal["ocp", "qwix", "compressed-tensors"] = "compressed-tensors",
+) -> Format:
+    r"""MXFP8: blocks of 32, a power of two as scale (E8M0), codes of E4M3 or E5M2; 8.25 bits a weight.
+
+    The rules for e are those of `mxfp4` with the largest element, 448 or 57344, in the place of 6 and its exponent, 8
+    or 15, in that of 2. Halves go to the even code. Qwix and compressed-tensors have E4M3 alone.
+
+    Args:
+      element: the code, "e4m3" or "e5m2". Static.
+      scale: the rule, "ocp", "qwix" or "compressed-tensors". Static.
+
+    Returns:
+      A `Format`.
+
+    Raises:
+      ValueError: for another element or rule.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> codes, scales = mxfp8().quantize(jnp.full((1, 32), 0.3), jnp.inf, None)
+      >>> float(mxfp8().decode(codes, scales)[0, 0])
+      0.3125
+    """
+    arguments.choice(element, "element", ("e4m3", "e5m2"))
+    arguments.choice(scale, "scale", ("ocp", "qwix", "compressed-tensors"))
+    layout = float_codes.E4M3 if element == "e4m3" else float_codes.E5M2
     return known_formats.made(
-        f"mxfp4(scale={scale!r})", lambda name: float_blocks.mx(name, layout, scale, code_bits=4, digits=2, span=4)
+        f"mxfp8(element={element!r}, scale={scale!r})",
+        lambda name: float_blocks.mx(name, layout, scale),
+    )
+
+
+def nvfp4(scale: Literal["compressed-tensors", "modelopt"] = "compressed-tensors") -> Format:
+    r"""NVFP4: blocks of 16, an E4M3 scale, codes of E2M1, and one f32 for the array; 4.5 bits a weight.
+
+    .. math:: g = 448 \cdot 6 / \max|x|,\quad s = \mathrm{E4M3}(g\, m / 6),\quad x \approx c\, s / g
+
+    with m the largest magnitude of the block. That is compressed-tensors, where g divides; ModelOpt stores the inverse,
+    :math:`f = \max|x| / 2688`, :math:`s = \mathrm{E4M3}(m / 6f)` and :math:`x \approx c\, s f`. Halves go to the even
+    code, and small negative entries to -0. With a precision g and f are powers of two, so that values are exact.
+
+    Args:
+      scale: whose f32 it is, "compressed-tensors" or "modelopt". Static.
+
+    Returns:
+      A `Format`.
+
+    Raises:
+      ValueError: for another one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> codes, scales = nvfp4().quantize(jnp.array([[6.0, -3.0, 0.5, 0.2] * 4]), jnp.inf, None)
+      >>> nvfp4().decode(codes, scales)[0, :4].tolist(), float(scales[1])
+      ([6.0, -3.0, 0.5, 0.0], 448.0)
+
+    References:
+      compressed-tensors, `generate_gparam`; NVIDIA ModelOpt, `NVFP4QTensor`.
+    """
+    arguments.choice(scale, "scale", ("compressed-tensors", "modelopt"))
+    return known_formats.made(
+        f"nvfp4(scale={scale!r})", lambda name: float_blocks.nvfp4(name, divisor=scale == "compressed-tensors")
     )
 
 
@@ -214,3 +287,27 @@ def register(format: Format) -> Format:
     """
     arguments.instance(format, Format, "format", "Build it as `Format(name, fit, encode, decode, …)`.")
     return known_formats.register(format)
+
+
+def _usual() -> None:
+    """Make formats of usual parameters known, so that a state is read where their factories were not called."""
+    for make in (q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0):
+        make()
+    forms = [mxfp4("gguf"), mxfp4("ocp"), mxfp4("qwix"), mxfp4("compressed-tensors")]
+    forms += [mxfp8("e4m3", "ocp"), mxfp8("e4m3", "qwix"), mxfp8("e4m3", "compressed-tensors")]
+    forms += [mxfp8("e5m2", "ocp"), mxfp8("e5m2", "qwix"), mxfp8("e5m2", "compressed-tensors")]
+    forms += [nvfp4("compressed-tensors"), nvfp4("modelopt")]
+    for scale in ("bfloat16", "float16", "float32"):
+        for group in (None, 16, 32, 64, 128, 256, 512, 1024):
+            int4(group, scale)
+            int8(group, scale)
+    for size in (16, 32, 64, 128, 256):
+        nf4(size)
+        for bits in (2, 4, 8):
+            nbits(bits, size)
+    for block in ("array", "channel", (128, 128)):
+        fp8_e4m3(block)
+        fp8_e5m2(block)
+
+
+_usual()

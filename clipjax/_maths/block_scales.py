@@ -65,7 +65,7 @@ def short(size: jax.Array, largest: float, precision: int | None) -> jax.Array:
     if precision is None:
         return size
     near = float_codes.rounded(size, precision)
-    return elementwise.where(size * largest < near * (largest - 0.5), grids.short(size, 24 - precision), near)
+    return elementwise.where(size * largest <= near * (largest - 0.5), grids.short(size, 24 - precision), near)
 
 
 def half(size: jax.Array, largest: float, limit: Limit) -> jax.Array:

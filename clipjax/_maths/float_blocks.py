@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +20,23 @@ from clipjax._maths.float_codes import Layout, Ties
 from clipjax.typing import Format, Scales
 
 E4M3, E5M2, E2M1 = float_codes.E4M3, float_codes.E5M2, float_codes.E2M1
+Zeros = Literal["signed", "rounded", "plain"]
+"""Which zeros are -0: what is negative or -0, as a cast has it; what is negative and rounded to 0; or none."""
+
 TOP = {E4M3: 448.0, E5M2: 57344.0, E2M1: 6.0}
 """The largest number of each element; its exponent is where the block's largest entry goes."""
 
 
-def _coded(ratio: jax.Array, scale: jax.Array, layout: Layout, limit: Limit, ties: Ties = "even") -> jax.Array:
+def _coded(
+    ratio: jax.Array, scale: jax.Array, layout: Layout, limit: Limit, zeros: Zeros, ties: Ties = "even"
+) -> jax.Array:
     """The nearest codes of x / scale, u8; the next one toward 0 where the value exceeds the limit."""
     size = jnp.minimum(float_codes.magnitude(ratio, layout, ties), jnp.uint32(layout.largest))
     size = size - block_scales.exceeds(float_codes.value(size, layout) * scale, limit).astype(jnp.uint32)
-    negative = ratio < 0
-    # gguf-py takes the first of the codes that are as near, and 0 stands before -0.
-    code = float_codes.signed(size, negative & (size > 0) if ties == "lower" else negative, layout)
-    return code.astype(jnp.uint8)
+    negative = float_codes.bits(ratio) >> 31 == 1
+    if zeros != "signed":
+        negative &= ratio != 0 if zeros == "rounded" else size > 0
+    return float_codes.signed(size, negative, layout).astype(jnp.uint8)
 
 
 def _floor(size: jax.Array, layout: Layout) -> jax.Array:
@@ -58,7 +64,7 @@ def _log2f(size: jax.Array, layout: Layout) -> jax.Array:
 def _ceil(size: jax.Array, layout: Layout) -> jax.Array:
     """Qwix: ceil(log2(max|x| / largest element)); 1 for blocks of next to nothing."""
     raw = float_codes.bits(grids.ratio(size, TOP[layout]))
-    up = (raw & jnp.uint32(0x7FFFFF)) > 0
+    up = ((raw & jnp.uint32(0x7FFFFF)) > 0).astype(jnp.uint32)
     return elementwise.where(raw < jnp.uint32(64 << 23), jnp.full_like(raw, 127), (raw >> 23) + up).astype(jnp.int32)
 
 
@@ -77,10 +83,12 @@ EXPONENTS: dict[str, Callable[[jax.Array, Layout], jax.Array]] = {
 """The exponent of a block of 32, from 127 for 2^0, before it is limited to what E8M0 holds."""
 
 
-def mx(name: str, layout: Layout, rule: str, code_bits: int, digits: int, span: int) -> Format:
+def mx(name: str, layout: Layout, rule: str) -> Format:
     """MXFP4 and MXFP8: codes times 2^(e - 127)."""
     ties: Ties = "lower" if rule == "gguf" else "even"
-    packed = block_bytes.plain if code_bits == 8 else block_bytes.gguf_4 if rule == "gguf" else block_bytes.pairs
+    zeros: Zeros = "signed" if layout is not E2M1 or rule in ("ocp", "qwix") else "rounded"
+    zeros = "plain" if rule == "gguf" else zeros  # the first of the codes that are as near: 0 stands before -0
+    packed = block_bytes.plain if layout is not E2M1 else block_bytes.gguf_4 if rule == "gguf" else block_bytes.pairs
 
     def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
         size = block_scales.absmax(block_scales.entries(x, limit))
@@ -92,7 +100,7 @@ def mx(name: str, layout: Layout, rule: str, code_bits: int, digits: int, span: 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
         exponent = scales[0].astype(jnp.int32)
         ratio = block_scales.entries(x, limit) * float_codes.power_of_two(254 - exponent)
-        return _coded(ratio, float_codes.power_of_two(exponent), layout, limit, ties)
+        return _coded(ratio, float_codes.power_of_two(exponent), layout, limit, zeros, ties)
 
     def decode(codes: jax.Array, scales: Scales) -> jax.Array:
         return float_codes.value(codes, layout) * float_codes.power_of_two(scales[0])
@@ -102,10 +110,10 @@ def mx(name: str, layout: Layout, rule: str, code_bits: int, digits: int, span: 
         fit=fit,
         encode=encode,
         decode=decode,
-        code_bits=code_bits,
+        code_bits=layout.sign + 1,
         scale_bits=8,
         block=32,
-        precision=block_scales.precision(digits, span, 1),
+        precision=block_scales.precision(layout.mantissa + 1, layout.span, 1),
         pack=block_bytes.packing(packed),
     )
 
@@ -119,7 +127,7 @@ def scaled(name: str, layout: Layout, block: int | None, across: int | None) -> 
         return (block_scales.single(size, TOP[layout], limit, precision),)
 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
-        return _coded(grids.ratio(block_scales.entries(x, limit), scales[0]), scales[0], layout, limit)
+        return _coded(grids.ratio(block_scales.entries(x, limit), scales[0]), scales[0], layout, limit, "signed")
 
     return Format(
         name=name,
@@ -130,7 +138,7 @@ def scaled(name: str, layout: Layout, block: int | None, across: int | None) -> 
         scale_bits=32,
         block=block,
         across=across,
-        precision=block_scales.precision(layout.mantissa + 1, 18 if layout is E4M3 else 32, 24),
+        precision=block_scales.precision(layout.mantissa + 1, layout.span, 24),
         pack=block_bytes.packing(block_bytes.plain),
     )
 
@@ -155,7 +163,10 @@ def nvfp4(name: str, divisor: bool) -> Format:
 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
         scale = value(scales)
-        return _coded(grids.ratio(block_scales.entries(x, limit), scale), scale, E2M1, limit)
+        ratio = grids.ratio(block_scales.entries(x, limit), scale)
+        # ModelOpt's scale of a block that is small beside the array is 0; its codes would be infinite, and NaN.
+        ratio = jnp.where(scale == 0, 0, ratio)
+        return _coded(ratio, scale, E2M1, limit, "rounded")
 
     return Format(
         name=name,
@@ -165,7 +176,7 @@ def nvfp4(name: str, divisor: bool) -> Format:
         code_bits=4,
         scale_bits=8,
         block=16,
-        precision=block_scales.precision(2, 4, 24),
+        precision=block_scales.precision(2, E2M1.span, 24),
         pack=block_bytes.packing(block_bytes.pairs),
     )
 
@@ -179,7 +190,7 @@ def _times(largest: jax.Array, divisor: bool, precision: int | None) -> jax.Arra
         factor = grids.ratio(largest, 2688.0)
         up = float_codes.float_of(((float_codes.bits(factor) + 0x7FFFFF) >> 23) << 23)
         return factor if precision is None else up
-    total = 2688.0 / largest
+    total = (1 / largest) * 2688.0  # a float by a tensor, as torch divides
     total = elementwise.where(jnp.isfinite(total), total, jnp.ones_like(total))
     return total if precision is None else grids.short(total, 23)
 
@@ -216,7 +227,7 @@ def normal(name: str, block: int) -> Format:
         ratio = grids.ratio(block_scales.entries(x, limit), scales[0])
         code = jnp.zeros(x.shape, jnp.int32)
         for low, high in itertools.pairwise(NF4):
-            code += jnp.abs(ratio - low) > jnp.abs(ratio - high)
+            code += (jnp.abs(ratio - low) > jnp.abs(ratio - high)).astype(jnp.int32)
         over = block_scales.exceeds(decode(code, scales), limit)
         return (code - jnp.where(over, jnp.sign(code - 7), 0)).astype(jnp.uint8)
 

@@ -31,6 +31,11 @@ class Layout(NamedTuple):
     largest: int
 
     @property
+    def span(self) -> int:
+        """log2 of the largest number by the smallest distance of two, rounded up."""
+        return (self.largest >> self.mantissa) + self.mantissa
+
+    @property
     def sign(self) -> int:
         """The place of the sign bit."""
         return self.exponent + self.mantissa

@@ -177,8 +177,7 @@ def symmetric(name: str, bits: int, dtype: str, block: int | None, across: int |
         size = elementwise.where(size == 0, jnp.full_like(size, EPSILON[dtype]), size)
         if layout is None:
             return (size,)
-        code = jnp.minimum(float_codes.magnitude(size, layout), jnp.uint32(layout.largest))
-        return (elementwise.where(code == 0, jnp.full_like(code, _tiny(dtype)), code).astype(jnp.uint16),)
+        return (jnp.clip(float_codes.magnitude(size, layout), 1, layout.largest).astype(jnp.uint16),)
 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
         scale = value(scales[0])
@@ -199,11 +198,6 @@ def symmetric(name: str, bits: int, dtype: str, block: int | None, across: int |
         precision=block_scales.precision(bits - 1, bits - 1, own),
         pack=block_bytes.packing(functools.partial(block_bytes.words, bits=bits)),
     )
-
-
-def _tiny(dtype: str) -> int:
-    """The bits of the scale of a block of zeros, in f16 or bf16."""
-    return int(jnp.asarray(EPSILON[dtype], dtype).view(jnp.uint16))
 
 
 def zero_pointed(name: str, bits: int, block: int) -> Format:
