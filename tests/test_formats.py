@@ -4,13 +4,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from format_rules import ALL, CHUNK, FAST, GGUF, RULES, SLOW, chunks, divided, jitted, largest, named, packed
+from format_rules import (
+    ALL,
+    CHUNK,
+    FAST,
+    GGUF,
+    RULES,
+    SLOW,
+    bf16_valued,
+    chunks,
+    divided,
+    jitted,
+    largest,
+    named,
+    packed,
+)
 
 from clipjax import formats
-from clipjax._maths import known_formats
+from clipjax._maths import grids, known_formats
 
 pytestmark = pytest.mark.usefixtures("strict")
 to_the_bit = pytest.mark.optimized  # an FMA, or a product with an inverse, would change codes
+
+GGUF = {kind: getattr(formats, kind.lower())() for kind in "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 TQ1_0 TQ2_0 MXFP4".split()}
 
 
 @to_the_bit
@@ -30,6 +46,37 @@ def test_bytes_are_those_of_gguf(name, blocks):
         if form.zero:  # but for a block of -0: an update lands on 0
             landed, kept = np.asarray(values) + np.float32(0), ~np.signbit(x).all(1) | (x != 0).any(1)
             np.testing.assert_array_equal(gguf.quantize(landed, kind)[kept], expected[kept])
+
+
+@to_the_bit
+@pytest.mark.parametrize("name", GGUF)
+def test_values_within_a_limit_have_their_bytes_again(name):
+    """No level beyond a block's largest entry; of a scale that is 0 in f16 the codes are lost, by gguf-py too."""
+    gguf = pytest.importorskip("gguf")
+    form, kind = GGUF[name], gguf.GGMLQuantizationType[name]
+    quantize, _, decode = jitted(form)
+    x = next(chunks(CHUNK, form.block))
+    limited = quantize(x, largest(x), None)
+    values = np.asarray(decode(*limited)) + np.float32(0)
+    assert (np.abs(values) <= largest(x)).all()
+    kept = values.any(1)
+    if form.zero:
+        np.testing.assert_array_equal(gguf.quantize(values, kind)[kept], packed(form, *limited)[0][kept])
+
+
+@to_the_bit
+def test_bf16_holds_wide_codes_rounded_and_they_have_their_bytes_again():
+    """The scale, a normal f16, is fitted to targets in bf16, and levels reach as far as bf16 rounds to the limit."""
+    gguf = pytest.importorskip("gguf")
+    quantize, _, decode = jitted(formats.q8_0())
+    x = bf16_valued(next(chunks(CHUNK, 32)))
+    codes = quantize(x, grids.reach(jnp.asarray(largest(x)), jnp.bfloat16), None)
+    values = np.asarray(jnp.asarray(decode(*codes), jnp.bfloat16).astype(jnp.float32))
+    kept = largest(x)[:, 0] > 127 * 2.0**-14
+    assert (np.abs(values) <= largest(x)).all() and not (values == decode(*codes)).all()
+    found = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+    same = (found == packed(formats.q8_0(), *codes)[0]).all(1)
+    assert same[kept].all()
 
 
 @to_the_bit

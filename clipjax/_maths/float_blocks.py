@@ -92,7 +92,11 @@ def mx(name: str, layout: Layout, rule: str) -> Format:
 
     def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
         size = block_scales.absmax(block_scales.entries(x, limit))
-        found = jnp.clip(EXPONENTS[rule](size, layout), 0, 254)
+        found = EXPONENTS[rule](size, layout)
+        if rule == "gguf":  # a logarithm that is rounded up puts the extremum at 4, which may be past the limit
+            past = block_scales.exceeds(float_codes.power_of_two(jnp.maximum(found + 2, 0)), limit)
+            found = elementwise.where(past, _floor(size, layout), found)
+        found = jnp.clip(found, 0, 254)
         if rule != "qwix":
             found = elementwise.where(size == 0, jnp.zeros_like(found), found)
         return (found.astype(jnp.uint8),)

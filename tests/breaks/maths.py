@@ -203,4 +203,113 @@ MUTANTS = (
         "clamping",
         "f32_does_not_hold",
     ),
+    Mutant(
+        "_maths/block_scales.py", "size * largest <= near", "size * largest < near", "block_scales", "digits and q5_0"
+    ),
+    Mutant(
+        "_maths/block_scales.py",
+        "return near - exceeds(",
+        "return near - 0 * exceeds(",
+        "block_scales",
+        "exceeds and q5_0",
+    ),
+    Mutant(
+        "_maths/block_scales.py",
+        "broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) + negative",
+        "broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) * 0 + negative",
+        "formats",
+        "gguf and Q4_0",
+    ),
+    Mutant(
+        "_maths/block_scales.py",
+        "elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))",
+        "x",
+        "block_scales",
+        "eager and int4",
+    ),
+    Mutant(
+        "_maths/block_scales.py",
+        "elementwise.where(exceeds(near * largest, limit), float",
+        "elementwise.where(near < 0, float",
+        "block_scales",
+        "exceeds and fp8_e4m3",
+    ),
+    Mutant(
+        "_maths/float_codes.py", "under + ((significand >> shift) & 1) if", "under if", "formats", "numpy and fp8_e4m3"
+    ),
+    Mutant(
+        "_maths/float_codes.py",
+        "jnp.minimum(exponent, 0), 25)",
+        "jnp.minimum(exponent, 0) * 0, 25)",
+        "formats",
+        "gguf and Q8_0",
+    ),
+    Mutant(
+        "_maths/integer_blocks.py",
+        "product = jnp.clip(x * block_scales.reciprocal(scale), -n - 1.0, n + 1.0)\n    return jnp.clip(jnp.trunc",
+        "product = x * block_scales.reciprocal(scale)\n    return jnp.clip(jnp.trunc",
+        "formats",
+        "gguf and Q4_0",
+    ),
+    Mutant(
+        "_maths/integer_blocks.py",
+        "elementwise.where(block_scales.exceeds(level(top, (scale, minimum)), limit), within, scale)",
+        "scale",
+        "block_scales",
+        "exceeds and q4_1",
+    ),
+    Mutant(
+        "_maths/integer_blocks.py",
+        "elementwise.where(block_scales.exceeds(level * scale, limit), code - jnp.sign(level), code)",
+        "code",
+        "block_scales",
+        "exceeds and int4",
+    ),
+    Mutant(
+        "_maths/integer_blocks.py",
+        "where(high > -low, high, low)",
+        "where(high >= -low, high, low)",
+        "formats",
+        "numpy and nbits",
+    ),
+    Mutant(
+        "_maths/integer_blocks.py",
+        "float_codes.signed(size, float_codes.bits(d) >> 31, F16)",
+        "float_codes.signed(size, (d < 0).astype(jnp.uint32), F16)",
+        "formats",
+        "gguf and Q4_0",
+    ),
+    Mutant(
+        "_maths/float_blocks.py", "(short <= ulp) & (k != 0)", "(short < 0) & (k != 0)", "formats", "gguf and MXFP4"
+    ),
+    Mutant(
+        "_maths/float_blocks.py",
+        "where(past, _floor(size, layout), found)",
+        "where(past, found, found)",
+        "formats",
+        "again and MXFP4",
+    ),
+    Mutant("_maths/float_blocks.py", "jnp.uint32(1 << 21)", "jnp.uint32(1 << 22)", "formats", "numpy and mxfp4"),
+    Mutant(
+        "_maths/float_blocks.py", "negative &= ratio != 0 if", "negative &= ratio > 0 if", "formats", "numpy and nvfp4"
+    ),
+    Mutant("_maths/float_blocks.py", "(1 / largest) * 2688.0", "2688.0 / largest", "formats", "numpy and nvfp4"),
+    Mutant(
+        "_maths/float_blocks.py",
+        "return total if precision is None else grids.short(total, 23)",
+        "return total",
+        "block_scales",
+        "digits and nvfp4",
+    ),
+    Mutant(
+        "_maths/float_blocks.py",
+        "size - block_scales.exceeds(",
+        "size - 0 * block_scales.exceeds(",
+        "block_scales",
+        "exceeds and mxfp4",
+    ),
+    Mutant("_maths/block_bytes.py", "np.uint16(242)", "np.uint16(0)", "formats", "gguf and TQ1_0"),
+    Mutant(
+        "_maths/known_formats.py", "(other.name, *other[1:4]) == (form.name, *form[1:4])", "True", "formats", "ones_own"
+    ),
 )

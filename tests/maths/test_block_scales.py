@@ -37,6 +37,8 @@ def test_no_level_exceeds_a_limit_and_others_stay(form):
         assert (np.abs(values) <= limit).all()
         again = np.asarray(decode(encode(x, scales, limit), scales))
         assert (np.abs(again) <= limit).all()
+        if form.name.startswith(("fp8", "nbits")):  # an ulp of the scale, not the largest code, makes room
+            assert (np.abs(values).max(-1, keepdims=True) > 0.9999 * limit).all()
         target = np.clip(x, -limit, limit)
         free = np.asarray(decode(*quantize(target, infinite, None)))
         worse = np.sqrt(np.mean((values - target) ** 2, -1)) / np.sqrt(np.mean((free - target) ** 2, -1) + 1e-12)
@@ -82,7 +84,7 @@ KINDS += [formats.fp8_e4m3()]
 @named(KINDS)
 def test_dtypes_vmap_eager_and_explicit_axes_give_the_same(form):
     """One program of f32 blocks, and what else may reach it: narrower dtypes, f64, NaN, stacks, shards."""
-    width = form.block or 48
+    width = form.block or 32
     x = bf16_valued(np.random.default_rng(4).standard_normal((8, 4, width), np.float32))
     x[0, 0, 5] = 40
     compiled = jax.jit(functools.partial(run, form))
@@ -111,7 +113,9 @@ def test_dtypes_vmap_eager_and_explicit_axes_give_the_same(form):
 @named([form for form in ALL if form.zero])
 def test_zeros_are_levels_and_blocks_are_elementwise_programs(form):
     """No sort, no gather, no scatter: the program of a sharded leaf stays on its devices."""
-    x = jnp.zeros((4, form.block or 48)).at[0, :2].set(jnp.array([3.0, -1.0]))
+    x = np.zeros((4, form.block or 48), np.float32)
+    x[0, :2] = 3, -1
     program = str(jax.make_jaxpr(functools.partial(run, form))(x))
     assert not {"sort", "gather", "scatter", "argmax", "argmin", "top_k"} & set(re.findall(r"\b[a-z_]+\b", program))
-    assert (np.asarray(run(form, x)[2])[np.asarray(x) == 0] == 0).all()
+    values = np.asarray(jax.jit(functools.partial(run, form))(x)[2])
+    assert (values[x == 0] == 0).all()
