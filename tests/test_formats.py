@@ -8,7 +8,6 @@ from format_rules import (
     ALL,
     CHUNK,
     FAST,
-    GGUF,
     RULES,
     SLOW,
     bf16_valued,

@@ -18,7 +18,13 @@ def entries(x: jax.Array, limit: Limit) -> jax.Array:
     """What a format reads: f32 in [-limit, limit]. An entry that is not finite counts as 0: it sets no scale."""
     x = x.astype(jnp.float32)
     x = elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    return jnp.clip(x, -jnp.asarray(limit, jnp.float32), jnp.asarray(limit, jnp.float32))
+    limit = jnp.asarray(limit, jnp.float32)
+    return within(x, -limit, limit)
+
+
+def within(x: jax.Array, low: Limit, high: Limit) -> jax.Array:
+    """The entries limited to [low, high]: `jnp.clip` without the call that it leaves in the program."""
+    return jnp.minimum(jnp.maximum(x, low), high)
 
 
 def exceeds(level: jax.Array, limit: Limit) -> jax.Array:
@@ -40,7 +46,9 @@ def extremum(x: jax.Array) -> jax.Array:
     size = absmax(x)
     negative = (float_codes.bits(x) >> 31).astype(jnp.int32)
     place = 2 * jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) + negative
-    first = jnp.min(jnp.where(jnp.abs(x) == size, place, 2 * x.shape[-1]), axis=-1, keepdims=True, initial=2 * x.size)
+    end = jnp.full_like(place, 2 * x.shape[-1])
+    place = elementwise.where(jnp.abs(x) == size, place, end)
+    first = jnp.min(place, axis=-1, keepdims=True, initial=2 * x.shape[-1])
     return elementwise.where(first & 1 == 1, -size, size)
 
 

@@ -55,7 +55,7 @@ def _log2f(size: jax.Array, layout: Layout) -> jax.Array:
     short = (jnp.uint32(0x800000) - (raw & jnp.uint32(0x7FFFFF))).astype(jnp.float32) / math.log(2.0)
     nearest = jnp.maximum(jnp.abs(k), 1)
     # The distance of floats at |k| is 2^(floor(log2 |k|) - 23), and half of it under a power of two.
-    low = jnp.where(k > 0, nearest * 2 - 1, nearest * 2)
+    low = elementwise.where(k > 0, nearest * 2 - 1, nearest * 2)
     ulp = float_codes.float_of((float_codes.bits(low.astype(jnp.float32)) >> 23) << 23) / 2
     up = (short <= ulp) & (k != 0)
     return _floor(size, layout) + up.astype(jnp.int32)
@@ -96,7 +96,7 @@ def mx(name: str, layout: Layout, rule: str) -> Format:
         if rule == "gguf":  # a logarithm that is rounded up puts the extremum at 4, which may be past the limit
             past = block_scales.exceeds(float_codes.power_of_two(jnp.maximum(found + 2, 0)), limit)
             found = elementwise.where(past, _floor(size, layout), found)
-        found = jnp.clip(found, 0, 254)
+        found = block_scales.within(found, 0, 254)
         if rule != "qwix":
             found = elementwise.where(size == 0, jnp.zeros_like(found), found)
         return (found.astype(jnp.uint8),)
@@ -156,7 +156,7 @@ def nvfp4(name: str, divisor: bool) -> Format:
         total = _times(largest, divisor, precision)
         ratio = grids.ratio(size, 6.0)
         ratio = ratio * total if divisor else grids.ratio(size, 6.0 * total)
-        code = float_codes.magnitude(jnp.clip(ratio, 0, 448.0), E4M3)
+        code = float_codes.magnitude(block_scales.within(ratio, 0, 448.0), E4M3)
         none = code == 0 if divisor else size == 0
         code = elementwise.where(none, jnp.full_like(code, 0x20 if divisor else 0x38), code)  # .125, 1
         return code.astype(jnp.uint8), total
@@ -169,7 +169,7 @@ def nvfp4(name: str, divisor: bool) -> Format:
         scale = value(scales)
         ratio = grids.ratio(block_scales.entries(x, limit), scale)
         # ModelOpt's scale of a block that is small beside the array is 0; its codes would be infinite, and NaN.
-        ratio = jnp.where(scale == 0, 0, ratio)
+        ratio = elementwise.where(scale == jnp.zeros_like(ratio), jnp.zeros_like(ratio), ratio)
         return _coded(ratio, scale, E2M1, limit, "rounded")
 
     return Format(
@@ -233,7 +233,7 @@ def normal(name: str, block: int) -> Format:
         for low, high in itertools.pairwise(NF4):
             code += (jnp.abs(ratio - low) > jnp.abs(ratio - high)).astype(jnp.int32)
         over = block_scales.exceeds(decode(code, scales), limit)
-        return (code - jnp.where(over, jnp.sign(code - 7), 0)).astype(jnp.uint8)
+        return elementwise.where(over, code - jnp.sign(code - 7), code).astype(jnp.uint8)
 
     def decode(codes: jax.Array, scales: Scales) -> jax.Array:
         level = jnp.full(codes.shape, NF4[0], jnp.float32)

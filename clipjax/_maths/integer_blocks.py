@@ -35,8 +35,8 @@ def _truncated(x: jax.Array, scale: jax.Array, n: int) -> jax.Array:
 
     The product is limited before the addition, which changes no code: else XLA makes one rounding of both (FMA).
     """
-    product = jnp.clip(x * block_scales.reciprocal(scale), -n - 1.0, n + 1.0)
-    return jnp.clip(jnp.trunc(product + (n + 0.5)), 0, 2 * n - 1)
+    product = block_scales.within(x * block_scales.reciprocal(scale), -n - 1.0, n + 1.0)
+    return block_scales.within(jnp.floor(product + (n + 0.5)), 0, 2 * n - 1)
 
 
 def signed_extremum(name: str, n: int) -> Format:
@@ -84,7 +84,7 @@ def absmax(
 
     def rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
         ratio = x * block_scales.reciprocal(scale)
-        return jnp.clip(jax.lax.round(ratio, jax.lax.RoundingMethod.AWAY_FROM_ZERO), -n, n)
+        return block_scales.within(jax.lax.round(ratio, jax.lax.RoundingMethod.AWAY_FROM_ZERO), -n, n)
 
     def quantize(x: jax.Array, limit: Limit, precision: int | None) -> tuple[jax.Array, Scales]:
         x = block_scales.entries(x, limit)
@@ -119,8 +119,8 @@ def affine(name: str, n: int) -> Format:
     """q4_1 (n = 15) and q5_1 (n = 31): d = (max - min) / n, value d q + min."""
 
     def coded(x: jax.Array, scale: jax.Array, low: jax.Array) -> jax.Array:
-        product = jnp.clip((x - low) * block_scales.reciprocal(scale), -1.0, n + 1.0)  # see `_truncated`
-        return jnp.clip(jnp.trunc(product + 0.5), 0, n)
+        product = block_scales.within((x - low) * block_scales.reciprocal(scale), -1.0, n + 1.0)  # see `_truncated`
+        return block_scales.within(jnp.floor(product + 0.5), 0, n)
 
     def level(code: jax.Array, scales: Scales) -> jax.Array:
         d, low = (float_codes.value(scale, F16) for scale in scales)
@@ -146,8 +146,8 @@ def affine(name: str, n: int) -> Format:
         x = block_scales.entries(x, limit)
         code = coded(x, *(float_codes.value(scale, F16) for scale in scales))
         value = level(code, scales)
-        inward = jnp.where(block_scales.exceeds(value, limit), jnp.sign(value), 0)
-        return jnp.clip(code - inward, 0, n).astype(jnp.uint8)
+        inward = elementwise.where(block_scales.exceeds(value, limit), code - jnp.sign(value), code)
+        return block_scales.within(inward, 0, n).astype(jnp.uint8)
 
     return Format(
         name=name,
@@ -177,14 +177,14 @@ def symmetric(name: str, bits: int, dtype: str, block: int | None, across: int |
         size = elementwise.where(size == 0, jnp.full_like(size, EPSILON[dtype]), size)
         if layout is None:
             return (size,)
-        return (jnp.clip(float_codes.magnitude(size, layout), 1, layout.largest).astype(jnp.uint16),)
+        return (block_scales.within(float_codes.magnitude(size, layout), 1, layout.largest).astype(jnp.uint16),)
 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
         scale = value(scales[0])
         ratio = jax.lax.round(
             grids.ratio(block_scales.entries(x, limit), scale), jax.lax.RoundingMethod.TO_NEAREST_EVEN
         )
-        return _within(jnp.clip(ratio, -n, n - 1), scale, 0, limit).astype(jnp.int8)
+        return _within(block_scales.within(ratio, -n, n - 1), scale, 0, limit).astype(jnp.int8)
 
     return Format(
         name=name,
@@ -205,8 +205,8 @@ def zero_pointed(name: str, bits: int, block: int) -> Format:
     n = 1 << (bits - 1)
 
     def coded(x: jax.Array, scale: jax.Array) -> jax.Array:
-        product = jnp.clip(x * block_scales.reciprocal(scale), -n - 1.0, n + 1.0)  # see `_truncated`
-        return jnp.clip(jax.lax.round(product + n, jax.lax.RoundingMethod.AWAY_FROM_ZERO), 0, 2 * n - 1)
+        product = block_scales.within(x * block_scales.reciprocal(scale), -n - 1.0, n + 1.0)  # see `_truncated`
+        return block_scales.within(jax.lax.round(product + n, jax.lax.RoundingMethod.AWAY_FROM_ZERO), 0, 2 * n - 1)
 
     def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
         x = block_scales.entries(x, limit)

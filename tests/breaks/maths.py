@@ -246,8 +246,8 @@ MUTANTS = (
     ),
     Mutant(
         "_maths/integer_blocks.py",
-        "product = jnp.clip(x * block_scales.reciprocal(scale), -n - 1.0, n + 1.0)\n    return jnp.clip(jnp.trunc",
-        "product = x * block_scales.reciprocal(scale)\n    return jnp.clip(jnp.trunc",
+        "product = block_scales.within(x * block_scales.reciprocal(scale), -n - 1.0, n + 1.0)\n",
+        "product = x * block_scales.reciprocal(scale)\n",
         "formats",
         "gguf and Q4_0",
     ),

@@ -76,7 +76,7 @@ def run(form, x):
     return codes, scales, form.decode(codes, scales)
 
 
-KINDS = [formats.q5_0(), formats.q4_1(), formats.tq2_0(), formats.mxfp4(), formats.nvfp4(), formats.int4(32)]
+KINDS = [formats.q5_0(), formats.q4_1(), formats.mxfp4(), formats.nvfp4(), formats.int4(32)]
 KINDS += [formats.fp8_e4m3()]
 
 
