@@ -25,8 +25,8 @@ LEVELS = (
     {"_arrays": "arguments trees sharding stacks elementwise dtypes picking leaf_axes"},
     {
         "_maths": "blocks wide counts drawing ring_buffers intervals norms square_sums ranking grids step_groups"
-        " integers fitting levels spectra landing straight_through float_codes block_bytes block_scales integer_blocks"
-        " float_blocks known_formats free_formats",
+        " float_codes block_bytes block_scales integer_blocks float_blocks known_formats free_formats format_blocks"
+        " integers fitting levels spectra landing straight_through",
         "_programs": "axes origins equations rules walking means exactness layers proving groups roles program"
         " models analysis group_leaves group_units cutting verifying shrinking",
     },

@@ -11,39 +11,44 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes
-from clipjax._maths import blocks, grids
-from clipjax.typing import Number
+from clipjax._maths import blocks, format_blocks, grids, known_formats
+from clipjax.typing import Number, Scales
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("codes", "step", "zero_point"),
+    data_fields=("codes", "step", "zero_point", "scales"),
     meta_fields=("bits", "axis", "group", "format"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantized:
     """The integers of one leaf: weight = (code - zero_point) * step, unless a format says otherwise.
 
-    A pytree: `codes`, `step` and `zero_point` are arrays, the others are static, so that a function of it can ask
-    `q.bits <= 4` inside jit. `dequantize(q)` gives the values.
+    A pytree: `codes`, `step`, `zero_point` and `scales` are arrays, the others are static, so that a function of it can
+    ask `q.bits <= 4` inside jit. `dequantize(q)` gives the values.
 
     Attributes:
-      codes: i8 up to 8 bits, i16 up to 16, i32 for unbounded codes; the shape of the weight.
-      step: f32, broadcasts to the weight, block by block where there are groups.
-      zero_point: i32, the code of 0, a scalar 0 on symmetric grids, else of the shape of `step`.
+      codes: i8 up to 8 bits, i16 up to 16, i32 for unbounded codes; the shape of the weight. Of a format, as it encodes
+        them.
+      step: f32, broadcasts to the weight, block by block where there are groups; None with a format.
+      zero_point: i32, the code of 0, a scalar 0 on symmetric grids, else of the shape of `step`; None with a format.
       bits: the width, None for unbounded codes.
       axis: the axis or axes with a step of their own, or None; with groups, those behind the axis that groups divide.
+        With a format, the tuple of all output axes: its blocks run along the others.
       group: how many neighbours along all other axes, flattened in order, share a step; None without groups.
       format: the name of the format that decodes the codes, or None for the formula above.
+      scales: of a format, in the dtypes that it stores, an entry for each block along the axes of the weight; one of
+        the whole array is a scalar. () without a format.
     """
 
     codes: jax.Array
-    step: jax.Array
-    zero_point: jax.Array
+    step: jax.Array | None
+    zero_point: jax.Array | None
     bits: int | None
     axis: int | tuple[int, ...] | None
     group: int | None
     format: str | None = None
+    scales: Scales = ()
 
 
 def round_to_step(x: jax.Array, step: Number, *, rounding: str = "nearest", key: jax.Array | None = None) -> jax.Array:
@@ -148,7 +153,8 @@ def dequantize(
       f[...] of the shape of `codes`.
 
     Raises:
-      ValueError: for codes without a step, a `Quantized` with one, and a format that this version does not know.
+      ValueError: for codes without a step, a `Quantized` with one, and a format that is not known: call its factory in
+        `clipjax.formats`, or `formats.register` your own.
 
     Example:
       >>> import jax.numpy as jnp
@@ -163,8 +169,10 @@ def dequantize(
     own = not given or (arguments.known(zero_point) and not np.any(np.asarray(zero_point)))
     arguments.require(own, "zero_point", "be given with codes alone", zero_point, "A `Quantized` has its own.")
     if isinstance(codes, Quantized):
-        remedy = "Only codes of a grid, format None, are known to this version."
-        arguments.require(codes.format is None, "format", "be known", codes.format, remedy)
+        if codes.format is not None:
+            form = known_formats.named(codes.format)
+            return form.decode(codes.codes, format_blocks.spread(codes.scales, codes.codes)).astype(dtype)
+        assert codes.step is not None and codes.zero_point is not None
         return dequantize(codes.codes, codes.step, dtype, zero_point=codes.zero_point)
     codes = jnp.asarray(codes)
     step, zero = (blocks.spread(jnp.asarray(v), codes.shape).astype(dtypes.wide(dtype)) for v in (step, zero_point))

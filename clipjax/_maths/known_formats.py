@@ -43,3 +43,12 @@ def find(number: int) -> Format:
         remedy = "Call its factory in `clipjax.formats`, or `formats.register` your own, before the state is read."
         raise ValueError(f"The format's id must be that of a known format, got {number}. {remedy}")
     return found
+
+
+def named(name: str) -> Format:
+    """The format of a name; ValueError for one that is not known."""
+    found = _known.get(zlib.crc32(name.encode()))
+    remedy = "Call its factory in `clipjax.formats`, or `formats.register` your own."
+    arguments.require(found is not None and found.name == name, "format", "be known", name, remedy)
+    assert found is not None
+    return found
