@@ -21,7 +21,8 @@ from clipjax._weights.holding import hold_once
 from clipjax._weights.masks import make_mask
 from clipjax._weights.projecting import project
 from clipjax._weights.pruning import prune_mask
-from clipjax._weights.quantizing import fake_quantize, quantized
+from clipjax._weights.quantized_params import quantized
+from clipjax._weights.quantizing import fake_quantize
 from clipjax.scores import snip, synflow
 from clipjax.typing import Context, Format, Projection, Rounding, Rule, Score, Selection, Step, Structure, Width
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import jax
 
@@ -19,18 +20,20 @@ Pack: TypeAlias = Callable[[jax.typing.ArrayLike, tuple[jax.typing.ArrayLike, ..
 """`pack(codes, scales) -> arrays` of a file, in NumPy, from [..., blocks, block] and [..., blocks, 1]."""
 
 
-class Format(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Format:
     """A deployment format: blocks of codes with scales, and the rule by which its reference makes them.
 
-    Its functions take blocks along the last axis, x[..., block], and work in f32. A format of your own needs the first
-    six fields; `formats.register` makes it known by its id.
+    Its functions take blocks along the last axis, x[..., block], and work in f32. `encode` and `decode` work entry by
+    entry: they are also given arrays of any shape with scales of the same shape. A format of your own needs the first
+    six fields; `formats.register` makes it known by its id. JAX takes a format as one leaf of a tree.
 
     Attributes:
       name: with the static parameters, as `"int4(group=128, scale='bfloat16')"`; two formats have two names.
       fit: `fit(x, limit, precision) -> scales`. Pruned entries of `x` are 0. No level exceeds `limit`, which broadcasts
         to [..., 1] and is at least 0; it is infinite for the reference to the bit. `precision` is how many significant
         bits a scale keeps, None for all.
-      encode: `encode(x, scales, limit) -> codes` under given scales, u8 or i8.
+      encode: `encode(x, scales, limit) -> codes` under given scales, u8 or i8; `limit` broadcasts to x.
       decode: `decode(codes, scales) -> f32`.
       code_bits: bits of a code.
       scale_bits: bits of the scales of a block.

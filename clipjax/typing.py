@@ -266,12 +266,12 @@ class Width(NamedTuple):
     """A rule for the widths of all arrays.
 
     Attributes:
-      allowed: the widths to choose from, rising.
+      allowed: the widths to choose from, rising; or formats.
       choose: `choose(sizes, energy, noise) -> index`: the number of weights of every array, f32[arrays] its sum of
         squares, f32[arrays, widths] its squared error on the grid of each width; i32[arrays], which width it gets.
     """
 
-    allowed: tuple[int, ...]
+    allowed: tuple[int | Format, ...]
     choose: Callable[[list[int], jax.Array, jax.Array], jax.Array]
 
 
@@ -302,8 +302,8 @@ Bound: TypeAlias = Number | Sequence[Number] | Schedule | Callable[[jax.Array], 
 Sparsity: TypeAlias = Number | Schedule | PerLeaf | ValueTree | None
 """A fraction of zeros in [0, 1): a number, a schedule, `per_leaf`, or a tree of fractions by path."""
 
-Bits: TypeAlias = int | PerLeaf | Width | ValueTree | None
-"""A bit width, 1 to 16: a number, `per_leaf`, a tree from `choose_bits`, or a rule; None for unbounded codes."""
+Bits: TypeAlias = int | Format | PerLeaf | Width | ValueTree | None
+"""A bit width, 1 to 16, or a format: `per_leaf`, a tree from `choose_bits`, or a rule; None for unbounded codes."""
 
 StepSize: TypeAlias = Number | Step
 """The distance of two levels: a number s > 0, or a rule of `clipjax.steps`."""

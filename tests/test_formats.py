@@ -1,5 +1,7 @@
 """Formats against the quantizers of their references, byte for byte; ids, and formats of one's own."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -221,7 +223,7 @@ def test_a_format_of_ones_own_is_found_and_its_name_is_its_own():
     codes, scales = made.quantize(jnp.array([[0.3, -7.0]]), np.inf, None)
     assert made.decode(codes, scales).tolist() == [[0.5, -1.0]]
     with pytest.raises(ValueError, match="`name` must belong to one format, got 'halves'"):
-        formats.register(half._replace(decode=lambda codes, scales: codes))
+        formats.register(dataclasses.replace(half, decode=lambda codes, scales: codes))
     with pytest.raises(TypeError, match="`format` must be a Format"):
         formats.register("q4_0")
 

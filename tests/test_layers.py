@@ -34,7 +34,8 @@ LEVELS = (
     {
         "_gradients": "incoming threshold_state error_feedback norm_clipping clipping skipping with_gradient",
         "_weights": "refreshing facts constraints latents moments surroundings visiting projecting clamping sparsities"
-        " masks zeros pruning bit_widths leaf_grid quantizing choosing checking holding",
+        " masks zeros pruning bit_widths quantize_state leaf_grid leaf_format leaf_levels quantizing"
+        " quantized_params choosing checking holding",
     },
     {
         "_files": "byte_stream symbol_counts ans zero_densities symbol_codes step_search alphabets leaf_codec"

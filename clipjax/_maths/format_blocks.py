@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax._arrays import arguments, leaf_axes
+from clipjax._arrays import arguments, leaf_axes, picking, sharding
 from clipjax._maths import blocks
 from clipjax.typing import Axis, Format, Leaf, PerLeaf, Scales
 
@@ -32,14 +32,14 @@ class FormatBlocks(NamedTuple):
 
 
 def resolve(form: Format, axis: Axis | PerLeaf, path: str, leaf: Leaf) -> FormatBlocks:
-    """Read `axis` for one leaf that is on a format: by default the last axis is the output.
+    """Read `axis` for one leaf that is on a format: by default the last axis is the output, of embeddings all others.
 
     Raises:
       ValueError: for an axis that does not exist, and for inputs that no whole blocks make up.
     """
     kept = leaf_axes.resolve(axis, path, leaf)
-    if kept is None:
-        kept = (leaf.ndim - 1,) if leaf.ndim > 1 else ()
+    if kept is None:  # a table is looked up by its first axes, and a runtime reads its rows
+        kept = tuple(range(leaf.ndim))[slice(0, -1) if picking.embedding(path) else slice(max(leaf.ndim - 1, 1), None)]
     outputs = tuple(sorted(kept))
     inputs = tuple(i for i in range(leaf.ndim) if i not in outputs)
     remedy = f"Leaf {path!r} has shape {leaf.shape}: name its output axes alone, or leave it out with `where`."
@@ -82,8 +82,23 @@ def view(x: jax.Array, placed: FormatBlocks) -> jax.Array:
     """The array as x[..., block], as the functions of a format take it; before the blocks are the axes of the array."""
     for i in reversed(range(x.ndim)):
         x = blocks.split(x, i, placed.box[i])
-    x, at = blocks.flattened(x, tuple(2 * i + 1 for i in range(len(placed.box))))
+    x, at = blocks.flattened(x, _inside(placed))
     return jnp.moveaxis(x, at, -1)
+
+
+def joined(x: jax.Array, placed: FormatBlocks, like: jax.Array) -> jax.Array:
+    """The array that a view is of, sharded as another one."""
+    counts, inside = shape(like, placed), _inside(placed)
+    apart = tuple(n for pair in zip(counts, placed.box, strict=True) for n in pair)
+    x = blocks.unflattened(jnp.moveaxis(x, -1, inside[0]), inside, apart)
+    for i, size in enumerate(like.shape):
+        x = blocks.join(x, i, size)
+    return sharding.laid_as(x, like)
+
+
+def _inside(placed: FormatBlocks) -> tuple[int, ...]:
+    """The axes that lie within blocks, of an array each of whose axes is cut in two."""
+    return tuple(2 * i + 1 for i in range(len(placed.box)))
 
 
 def stored(scales: Scales) -> Scales:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes
 from clipjax._maths import blocks, format_blocks, grids, known_formats
-from clipjax.typing import Number, Scales
+from clipjax.typing import Format, Number, Scales
 
 
 @functools.partial(
@@ -49,6 +50,11 @@ class Quantized:
     group: int | None
     format: str | None = None
     scales: Scales = ()
+
+
+def formed(form: Format, codes: jax.Array, scales: Scales, outputs: tuple[int, ...]) -> Quantized:
+    """The `Quantized` of a leaf that is on a format; its output axes are counted from 0."""
+    return Quantized(codes, None, None, math.ceil(form.code_bits), outputs, form.block, form.name, scales)
 
 
 def round_to_step(x: jax.Array, step: Number, *, rounding: str = "nearest", key: jax.Array | None = None) -> jax.Array:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from clipjax._arrays import arguments
 from clipjax.typing import Format, Quantize, Scales
@@ -15,11 +17,17 @@ _known: dict[int, Format] = {}
 
 def register(form: Format) -> Format:
     """Remember a format, with `quantize` where it has none, and return it; refuse one whose id another has."""
-    other, made = _known.get(form.id), form if form.quantize else form._replace(quantize=_in_two_steps(form))
-    same = other is None or (other.name, *other[1:4]) == (form.name, *form[1:4])
+    other = _known.get(form.id)
+    made = form if form.quantize else dataclasses.replace(form, quantize=_in_two_steps(form))
+    same = other is None or _told(other) == _told(form)
     remedy = "Give it another name, or register it once, where the module that makes it is imported."
     arguments.require(same, "name", "belong to one format", form.name, remedy)
     return _known.setdefault(form.id, made)
+
+
+def _told(form: Format) -> tuple[object, ...]:
+    """What a caller gave of a format, to tell the same from another of its name."""
+    return form.name, form.fit, form.encode, form.decode
 
 
 def _in_two_steps(form: Format) -> Quantize:
@@ -52,3 +60,10 @@ def named(name: str) -> Format:
     arguments.require(found is not None and found.name == name, "format", "be known", name, remedy)
     assert found is not None
     return found
+
+
+def bits(number: jax.Array) -> jax.Array:
+    """`Format.bits` of a traced id, f32; 0 for one that is not known."""
+    ids = jnp.asarray(list(_known), jnp.uint32)
+    each = jnp.asarray([form.bits for form in _known.values()], jnp.float32)
+    return jnp.sum(jnp.where(ids == number, each, 0.0))

@@ -13,10 +13,11 @@ from clipjax._gradients import threshold_state
 from clipjax._gradients.clipping import ClipState
 from clipjax._gradients.norm_clipping import ClipNormState
 from clipjax._gradients.skipping import SkipState
-from clipjax._weights import leaf_grid
+from clipjax._maths import known_formats
+from clipjax._weights import quantize_state
 from clipjax._weights.clamping import ClampState
-from clipjax._weights.leaf_grid import QuantizeState
 from clipjax._weights.projecting import ProjectState
+from clipjax._weights.quantize_state import QuantizeState
 from clipjax._weights.zeros import PruneState
 from clipjax.typing import State
 
@@ -130,8 +131,13 @@ def _prune(state: PruneState, per_leaf: bool) -> Metrics:
 
 
 def _quantize(state: QuantizeState, per_leaf: bool) -> Metrics:
-    """The mean over the leaves, each of which counts once; 0 before the first refresh."""
-    fitted = leaf_grid.fitted(state)
+    """The mean over the leaves, each of which counts once; 0 before the first refresh.
+
+    Leaves on a grid have `bits` and `step`, those on a format `format_bits`, of a weight and its share of the scales
+    where blocks have one size.
+    """
+    fitted = quantize_state.fitted(state)
+    formed = {path: jnp.where(fitted, known_formats.bits(n), 0) for path, n in _by_path(state.format).items()}
     bits = {path: jnp.where(fitted, b, 0).astype(jnp.float32) for path, b in _by_path(state.bits).items()}
     steps = {path: jnp.where(fitted, s.mean(), 0) for path, s in _by_path(state.step).items()}
     count = max(len(bits), 1)
@@ -139,7 +145,10 @@ def _quantize(state: QuantizeState, per_leaf: bool) -> Metrics:
         "bits": sum(bits.values(), jnp.zeros(())) / count,
         "step": sum(steps.values(), jnp.zeros(())) / count,
     }
+    if formed:
+        metrics["format_bits"] = sum(formed.values(), jnp.zeros(())) / len(formed)
     if per_leaf:
+        metrics |= {f"format_bits/{path}": b for path, b in formed.items()}
         metrics |= {f"bits/{path}": b for path, b in bits.items()}
         metrics |= {f"step/{path}": s for path, s in steps.items()}
     return metrics

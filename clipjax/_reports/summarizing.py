@@ -15,9 +15,9 @@ import optax
 from clipjax._arrays import arguments, dtypes, picking, trees
 from clipjax._files import leaf_codec
 from clipjax._reports import distributions
-from clipjax._weights import checking, holding, leaf_grid
-from clipjax._weights.leaf_grid import QuantizeState
+from clipjax._weights import checking, holding, leaf_format, leaf_grid, leaf_levels, quantize_state
 from clipjax._weights.projecting import ProjectState
+from clipjax._weights.quantize_state import QuantizeState
 from clipjax._weights.zeros import PruneState
 from clipjax.typing import State, Tree
 
@@ -94,8 +94,9 @@ def summarize(
       the default of `where`: its dtype, its rank, its name, "embedding", or "where" for a choice of your own.
     - `shape`; `sparsity`, the fraction of zeros that the weights have; `masked`, the fraction that their mask removes.
       A sparsity below it says that something behind `prune_mask` has changed the weights, see `check`.
-    - `bits`; `step`, the mean of its steps; `off_grid`, how many weights are between the levels, 0 where the grid
-      holds. All three are None before the first refresh.
+    - `bits`, with a format those of a weight and its share of the scales; `format`, its name, a column where a leaf has
+      one; `step`, the mean of its steps; `off_grid`, how many weights are between the levels, 0 where the grid holds.
+      All are None before the first refresh.
     - `sqnr_db`: the signal to quantization noise ratio in decibels, of params w with latent weights z:
       :math:`10 \log_{10} (\sum z^2 / \sum (w - z)^2)`; None without latent weights.
     - `bytes`: of the array itself; `packed_bytes`: as a codebook or steps, with codes of equal width; `coded_bytes`: as
@@ -154,7 +155,8 @@ def summarize(
     latents = [dict(trees.governed(s.carry)) for s in states if isinstance(s.projection, QuantizeState)]
     masks = [dict(trees.governed(s.projection.mask)) for s in states if isinstance(s.projection, PruneState)]
     leaves = [(path, leaf) for path, leaf in trees.governed(params) if not _is_key(leaf)]
-    of_state = [path for tree in [*masks, *(g.step for g in grids)] for path, _ in trees.governed(tree)]
+    of_state = [path for tree in masks for path, _ in trees.governed(tree)]
+    of_state += [path for state in grids for path in quantize_state.paths(state)]
     trees.check_named(of_state, params)
     rows = [_row(path, leaf, grids, masks, latents, widths) for path, leaf in leaves]
     for row in rows:
@@ -162,7 +164,9 @@ def summarize(
     governed = [row for row in rows if row["picked"]]
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(opt_state) if hasattr(x, "nbytes")) if opt_state else None
     totals = [_totals("governed", governed, widths)] if governed else []
-    return Summary([*rows, *totals, _totals("total", rows, widths) | {"state_bytes": state_bytes}])
+    table = [*rows, *totals, _totals("total", rows, widths) | {"state_bytes": state_bytes}]
+    formed = any(row["format"] for row in rows)
+    return Summary([{key: v for key, v in row.items() if formed or key != "format"} for row in table])
 
 
 def _dry_run(params: Tree, tx: optax.GradientTransformation) -> tuple[Tree, State]:
@@ -191,6 +195,7 @@ def _totals(name: str, rows: list[Row], widths: tuple[int, ...]) -> Row:
         "sparsity": share("sparsity") or 0.0,
         "masked": share("masked"),
         "bits": None,
+        "format": None,
         "step": None,
         "off_grid": sum(off) if off else None,
         "sqnr_db": None,
@@ -214,10 +219,9 @@ def _row(
     widths: tuple[int, ...],
 ) -> Row:
     x = np.asarray(jnp.asarray(leaf).astype(dtypes.wide(leaf.dtype)) if picking.floating(leaf) else leaf)
-    grid = next((leaf_grid.at(g, path) for g in grids if trees.look_up(g.step, path) is not None), None)
+    state = next((g for g in grids if path in quantize_state.paths(g)), None)
     own_masks = [m[path] for m in masks if path in m]
-    picked = ["prune"] * bool(own_masks) + ["quantize"] * (grid is not None)
-    grid = grid if grid is not None and grid.fitted else None
+    picked = ["prune"] * bool(own_masks) + ["quantize"] * (state is not None)
     z = next((z[path] for z in latents if path in z), None)
     return {
         "path": path,
@@ -226,14 +230,25 @@ def _row(
         "shape": x.shape,
         "sparsity": float(np.mean(x == 0)) if x.size else 0.0,
         "masked": max((float(np.mean(~np.asarray(mask))) for mask in own_masks), default=None),
-        "bits": (int(grid.bits) or None) if grid else None,
-        "step": float(np.mean(grid.step)) if grid else None,
-        "off_grid": int(checking.off_grid(grid, leaf)[0]) if grid else None,
+        **_levels(path, leaf, state),
         "sqnr_db": _sqnr(x, z),
         **_sizes(np.asarray(leaf)),
         "state_bytes": None,
         **_distribution(_surviving(leaf if z is None else z, own_masks), widths),
     }
+
+
+def _levels(path: str, leaf: Any, state: QuantizeState | None) -> Row:
+    """On which grid or format a leaf is; None in each column before the first refresh."""
+    if state is None or not quantize_state.fitted(state):
+        return dict.fromkeys(("bits", "format", "step", "off_grid"))
+    off = int(leaf_levels.missed(state, path, leaf)[0])
+    own = quantize_state.leaf_scales(state, path)
+    if own is None:
+        grid = leaf_grid.at(state, path)
+        return {"bits": int(grid.bits) or None, "format": None, "step": float(np.mean(grid.step)), "off_grid": off}
+    form = leaf_format.form_of(own)
+    return {"bits": leaf_format.bits(own, leaf.size), "format": form.name, "step": None, "off_grid": off}
 
 
 def _surviving(leaf: Any, masks: list[jax.Array]) -> np.ndarray | None:

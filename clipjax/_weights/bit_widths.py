@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 import optax
 
 from clipjax._arrays import arguments, picking, trees
-from clipjax._maths import levels
-from clipjax.typing import Bits, PerLeaf, Step, Tree, Where, Width
+from clipjax._maths import known_formats, levels
+from clipjax.typing import Bits, Format, PerLeaf, Step, Tree, Where, Width
+
+Kinds: TypeAlias = tuple[int, ...] | Format
+"""The widths that a leaf may have: one where it is fixed, none for unbounded codes. Or its format."""
 
 Chooser = Callable[[list[int], jax.Array, jax.Array], jax.Array]
 
@@ -20,18 +23,19 @@ class Widths(NamedTuple):
     """A `bits=` argument, read.
 
     Attributes:
-      allowed: `allowed(tree)`, by path the widths that a governed leaf may have: one where it is fixed, none for
-        unbounded codes.
+      allowed: `allowed(tree)`, by path the widths that a governed leaf may have, or its format.
       choose: the rule that chooses among them, see `Width`; None where all are fixed.
       picks: `picks(where) -> where` without the leaves that the argument leaves out.
       default: the `where` without a caller's own: embeddings are left out unless they have a width of their own.
+      form: the format of all leaves, where they have one.
       check: `check(params)` raises where the argument names a leaf that the params do not have.
     """
 
-    allowed: Callable[[Tree], Mapping[str, tuple[int, ...]]]
+    allowed: Callable[[Tree], Mapping[str, Kinds]]
     choose: Chooser | None = None
     picks: Callable[[Where], Where] = lambda where: where
     default: Where = picking.layers
+    form: Format | None = None
     check: Callable[[Tree], object] = lambda params: None
 
 
@@ -44,7 +48,10 @@ def resolve(bits: Bits, step: Step) -> Widths:
     """
     arguments.static(bits, "bits")
     if isinstance(bits, Width):
-        return Widths(lambda tree: _same(bits.allowed, tree), bits.choose)
+        return _chosen(bits)
+    if isinstance(bits, Format):
+        form = known_formats.register(bits)
+        return Widths(lambda tree: _same(form, tree), form=form)
     if bits is None:
         remedy = "Unbounded codes need a number: `step=0.05`."
         arguments.require(step.levels is levels.as_given, "step", "be a number when `bits` is None", step, remedy)
@@ -58,18 +65,31 @@ def resolve(bits: Bits, step: Step) -> Widths:
     return _leaf_by_leaf(bits)
 
 
-def _same(allowed: tuple[int, ...], tree: Tree) -> dict[str, tuple[int, ...]]:
+def _chosen(width: Width) -> Widths:
+    """Widths that a rule chooses at every refresh."""
+    allowed = tuple(kind for kind in width.allowed if not isinstance(kind, Format))
+    remedy = "Call `choose_bits(params, budget=…, allowed=…)`, and pass the tree that it returns."
+    got = [kind.name for kind in width.allowed if isinstance(kind, Format)]
+    arguments.require(not got, "bits", "choose among formats before a run", got, remedy)
+    return Widths(lambda tree: _same(allowed, tree), width.choose)
+
+
+def _same(allowed: Kinds, tree: Tree) -> dict[str, Kinds]:
     return {path: allowed for path, _ in trees.governed(tree)}
 
 
 def _leaf_by_leaf(bits: PerLeaf | Tree) -> Widths:
     """Widths that differ by leaf; leaves without one are left out."""
 
-    def allowed(tree: Tree) -> dict[str, tuple[int, ...]]:
-        found = {path: width for path, width in picking.values(bits, tree).items() if width is not None}
-        for width in found.values():
-            arguments.bits(width)
-        return {path: (int(width),) for path, width in found.items()}
+    def kinds(width: object) -> Kinds:
+        if isinstance(width, Format):
+            return known_formats.register(width)
+        arguments.bits(width)
+        return (int(width),)  # type: ignore[call-overload]
+
+    def allowed(tree: Tree) -> dict[str, Kinds]:
+        found = picking.values(bits, tree).items()
+        return {path: kinds(width) for path, width in found if width is not None}
 
     if isinstance(bits, PerLeaf):
         fn = bits.fn

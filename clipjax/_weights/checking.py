@@ -10,10 +10,10 @@ import optax
 
 from clipjax._arrays import arguments, dtypes, picking, trees
 from clipjax._maths import drawing, intervals, landing
-from clipjax._weights import latents, leaf_grid, visiting
+from clipjax._weights import latents, leaf_levels, quantize_state, visiting
 from clipjax._weights.clamping import ClampState
-from clipjax._weights.leaf_grid import LeafGrid, QuantizeState
 from clipjax._weights.projecting import ProjectState
+from clipjax._weights.quantize_state import QuantizeState
 from clipjax._weights.visiting import Visited
 from clipjax._weights.zeros import PruneState
 from clipjax.typing import State, Tree
@@ -187,7 +187,7 @@ def _of_state(params: Tree, opt_state: State) -> list[_Row]:
             rows += [_zeros(path, rule, mask, _leaf(leaves, path)) for path, mask in trees.governed(held.mask)]
             rows += _nearly_empty(held, rule)
         elif isinstance(held, QuantizeState):
-            rows += [_levels(path, rule, held, _leaf(leaves, path)) for path, _ in trees.governed(held.step)]
+            rows += [_levels(path, rule, held, _leaf(leaves, path)) for path in quantize_state.paths(held)]
         elif isinstance(held, ClampState):
             rows += _bounds(rule, held, leaves)
         else:
@@ -215,15 +215,9 @@ def _zeros(path: str, rule: str, mask: jax.Array, leaf: jax.Array) -> _Row:
 
 
 def _levels(path: str, rule: str, state: QuantizeState, leaf: jax.Array) -> _Row:
-    grid = leaf_grid.at(state, path)
-    entries, distance = off_grid(grid, leaf)
-    return _Row(path, rule, "grid", jnp.where(grid.fitted, entries, 0), jnp.where(grid.fitted, distance, 0))
-
-
-def off_grid(grid: LeafGrid, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many weights of a leaf are between the levels of its grid, and the largest gap."""
-    level = leaf_grid.nearest(grid, leaf)[1]
-    return landing.missed(leaf, level, landing.late(leaf, level.dtype))
+    if not quantize_state.fitted(state):
+        return _Row(path, rule, "grid", jnp.zeros(()), jnp.zeros(()))
+    return _Row(path, rule, "grid", *leaf_levels.missed(state, path, leaf))
 
 
 def _bounds(rule: str, state: ClampState, leaves: dict[str, jax.Array]) -> list[_Row]:

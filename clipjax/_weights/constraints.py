@@ -27,6 +27,8 @@ class Constraint(NamedTuple):
         leaves are. For the transformations that are chained behind; None for a projection of whole trees.
       surely_zero: `surely_zero(target, state, context) -> bool tree`, True only where the target is projected to 0: a
         cheaper answer than projecting it.
+      once: `once(target, state, context) -> params`, what `hold_once` makes of the values to which the state was just
+        fitted, where that is not what an update makes of them.
       tolerance: the relative difference up to which params count as the projection of the latent weights; 0 where
         projected values are exact in floating point, so that two compiled programs agree on them.
     """
@@ -39,6 +41,7 @@ class Constraint(NamedTuple):
     kept: Callable[[Tree, State, State], Tree] | None = None
     surely_zero: Callable[[Tree, State, Context], Tree] | None = None
     facts: Callable[[Tree, State, State, Context], list[Fact]] | None = None
+    once: Callable[[Tree, State, Context], Tree] | None = None
     tolerance: float = 0.0
 
     def frozen(self, target: Tree, state: State, context: Context) -> Tree:

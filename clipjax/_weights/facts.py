@@ -30,11 +30,13 @@ class Fact(NamedTuple):
         all leaves of the transformation.
       args: a tree of arrays; those that leaves share are one array.
       bound: the interval in which all of them then lie, two scalars in computing dtype; None where it bounds none.
+      zeros: True where it holds weights at 0.
     """
 
     settle: Callable[[jax.Array, Tree], jax.Array]
     args: Tree
     bound: tuple[jax.Array, jax.Array] | None = None
+    zeros: bool = False
 
 
 Facts: TypeAlias = tuple[Fact, ...]
@@ -95,7 +97,7 @@ def settled_tree(tree: Tree, known: Sequence[Facts]) -> Tree:
 
 def from_start(active: jax.Array | None, fact: Fact) -> Fact:
     """The fact of a transformation that acts where `active`, which is None for always."""
-    return fact if active is None else Fact(_where, (active, *fact[:2]))
+    return fact if active is None else Fact(_where, (active, *fact[:2]), zeros=fact.zeros)
 
 
 def _where(x: jax.Array, args: Tree) -> jax.Array:

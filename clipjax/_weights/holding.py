@@ -114,7 +114,8 @@ def _held(visited: Visited, found: _Found, given: bool) -> State:
         kept = jnp.asarray(constraint.fitted(state.projection))
         keep = lambda old, new: elementwise.where(kept, old, new)  # noqa: E731
         projected = jax.tree.map(keep, state.projection, projected)
-    new = latents.rounded(constraint.frozen(target, projected, context._replace(refresh=False)), params)
+    made = constraint.frozen if given or constraint.once is None else constraint.once
+    new = latents.rounded(made(target, projected, context._replace(refresh=False)), params)
     finite = jax.tree.map(lambda n, z: elementwise.where(jnp.isfinite(z), n, z), new, target)
     governed = trees.governed(params)
     own: list[facts.Fact | None] = [None] * len(governed)

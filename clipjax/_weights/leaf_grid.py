@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +11,11 @@ from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes, elementwise, sharding, trees
 from clipjax._maths import blocks, fitting, grids, intervals, levels, spectra, step_groups
-from clipjax._weights import facts
-from clipjax.typing import Leaf, Sides, Step, Tree
+from clipjax._weights import facts, quantize_state
+from clipjax._weights.quantize_state import LeafLevels, QuantizeState
+from clipjax.typing import Leaf, Sides, Step
 
 Soften = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-class QuantizeState(NamedTuple):
-    """State of `fake_quantize` inside its `ProjectState`: the grids of all leaves, in nested dicts by path.
-
-    Attributes:
-      step: f32 per step group, the distance of two levels; with `group` a stack of arrays that broadcast to the leaf.
-      low: f32 per step group, the smallest multiple of the step that is a level; 0 for unbounded codes.
-      high: the largest one; likewise.
-      bits: i32, the width; 0 for unbounded codes.
-      asked: i32, a number that stands for the widths that the grids were made for; -1 before the first refresh.
-    """
-
-    step: Tree
-    low: Tree
-    high: Tree
-    bits: Tree
-    asked: jax.Array
 
 
 class LeafGrid(NamedTuple):
@@ -60,32 +42,13 @@ class LeafGrid(NamedTuple):
         return jnp.clip(0, -top - self.low, top - self.high).astype(jnp.int32)
 
 
-NEVER = -1  # the widths of a grid that was never fitted
-
-
 def at(state: QuantizeState, path: str) -> LeafGrid:
     """The grid of one leaf."""
-    found = [trees.look_up(field, path) for field in state[:-1]]
+    found = [trees.look_up(field, path) for field in state[:4]]
     trees.check_state(all(x is not None for x in found), f"no grid for {path!r}")
     trees.check_state(getattr(state.asked, "shape", None) == (), f"another layout of the grid of {path!r}")
     step, low, high, bits = found
-    return LeafGrid(step, low, high, bits, fitted(state))
-
-
-def fitted(state: QuantizeState) -> jax.Array:
-    """False before the first refresh."""
-    return state.asked != NEVER
-
-
-def gathered(found: dict[str, LeafLevels], bits: dict[str, jax.Array], asked: jax.Array | int) -> QuantizeState:
-    """The state of the grids of all leaves."""
-    # Without leaves each field is one array all the same, see `trees.by_path`.
-    step, low, high = (trees.by_path({path: x[i] for path, x in found.items()}) for i in range(3))
-    return QuantizeState(step, low, high, trees.by_path(bits), jnp.asarray(asked, jnp.int32))
-
-
-LeafLevels: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
-"""The step of a leaf, and its smallest and largest level in steps."""
+    return LeafGrid(step, low, high, bits, quantize_state.fitted(state))
 
 
 class Plan(NamedTuple):
@@ -147,30 +110,16 @@ def begin(plan: Plan, leaf: Leaf) -> LeafLevels:
     return _stored(plan, step, low, high)
 
 
-def outdated(plans: dict[str, Plan], target: Tree, state: QuantizeState) -> jax.Array:
-    """True where grids were made for other widths than they may have now, or for another number as their step.
-
-    Raises:
-      ValueError: for a grid whose steps belong to other step groups.
-    """
-    for path, x in trees.governed(target):
-        _check_shape(plans[path], x, at(state, path))
-    other = state.asked != fingerprint(plans)
-    path, x = trees.governed(target)[0]
-    plan = plans[path]
-    if plan.rule.levels is levels.as_given:  # one rule, and so the same numbers, for all leaves
-        number = plan.rule.fit(step_groups.view(x, plan.groups), 0, plan.groups.axes)
-        number = step_groups.stored(number, plan.groups)
-        other |= jnp.any((at(state, path).step != number) & (number > 0))
-    return fitted(state) & other
+def other_step(plan: Plan, x: jax.Array, grid: LeafGrid) -> jax.Array | None:
+    """True where a step is given as a number, and is another one than the grid has; None where it is not given."""
+    if plan.rule.levels is not levels.as_given:
+        return None
+    number = plan.rule.fit(step_groups.view(x, plan.groups), 0, plan.groups.axes)
+    number = step_groups.stored(number, plan.groups)
+    return jnp.any((grid.step != number) & (number > 0))
 
 
-def fingerprint(plans: dict[str, Plan]) -> int:
-    """A number that differs where a run goes on with other widths, so that the grids are fitted anew."""
-    return zlib.crc32(repr([(path, plan.allowed) for path, plan in plans.items()]).encode()) >> 1
-
-
-def _check_shape(plan: Plan, x: jax.Array, grid: LeafGrid) -> None:
+def check_shape(plan: Plan, x: jax.Array, grid: LeafGrid) -> None:
     """Raise for steps of other step groups: of another `axis` or `group`."""
     shape = step_groups.shape(x, plan.groups)
     got = f"steps of shape {grid.step.shape} for an array of shape {x.shape}, where they should have {shape}"
@@ -253,7 +202,7 @@ def _in_view(plan: Plan, grid: LeafGrid) -> LeafGrid:
 
 def level(plan: Plan, x: jax.Array, grid: LeafGrid, key: jax.Array | None, since: jax.Array) -> jax.Array:
     """The level of every weight: code * s, the codes limited to those of the grid."""
-    _check_shape(plan, x, grid)
+    check_shape(plan, x, grid)
     w, grid = step_groups.view(x, plan.groups), _in_view(plan, grid)
     binary = plan.binary(grid)
     code = grids.codes(w, grid.step, binary, rounding=plan.rounding, key=key)

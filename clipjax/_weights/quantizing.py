@@ -10,21 +10,32 @@ import optax
 
 from clipjax import steps
 from clipjax._arrays import arguments, picking, stacks, trees
-from clipjax._maths import blocks, grids, integers, landing, levels, spectra, step_groups
-from clipjax._weights import bit_widths, facts, leaf_grid, projecting, refreshing
+from clipjax._maths import grids, levels, spectra, step_groups
+from clipjax._weights import (
+    bit_widths,
+    facts,
+    leaf_format,
+    leaf_grid,
+    leaf_levels,
+    projecting,
+    quantize_state,
+    refreshing,
+)
 from clipjax._weights.constraints import Constraint
-from clipjax._weights.leaf_grid import LeafLevels, Plan, QuantizeState
+from clipjax._weights.leaf_grid import Plan
+from clipjax._weights.leaf_levels import LeafPlan
+from clipjax._weights.quantize_state import LeafLevels, QuantizeState
 from clipjax.typing import (
     Axis,
     Bits,
     Context,
     Count,
+    Format,
     Leaf,
     PerLeaf,
     Projection,
     Rounding,
     RoundingMode,
-    State,
     Step,
     StepSize,
     Tree,
@@ -123,27 +134,26 @@ def fake_quantize(
     """
     rule = levels.resolve(step, steps.mse())
     widths = bit_widths.resolve(bits, rule)
+    _check_alone(widths.form, step, group, rounding)
     step_groups.check(axis, group)
     mode, soften = _rounding(rounding)
     cycle = refreshing.cycle(start, every, stop)
     where = widths.picks(picking.resolve(where, widths.default))
     _warn_if_it_shrinks(rule, cycle, carry)
 
-    def plans(tree: Tree) -> dict[str, Plan]:
-        """The static part of the grid of every governed leaf, of params in their own dtype."""
+    def plans(tree: Tree) -> dict[str, LeafPlan]:
+        """The static part of the levels of every governed leaf, of params in their own dtype."""
         allowed = widths.allowed(tree)
 
-        def plan(path: str, leaf: Leaf) -> Plan:
-            return Plan(allowed[path], step_groups.resolve(axis, group, path, leaf), rule, mode, soften)
+        def plan(path: str, leaf: Leaf) -> LeafPlan:
+            return leaf_levels.plan(allowed[path], axis, group, rule, (mode, soften), path, leaf)
 
         return {path: plan(path, leaf) for path, leaf in trees.governed(tree)}
 
     def init_fn(params: Tree) -> QuantizeState:
         leaves, by_path = dict(trees.governed(params)), plans(params)
-        for path, plan in by_path.items():
-            leaf_grid.check(plan, path, leaves[path])
-        begun = {path: leaf_grid.begin(plan, leaves[path]) for path, plan in by_path.items()}
-        return leaf_grid.gathered(begun, _widest(by_path), leaf_grid.NEVER)
+        begun = {path: leaf_levels.begin(plan, path, leaves[path]) for path, plan in by_path.items()}
+        return quantize_state.gathered(begun, leaf_levels.widest(by_path), quantize_state.NEVER)
 
     @refreshing.compiled
     def refresh(weights: Tree, known: Tree, inputs: refreshing.Inputs) -> QuantizeState:
@@ -153,19 +163,20 @@ def fake_quantize(
         of_leaves = facts.governed(weights, known)
         limits = facts.shared(leaf_grid.max_level, of_leaves, kinds)
         rows = zip(by_path.values(), values, of_leaves, limits, kinds, strict=True)
-        measured = [leaf_grid.measure(*row) for row in rows]
+        measured = [leaf_levels.measure(*row) for row in rows]
         names, static = list(by_path), list(by_path.values())
         if widths.choose is None:
-            found, width = stacks.mapped(leaf_grid.fit, names, static, measured), _widest(by_path)
+            found, width = stacks.mapped(leaf_levels.fit, names, static, measured), leaf_levels.widest(by_path)
         else:
             found, width = _chosen(widths.choose, by_path, measured)
-        return leaf_grid.gathered(dict(zip(names, found, strict=True)), width, leaf_grid.fingerprint(by_path))
+        return quantize_state.gathered(dict(zip(names, found, strict=True)), width, leaf_levels.fingerprint(by_path))
 
     def apply_fn(target: Tree, state: QuantizeState, context: Context) -> tuple[Tree, QuantizeState]:
         by_path = plans(context.params)
         if not by_path:
             return target, state
-        outdated = leaf_grid.outdated(by_path, target, state)
+        leaf_levels.check_zeros(by_path, facts.governed(target, context.known))
+        outdated = leaf_levels.outdated(by_path, target, state)
         new = refreshing.refreshed(cycle, context, refresh, (context.params,), state, target, outdated)
         return frozen_fn(target, new, context), new
 
@@ -176,7 +187,7 @@ def fake_quantize(
 
         def level(path: str, x: jax.Array) -> jax.Array:
             key = jax.random.fold_in(context.key, index[path]) if mode == "stochastic" else None
-            return leaf_grid.level(by_path[path], x, leaf_grid.at(state, path), key, since)
+            return leaf_levels.level(by_path[path], path, x, state, key, since)
 
         shown = trees.map_with_path(level, target)
         # A weight that is not on its level yet may lie beyond the bound that levels keep.
@@ -184,8 +195,18 @@ def fake_quantize(
 
     def surely_zero(target: Tree, state: QuantizeState, context: Context) -> Tree:
         by_path = plans(context.params)
-        zero = lambda path, x: leaf_grid.surely_zero(by_path[path], x, leaf_grid.at(state, path))  # noqa: E731
-        return trees.map_with_path(zero, target)
+        return trees.map_with_path(lambda path, x: leaf_levels.surely_zero(by_path[path], path, x, state), target)
+
+    def once(target: Tree, state: QuantizeState, context: Context) -> Tree:
+        """The levels as the references of formats have them, where nothing bounds a leaf."""
+        by_path = plans(context.params)
+        free = [all(fact.bound is None for fact in of_leaf) for of_leaf in facts.governed(target, context.known)]
+        own = {
+            path: leaf_format.once(plan, x)
+            for (path, x), ok in zip(trees.governed(target), free, strict=True)
+            if ok and isinstance(plan := by_path[path], leaf_format.FormatPlan)
+        }
+        return trees.map_with_path(lambda path, x: own.get(path, x), frozen_fn(target, state, context))
 
     # Values between levels come from sums and quotients, which two compiled programs may round differently.
     tolerance = 0.0 if soften is None else 2.0**-16
@@ -194,8 +215,9 @@ def fake_quantize(
         projection,
         QuantizeState,
         "fake_quantize",
-        fitted=leaf_grid.fitted,
+        fitted=quantize_state.fitted,
         surely_zero=surely_zero,
+        once=once,
         tolerance=tolerance,
     )
     tx = projecting.constrain(constraint, carry=carry, inner=inner, start=start, where=where, key=key, stop=stop)
@@ -229,87 +251,26 @@ def _rounding(rounding: RoundingMode) -> tuple[str, leaf_grid.Soften | None]:
     return rounding, None
 
 
-def _widest(plans: dict[str, Plan]) -> dict[str, jax.Array]:
-    """The width of every leaf, the largest one before a rule has chosen."""
-    return {path: jnp.asarray(plan.widest, jnp.int32) for path, plan in plans.items()}
+def _check_alone(
+    form: Format | None, step: StepSize | None, group: int | PerLeaf | None, rounding: RoundingMode
+) -> None:
+    """Refuse what a format says itself."""
+    if form is None:
+        return
+    remedy = f"The format {form.name!r} has its own: leave it out."
+    arguments.require(step is None, "step", "be None with a format", step, remedy)
+    arguments.require(group is None, "group", "be None with a format", group, remedy)
+    arguments.require(rounding == "nearest", "rounding", 'be "nearest" with a format', rounding, remedy)
 
 
 def _chosen(
-    choose: bit_widths.Chooser, plans: dict[str, Plan], measured: list[leaf_grid.Measured]
+    choose: bit_widths.Chooser, by_path: dict[str, LeafPlan], measured: list[leaf_grid.Measured]
 ) -> tuple[list[LeafLevels], dict[str, jax.Array]]:
     """The levels and the width of every leaf, which a rule chooses from all distributions."""
+    plans = {path: plan for path, plan in by_path.items() if isinstance(plan, Plan)}  # all: no rule chooses formats
     found = stacks.mapped(leaf_grid.spectrum, list(plans), list(plans.values()), measured)
     energy, noise = (jnp.stack([getattr(s, name) for s in found]) for name in ("energy", "noise"))
     index = choose([x.values.size for x in measured], energy, noise)
     rows = zip(plans.items(), index, strict=True)
     width = {path: spectra.width(plan.allowed, i) for (path, plan), i in rows}
     return [leaf_grid.chosen(*row) for row in zip(plans.values(), found, index, strict=True)], width
-
-
-def quantized(params: Tree, opt_state: State) -> Tree:
-    """The integers behind quantized params: a `Quantized` at every leaf on a grid, other leaves untouched.
-
-    A weight that jumped to less than half of itself may be a little beside its level until the next update; it has the
-    code of that level, as does every weight that is nearer to it than 1/256 of a step.
-
-    Args:
-      params: the parameters that the optimizer state belongs to, outside of jit.
-      opt_state: any optimizer state with a `fake_quantize` in it.
-
-    Returns:
-      A tree like `params`; `dequantize(q, dtype=leaf.dtype)` gives the leaf back bit for bit; on symmetric grids the
-      zero point is 0.
-
-    Raises:
-      ValueError: where the state holds no `fake_quantize` or belongs to other params, and where a finite weight is
-        farther from its level, naming leaf and distance: the params are an average, of another checkpoint, or changed
-        behind the quantizer.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> tx = fake_quantize(bits=4, step=0.5)
-      >>> params = {"kernel": jnp.array([[1.2, -0.4]])}
-      >>> updates, state = tx.update({"kernel": jnp.zeros((1, 2))}, tx.init(params), params)
-      >>> params = {"kernel": params["kernel"] + updates["kernel"]}
-      >>> quantized(params, state)["kernel"].codes.tolist()
-      [[2, -1]]
-
-    References:
-      D4, section 2.2: floats become integers.
-    """
-    found = trees.find(opt_state, QuantizeState)
-    remedy = "Pass the state of an optimizer with `clipjax.fake_quantize` in it."
-    arguments.require(found, "opt_state", "hold a quantizer", type(opt_state).__name__, remedy)
-    trees.check_named([path for state in found for path, _ in trees.governed(state.step)], params)
-
-    def codes(path: str, leaf: jax.Array) -> jax.Array | integers.Quantized:
-        for state in found:
-            if trees.look_up(state.step, path) is not None and leaf_grid.at(state, path).fitted:
-                return _integers(path, leaf, leaf_grid.at(state, path))
-        return leaf
-
-    return trees.map_with_path(codes, params)
-
-
-def _integers(path: str, leaf: jax.Array, grid: leaf_grid.LeafGrid) -> integers.Quantized:
-    bits = int(grid.bits) or None
-    code, level = leaf_grid.nearest(grid, leaf)
-    # One landing late, a weight from far outside is beside its level by units in the last place of where it was.
-    step, zero = (step_groups.per_block(x, leaf.shape) for x in (grid.step, grid.zero_point))
-    late = blocks.spread(step, leaf.shape).astype(level.dtype) / 256
-    entries, distance = landing.missed(leaf, level, late)
-    remedy = (
-        f"{int(entries)} weights of {path!r} are between its levels, by up to {float(distance):.3g}: an average (EMA),"
-        " another checkpoint, or something chained behind the quantizer. Hold them with `clipjax.hold_once` first."
-    )
-    arguments.require(not int(entries), "params", "be on the grid of the state", path, remedy)
-    kept, group = tuple(i for i, n in enumerate(step.shape) if n > 1), None
-    at = step_groups.cut_axis(grid.step.shape, leaf.shape)
-    if at is not None:
-        # In front of the cut axis each index has groups of its own, whether `axis` names it or groups run along it.
-        group, own = leaf.size // step.size, [i for i in kept if i != at]
-        kept = tuple([i for i in own if i > at] or own or [at])
-    axis = None if not kept and not step.ndim else kept[0] if len(kept) == 1 else kept
-    zero = zero if bool(jnp.any(zero != 0)) else jnp.zeros((), jnp.int32)
-    code = code + blocks.spread(zero, leaf.shape).astype(code.dtype)
-    return integers.Quantized(code.astype(grids.code_dtype(bits)), step, zero, bits, axis, group)

@@ -45,7 +45,7 @@ def _facts(kept: Callable[[Tree, State, State], Tree]) -> Callable[[Tree, State,
     """What a mask makes of any values: 0 where it removes the weight."""
 
     def facts(target: Tree, before: State, after: State, context: Context) -> list[Fact]:
-        return [Fact(zeroed, mask) for mask in jax.tree.leaves(kept(target, before, after))]
+        return [Fact(zeroed, mask, zeros=True) for mask in jax.tree.leaves(kept(target, before, after))]
 
     return facts
 

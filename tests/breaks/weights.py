@@ -6,7 +6,7 @@ MUTANTS = (
     Mutant("_weights/quantizing.py", "state, target, outdated)", "state, target)", "changed_arguments", "another"),
     Mutant("_weights/leaf_grid.py", "step != number)", "step > 2 * number)", "changed_arguments", "another_number"),
     Mutant("_weights/masks.py", "leaves, along, stacked)", "leaves, stacked)", "structures", "axes_of_each_leaf"),
-    Mutant("_weights/quantizing.py", "if i > at] or own", "] or own", "step_groups", "behind_the_cut"),
+    Mutant("_weights/quantized_params.py", "if i > at] or own", "] or own", "step_groups", "behind_the_cut"),
     Mutant("_weights/sparsities.py", "repr((kind, axes))", "repr(kind)", "structures", "axes_of_each_leaf"),
     Mutant("_weights/sparsities.py", "asarray(kind,", "asarray(0.0,", "changed_arguments", "n_of_m"),
     Mutant("_weights/checking.py", "trees.pure(opt_state))", "opt_state)", "checking", "nnx"),
@@ -151,7 +151,7 @@ MUTANTS = (
     ),
     Mutant("_weights/masks.py", "ranking.countable(leaf.shape)", "True", "masks", "refused"),
     Mutant(
-        "_weights/quantizing.py",
+        "_weights/quantized_params.py",
         "code = code + blocks.spread(zero, leaf.shape)",
         "code = code + 0 * blocks.spread(zero, leaf.shape)",
         "leaf_grid",
@@ -180,6 +180,10 @@ MUTANTS = (
     ),
     Mutant("_weights/holding.py", "if given:  # masks", "if False:  # masks", "checking", "average"),
     Mutant(
-        "_weights/quantizing.py", "arguments.require(not int(entries)", "arguments.require(True", "checking", "average"
+        "_weights/quantized_params.py",
+        "arguments.require(not int(entries)",
+        "arguments.require(True",
+        "checking",
+        "average",
     ),
 )

@@ -1,0 +1,149 @@
+"""One leaf on a deployment format: its scales, and the value that bytes of the format have nearest to a weight."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from clipjax._arrays import dtypes, elementwise, sharding, trees
+from clipjax._maths import format_blocks, grids, known_formats
+from clipjax._maths.format_blocks import FormatBlocks
+from clipjax._weights.quantize_state import LeafScales
+from clipjax.typing import Axis, Format, Leaf, Number, PerLeaf, Scales, Sides
+
+Limits: TypeAlias = tuple[Number, Number]
+"""How far levels may extend below zero, and above."""
+
+
+class FormatPlan(NamedTuple):
+    """The arguments of `fake_quantize` for one leaf on a format; all of it is static.
+
+    Attributes:
+      form: the format.
+      placed: its blocks on the leaf.
+      dtype: of the leaf.
+    """
+
+    form: Format
+    placed: FormatBlocks
+    dtype: DTypeLike
+
+    @property
+    def precision(self) -> int | None:
+        """The significant bits that a scale keeps, so that a level is exact in the dtype of the leaf."""
+        return self.form.precision(self.dtype)
+
+    @property
+    def rounded(self) -> bool:
+        """True where a level may have more significant bits than the dtype: the leaf is decode(bytes), rounded once."""
+        return jnp.dtype(self.dtype).itemsize < 4 and (self.form.code_bits > 5 or not self.form.zero)
+
+
+def plan(form: Format, axis: Axis | PerLeaf, path: str, leaf: Leaf) -> FormatPlan:
+    """Read `axis` for a leaf on a format."""
+    return FormatPlan(form, format_blocks.resolve(form, axis, path, leaf), jnp.dtype(leaf.dtype))
+
+
+def begin(plan: FormatPlan, leaf: Leaf) -> LeafScales:
+    """The scales before the first refresh: zeros."""
+    like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+    found = jax.eval_shape(lambda x: _fitted(plan, x, jnp.asarray(0.0)), like)
+    largest = jnp.finfo(jnp.float32).max
+    return _kept(plan, tuple(jnp.zeros(s.shape, s.dtype) for s in found), (largest, largest))
+
+
+def check_shape(plan: FormatPlan, path: str, leaf: Leaf, own: LeafScales) -> None:
+    """Raise for scales of another format, or of other blocks."""
+    want = format_blocks.shape(leaf, plan.placed)
+    shapes = [s.shape for s in own.scales if s.ndim]
+    got = f"scales of shape {shapes} at {path!r}, where {plan.form.name} should have {want}"
+    trees.check_state(all(shape == want for shape in shapes), got)
+
+
+def fit(plan: FormatPlan, values: jax.Array, max_level: Sides) -> LeafScales:
+    """The scales of a leaf.
+
+    Args:
+      plan: of the leaf.
+      values: f32; 0 where a weight is not to be counted.
+      max_level: the largest magnitude of a level below zero, and above.
+    """
+    limits = _limits(plan, max_level)
+    return _kept(plan, _fitted(plan, _clipped(plan, values, limits), jnp.maximum(*limits)), limits)
+
+
+def once(plan: FormatPlan, values: jax.Array) -> tuple[jax.Array, LeafScales]:
+    """The levels of values that nothing bounds, and their scales, both as the reference of the format has them.
+
+    A reference divides by a scale before it is rounded. An update cannot, as the state has it rounded.
+    """
+    wide = values.astype(jnp.float32)
+    largest = jnp.finfo(jnp.float32).max
+    view = format_blocks.view(_clipped(plan, wide, (largest, largest)), plan.placed)
+    assert plan.form.quantize is not None
+    codes, scales = plan.form.quantize(view, jnp.inf, plan.precision)
+    level = format_blocks.joined(plan.form.decode(codes, scales), plan.placed, values)
+    return level.astype(values.dtype), _kept(plan, format_blocks.stored(scales), (largest, largest))
+
+
+def _limits(plan: FormatPlan, max_level: Sides) -> Sides:
+    """How far levels may extend before they are rounded to the dtype of the leaf."""
+    below, above = (grids.reach(jnp.asarray(end, jnp.float32), plan.dtype) for end in max_level)
+    return below, above
+
+
+def _fitted(plan: FormatPlan, values: jax.Array, limit: jax.Array) -> Scales:
+    scales = plan.form.fit(format_blocks.view(values, plan.placed), limit, plan.precision)
+    return format_blocks.stored(scales)
+
+
+def _clipped(plan: FormatPlan, x: jax.Array, limits: Limits) -> jax.Array:
+    """What a format reads: f32 within the limits, in the dtype of the leaf where levels are rounded to that."""
+    x = jnp.minimum(jnp.maximum(x.astype(jnp.float32), -limits[0]), limits[1])
+    return dtypes.narrowed(x, plan.dtype) if plan.rounded else x
+
+
+def _kept(plan: FormatPlan, scales: Scales, limits: Limits) -> LeafScales:
+    low, high = (jnp.asarray(end, jnp.float32) for end in (-limits[0], limits[1]))
+    outputs = sum(1 << axis for axis in plan.placed.outputs)
+    number, kept = (jnp.asarray(value, jnp.uint32) for value in (plan.form.id, outputs))
+    return LeafScales(number, kept, scales, low, high)
+
+
+def level(plan: FormatPlan, x: jax.Array, own: LeafScales) -> jax.Array:
+    """The level of every weight: decode(encode(w)) under the scales of the state."""
+    wide = _clipped(plan, x, (-own.low, own.high))
+    scales = format_blocks.spread(own.scales, wide)
+    limit = elementwise.where(wide < 0, sharding.filled(-own.low, wide), sharding.filled(own.high, wide))
+    found = plan.form.decode(plan.form.encode(wide, scales, limit), scales)
+    return sharding.laid_as(found.astype(x.dtype), x)
+
+
+def form_of(own: LeafScales) -> Format:
+    """The format of a leaf, from the state alone; outside of jit.
+
+    Raises:
+      ValueError: for one that is not known.
+    """
+    return known_formats.find(int(own.id))
+
+
+def bits(own: LeafScales, size: int) -> float:
+    """Bits a weight of a leaf of this size, with its share of the scales; outside of jit."""
+    return form_of(own).code_bits + sum(8 * s.nbytes for s in own.scales) / size
+
+
+def outputs_of(own: LeafScales) -> tuple[int, ...]:
+    """The axes that keep scales of their own; outside of jit."""
+    return tuple(axis for axis in range(32) if int(own.outputs) >> axis & 1)
+
+
+def nearest(own: LeafScales, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The code, and the level rounded to the dtype of the leaf, that are nearest to every weight; outside of jit."""
+    form, wide = form_of(own), dtypes.widened(leaf)
+    scales = format_blocks.spread(own.scales, wide)
+    codes = form.encode(wide.astype(jnp.float32), scales, jnp.inf)
+    return codes, dtypes.narrowed(form.decode(codes, scales).astype(wide.dtype), leaf.dtype)

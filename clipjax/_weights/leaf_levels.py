@@ -1,0 +1,129 @@
+"""The levels of one leaf, on a grid of steps or on a format: what `fake_quantize` asks of either."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from clipjax._arrays import arguments, elementwise, trees
+from clipjax._maths import landing, step_groups
+from clipjax._weights import facts, leaf_format, leaf_grid, quantize_state
+from clipjax._weights.bit_widths import Kinds
+from clipjax._weights.leaf_format import FormatPlan
+from clipjax._weights.leaf_grid import Measured, Plan
+from clipjax._weights.quantize_state import Fitted, LeafScales, QuantizeState
+from clipjax.typing import Axis, Format, Leaf, PerLeaf, Sides, Step, Tree
+
+LeafPlan: TypeAlias = Plan | FormatPlan
+
+
+def plan(
+    kinds: Kinds,
+    axis: Axis | PerLeaf,
+    group: int | PerLeaf | None,
+    rule: Step,
+    rounding: tuple[str, leaf_grid.Soften | None],
+    path: str,
+    leaf: Leaf,
+) -> LeafPlan:
+    """The arguments of `fake_quantize`, read for one leaf."""
+    if isinstance(kinds, Format):
+        return leaf_format.plan(kinds, axis, path, leaf)
+    return Plan(kinds, step_groups.resolve(axis, group, path, leaf), rule, *rounding)
+
+
+def widest(plans: dict[str, LeafPlan]) -> dict[str, jax.Array]:
+    """The width of every leaf on a grid, the largest one before a rule has chosen."""
+    return {path: jnp.asarray(plan.widest, jnp.int32) for path, plan in plans.items() if isinstance(plan, Plan)}
+
+
+def begin(plan: LeafPlan, path: str, leaf: Leaf) -> Fitted:
+    """What a leaf has before the first refresh; refuse widths that it cannot have."""
+    if isinstance(plan, FormatPlan):
+        return leaf_format.begin(plan, leaf)
+    leaf_grid.check(plan, path, leaf)
+    return leaf_grid.begin(plan, leaf)
+
+
+def outdated(plans: dict[str, LeafPlan], target: Tree, state: QuantizeState) -> jax.Array:
+    """True where levels were made for other widths than they may have now, or for another number as their step.
+
+    Raises:
+      ValueError: for steps of other step groups, and scales of other blocks.
+    """
+    number: jax.Array | None = None
+    for path, x in trees.governed(target):
+        plan = plans[path]
+        if isinstance(plan, FormatPlan):
+            leaf_format.check_shape(plan, path, x, _scales(state, path))
+            continue
+        grid = leaf_grid.at(state, path)
+        leaf_grid.check_shape(plan, x, grid)
+        if number is None:  # one rule, and so the same number, for all leaves
+            number = leaf_grid.other_step(plan, x, grid)
+    other = state.asked != fingerprint(plans)
+    return quantize_state.fitted(state) & (other if number is None else other | number)
+
+
+def fingerprint(plans: dict[str, LeafPlan]) -> int:
+    """A number that differs where a run goes on with other widths, so that the grids are fitted anew."""
+    kinds = [(path, p.form.name if isinstance(p, FormatPlan) else p.allowed) for path, p in plans.items()]
+    return zlib.crc32(repr(kinds).encode()) >> 1
+
+
+def measure(plan: LeafPlan, x: jax.Array, known: facts.Facts, max_level: Sides, dtype: DTypeLike) -> Measured:
+    """The weights to which the levels of a leaf are fitted, see `leaf_grid.measure`."""
+    if isinstance(plan, Plan):
+        return leaf_grid.measure(plan, x, known, max_level, dtype)
+    x = facts.settled(x, known).astype(jnp.float32)
+    return Measured(elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x)), max_level, dtype)
+
+
+def fit(plan: LeafPlan, measured: Measured) -> Fitted:
+    """The levels of a leaf whose width is fixed."""
+    if isinstance(plan, FormatPlan):
+        return leaf_format.fit(plan, measured.values, measured.max_level)
+    return leaf_grid.fit(plan, measured)
+
+
+def level(
+    plan: LeafPlan, path: str, x: jax.Array, state: QuantizeState, key: jax.Array | None, since: jax.Array
+) -> jax.Array:
+    """The level of every weight."""
+    if isinstance(plan, FormatPlan):
+        return leaf_format.level(plan, x, _scales(state, path))
+    return leaf_grid.level(plan, x, leaf_grid.at(state, path), key, since)
+
+
+def surely_zero(plan: LeafPlan, path: str, x: jax.Array, state: QuantizeState) -> jax.Array:
+    """True only where the level is surely 0."""
+    if isinstance(plan, FormatPlan):
+        return leaf_format.level(plan, x, _scales(state, path)) == 0
+    return leaf_grid.surely_zero(plan, x, leaf_grid.at(state, path))
+
+
+def check_zeros(plans: dict[str, LeafPlan], known: list[facts.Facts]) -> None:
+    """Refuse to move zeros that a mask holds onto a format that has none."""
+    for (path, plan), of_leaf in zip(plans.items(), known, strict=True):
+        if isinstance(plan, FormatPlan) and not plan.form.zero:
+            held = any(fact.zeros for fact in of_leaf)
+            remedy = f"`prune_mask` holds zeros of {path!r}: leave it out by `where`, or choose one as `q4_0`."
+            arguments.require(not held, "bits", "be a format that has an exact 0", plan.form.name, remedy)
+
+
+def missed(state: QuantizeState, path: str, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many weights of a leaf are between its levels, and the largest gap; outside of jit."""
+    own = quantize_state.leaf_scales(state, path)
+    level = leaf_grid.nearest(leaf_grid.at(state, path), leaf)[1] if own is None else leaf_format.nearest(own, leaf)[1]
+    return landing.missed(leaf, level, landing.late(leaf, level.dtype))
+
+
+def _scales(state: QuantizeState, path: str) -> LeafScales:
+    own = quantize_state.leaf_scales(state, path)
+    trees.check_state(own is not None, f"no scales for {path!r}")
+    assert own is not None
+    return own
