@@ -11,10 +11,10 @@ import jax
 
 Scales: TypeAlias = tuple[jax.Array, ...]
 """What a format stores of blocks beside their codes, in its dtypes: the bits of f16 as u16, of E4M3 and E8M0 as u8, or
-f32. All are [..., 1] for blocks [..., block], but for one of the whole array, which is a scalar."""
+f32. All have size 1 along the axes of a block, but for one of the whole array, which is a scalar."""
 
-Quantize: TypeAlias = Callable[[jax.Array, jax.typing.ArrayLike, int | None], tuple[jax.Array, Scales]]
-"""`quantize(x, limit, precision) -> (codes, scales)`, of blocks."""
+Quantize: TypeAlias = Callable[[jax.Array, jax.typing.ArrayLike, int | None, tuple[int, ...]], tuple[jax.Array, Scales]]
+"""`quantize(x, limit, precision, axes) -> (codes, scales)`, of blocks along some axes."""
 
 Pack: TypeAlias = Callable[[jax.typing.ArrayLike, tuple[jax.typing.ArrayLike, ...]], tuple[jax.typing.ArrayLike, ...]]
 """`pack(codes, scales) -> arrays` of a file, in NumPy, from [..., blocks, block] and [..., blocks, 1]."""
@@ -24,15 +24,17 @@ Pack: TypeAlias = Callable[[jax.typing.ArrayLike, tuple[jax.typing.ArrayLike, ..
 class Format:
     """A deployment format: blocks of codes with scales, and the rule by which its reference makes them.
 
-    Its functions take blocks along the last axis, x[..., block], and work in f32. `encode` and `decode` work entry by
-    entry: they are also given arrays of any shape with scales of the same shape. A format of your own needs the first
-    six fields; `formats.register` makes it known by its id. JAX takes a format as one leaf of a tree.
+    A block lies along some axes of an array, and its scales have size 1 there. All functions work in f32, on finite
+    numbers; `encode` and `decode` work entry by entry, and take scales that broadcast to the array. A format of your
+    own needs the first six fields; `formats.register` makes it known by its id. JAX takes a format as one leaf of a
+    tree.
 
     Attributes:
       name: with the static parameters, as `"int4(group=128, scale='bfloat16')"`; two formats have two names.
-      fit: `fit(x, limit, precision) -> scales`. Pruned entries of `x` are 0. No level exceeds `limit`, which broadcasts
-        to [..., 1] and is at least 0; it is infinite for the reference to the bit. `precision` is how many significant
-        bits a scale keeps, None for all.
+      fit: `fit(x, limit, precision, axes) -> scales` of the blocks along `axes`, a tuple; those of `clipjax.formats`
+        take the last axis by default. Pruned entries of `x` are 0. No level exceeds `limit`, which broadcasts to the
+        scales and is at least 0; it is infinite for the reference to the bit. `precision` is how many significant bits
+        a scale keeps, None for all.
       encode: `encode(x, scales, limit) -> codes` under given scales, u8 or i8; `limit` broadcasts to x.
       decode: `decode(codes, scales) -> f32`.
       code_bits: bits of a code.
@@ -47,7 +49,7 @@ class Format:
     """
 
     name: str
-    fit: Callable[[jax.Array, jax.typing.ArrayLike, int | None], Scales]
+    fit: Callable[[jax.Array, jax.typing.ArrayLike, int | None, tuple[int, ...]], Scales]
     encode: Callable[[jax.Array, Scales, jax.typing.ArrayLike], jax.Array]
     decode: Callable[[jax.Array, Scales], jax.Array]
     code_bits: float

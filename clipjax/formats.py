@@ -274,8 +274,8 @@ def register(format: Format) -> Format:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> def fit(x, limit, precision):
-      ...     return (jnp.max(jnp.abs(x), axis=-1, keepdims=True),)
+      >>> def fit(x, limit, precision, axes=(-1,)):
+      ...     return (jnp.max(jnp.abs(x), axis=axes, keepdims=True),)
       >>> def encode(x, scales, limit):
       ...     return jnp.sign(x).astype(jnp.int8)
       >>> def decode(codes, scales):

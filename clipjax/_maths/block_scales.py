@@ -12,14 +12,15 @@ from clipjax._arrays import elementwise
 from clipjax._maths import float_codes, grids
 
 Limit = jax.typing.ArrayLike
+Axes = tuple[int, ...]
+LAST: Axes = (-1,)
+"""The axes of a block, where a caller names none."""
 
 
 def entries(x: jax.Array, limit: Limit) -> jax.Array:
-    """What a format reads: f32 in [-limit, limit]. An entry that is not finite counts as 0: it sets no scale."""
-    x = x.astype(jnp.float32)
-    x = elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+    """What a format reads: f32 in [-limit, limit]."""
     limit = jnp.asarray(limit, jnp.float32)
-    return within(x, -limit, limit)
+    return within(x.astype(jnp.float32), -limit, limit)
 
 
 def within(x: jax.Array, low: Limit, high: Limit) -> jax.Array:
@@ -32,24 +33,34 @@ def exceeds(level: jax.Array, limit: Limit) -> jax.Array:
     return jnp.abs(level) > jnp.asarray(limit, jnp.float32)
 
 
-def absmax(x: jax.Array) -> jax.Array:
-    """The largest magnitude of each block, f32[..., 1]."""
-    return jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0)
+def absmax(x: jax.Array, axes: Axes = LAST) -> jax.Array:
+    """The largest magnitude of each block, with size 1 along its axes."""
+    return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
 
 
-def extremum(x: jax.Array) -> jax.Array:
+def extremum(x: jax.Array, axes: Axes = LAST) -> jax.Array:
     """The entry of largest magnitude of each block with its sign; of equal magnitudes the first one.
 
-    The first one is the lowest of the numbers 2 * place + sign among those of this magnitude: no argmax, which would
-    be followed by a gather. A block of zeros has a sign too: gguf-py stores its scale as -0 or 0.
+    One reduction of two numbers, the magnitude as bits and 2 * place + sign: an argmax would be followed by a gather, a
+    search for the largest and then for its place would read the array twice. A block of zeros has a sign too: gguf-py
+    stores its scale as -0 or 0.
     """
-    size = absmax(x)
-    negative = (float_codes.bits(x) >> 31).astype(jnp.int32)
-    place = 2 * jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) + negative
-    end = jnp.full_like(place, 2 * x.shape[-1])
-    place = elementwise.where(jnp.abs(x) == size, place, end)
-    first = jnp.min(place, axis=-1, keepdims=True, initial=2 * x.shape[-1])
-    return elementwise.where(first & 1 == 1, -size, size)
+    axes = tuple(sorted(axis % x.ndim for axis in axes))
+    sign = (float_codes.bits(x) >> 31).astype(jnp.int32)
+    place, entries = jnp.zeros_like(sign), 1
+    for axis in reversed(axes):  # the last one runs fastest
+        place += entries * jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+        entries *= x.shape[axis]
+    size = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    found, first = jax.lax.reduce((size, 2 * place + sign), (jnp.int32(0), jnp.int32(2 * entries)), _larger, axes)
+    found, first = (jnp.expand_dims(part, axes) for part in (float_codes.float_of(found), first))
+    return elementwise.where(first & 1 == 1, -found, found)
+
+
+def _larger(x: tuple[jax.Array, jax.Array], y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The larger of two magnitudes with its place, of equal ones the first."""
+    takes = (x[0] > y[0]) | ((x[0] == y[0]) & (x[1] < y[1]))
+    return jax.lax.select(takes, x[0], y[0]), jax.lax.select(takes, x[1], y[1])
 
 
 def reciprocal(scale: jax.Array) -> jax.Array:
@@ -83,7 +94,7 @@ def half(size: jax.Array, largest: float, limit: Limit) -> jax.Array:
     return near - exceeds(float_codes.value(near, float_codes.F16) * largest, limit).astype(jnp.uint32)
 
 
-def single(size: jax.Array, largest: float, limit: Limit, precision: int | None) -> jax.Array:
+def single(size: jax.Array, largest: float, limit: Limit, precision: int | None, axes: Axes = LAST) -> jax.Array:
     """A scale > 0 as f32, of few bits where asked, and the next lower one where largest * d exceeds the limit."""
     near = short(size, largest, precision)
     unit = jnp.uint32(1 << (0 if precision is None else 24 - precision))

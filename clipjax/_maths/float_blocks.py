@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from clipjax._arrays import elementwise
 from clipjax._maths import block_bytes, block_scales, float_codes, grids
-from clipjax._maths.block_scales import Limit
+from clipjax._maths.block_scales import LAST, Axes, Limit
 from clipjax._maths.float_codes import Layout, Ties
 from clipjax.typing import Format, Scales
 
@@ -90,8 +90,8 @@ def mx(name: str, layout: Layout, rule: str) -> Format:
     zeros = "plain" if rule == "gguf" else zeros  # the first of the codes that are as near: 0 stands before -0
     packed = block_bytes.plain if layout is not E2M1 else block_bytes.gguf_4 if rule == "gguf" else block_bytes.pairs
 
-    def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
-        size = block_scales.absmax(block_scales.entries(x, limit))
+    def fit(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> Scales:
+        size = block_scales.absmax(block_scales.entries(x, limit), axes)
         found = EXPONENTS[rule](size, layout)
         if rule == "gguf":  # a logarithm that is rounded up puts the extremum at 4, which may be past the limit
             past = block_scales.exceeds(float_codes.power_of_two(jnp.maximum(found + 2, 0)), limit)
@@ -125,8 +125,8 @@ def mx(name: str, layout: Layout, rule: str) -> Format:
 def scaled(name: str, layout: Layout, block: int | None, across: int | None) -> Format:
     """FP8 with an f32 scale: s = max|x| / largest, codes the nearest of x / s."""
 
-    def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
-        size = grids.ratio(block_scales.absmax(block_scales.entries(x, limit)), TOP[layout])
+    def fit(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> Scales:
+        size = grids.ratio(block_scales.absmax(block_scales.entries(x, limit), axes), TOP[layout])
         size = elementwise.where(size == 0, jnp.full_like(size, 2.0**-23), size)
         return (block_scales.single(size, TOP[layout], limit, precision),)
 
@@ -150,8 +150,8 @@ def scaled(name: str, layout: Layout, block: int | None, across: int | None) -> 
 def nvfp4(name: str, divisor: bool) -> Format:
     """NVFP4: codes times an E4M3 scale of 16, by a divisor of the array (compressed-tensors), or times a factor."""
 
-    def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
-        size = block_scales.absmax(block_scales.entries(x, limit))
+    def fit(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> Scales:
+        size = block_scales.absmax(block_scales.entries(x, limit), axes)
         largest = jnp.maximum(jnp.max(size, initial=0.0), jnp.finfo(jnp.float32).tiny)
         total = _times(largest, divisor, precision)
         ratio = grids.ratio(size, 6.0)
@@ -223,8 +223,8 @@ NF4 = (
 def normal(name: str, block: int) -> Format:
     """NF4: s = max|x|, the nearest of 16 levels of x / s, the lower one of two that are as near."""
 
-    def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
-        size = block_scales.absmax(block_scales.entries(x, limit))
+    def fit(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> Scales:
+        size = block_scales.absmax(block_scales.entries(x, limit), axes)
         return (elementwise.where(size < 2.0**-63, jnp.ones_like(size), size),)
 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:

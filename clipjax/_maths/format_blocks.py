@@ -8,6 +8,7 @@ for each block; along the axes of the array they are cut and sharded as it is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 
 from clipjax._arrays import arguments, leaf_axes, picking, sharding
 from clipjax._maths import blocks
-from clipjax.typing import Axis, Format, Leaf, PerLeaf, Scales
+from clipjax.typing import Axis, Format, Leaf, PerLeaf, Scales, Tree
 
 
 class FormatBlocks(NamedTuple):
@@ -25,10 +26,28 @@ class FormatBlocks(NamedTuple):
     Attributes:
       outputs: the axes of the array that keep scales of their own, in order.
       box: how many entries of a block lie along each axis.
+      shape: of the array.
     """
 
     outputs: tuple[int, ...]
     box: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The shape of scales in the state: an entry for each block, at least one along each axis."""
+        return tuple(max(n // b, 1) for n, b in zip(self.shape, self.box, strict=True))
+
+    @property
+    def cut(self) -> list[int]:
+        """The axes that blocks cut in two; the others lie in blocks as a whole, or not at all."""
+        return [i for i, (n, b) in enumerate(zip(self.shape, self.box, strict=True)) if 1 < b < n]
+
+    @property
+    def within(self) -> tuple[int, ...]:
+        """The axes of a view that blocks lie along, in the order of the array."""
+        before = [i + sum(j < i for j in self.cut) for i in range(len(self.shape))]
+        return tuple(before[i] + (i in self.cut) for i, b in enumerate(self.box) if b > 1)
 
 
 def resolve(form: Format, axis: Axis | PerLeaf, path: str, leaf: Leaf) -> FormatBlocks:
@@ -54,7 +73,7 @@ def resolve(form: Format, axis: Axis | PerLeaf, path: str, leaf: Leaf) -> Format
         left = _laid(box, total if size is None else size, axes, leaf.shape)
         whole = left == 1 or not leaf.size
         arguments.require(whole, "bits", f"have blocks that divide the {kind} of every picked leaf", form.name, remedy)
-    return FormatBlocks(outputs, tuple(box) if leaf.size else tuple(max(n, 1) for n in leaf.shape))
+    return FormatBlocks(outputs, tuple(box) if leaf.size else tuple(max(n, 1) for n in leaf.shape), tuple(leaf.shape))
 
 
 def _laid(box: list[int], left: int, axes: tuple[int, ...], shape: tuple[int, ...]) -> int:
@@ -73,37 +92,42 @@ def _laid(box: list[int], left: int, axes: tuple[int, ...], shape: tuple[int, ..
     return left
 
 
-def shape(leaf: Leaf, placed: FormatBlocks) -> tuple[int, ...]:
-    """The shape of scales in the state: an entry for each block, at least one along each axis."""
-    return tuple(max(n // b, 1) for n, b in zip(leaf.shape, placed.box, strict=True))
-
-
 def view(x: jax.Array, placed: FormatBlocks) -> jax.Array:
-    """The array as x[..., block], as the functions of a format take it; before the blocks are the axes of the array."""
-    for i in reversed(range(x.ndim)):
+    """The array with those axes cut in two that blocks end on the way of, so that blocks lie along whole axes."""
+    for i in reversed(placed.cut):
         x = blocks.split(x, i, placed.box[i])
-    x, at = blocks.flattened(x, _inside(placed))
-    return jnp.moveaxis(x, at, -1)
+    return x
+
+
+def viewed(fn: Callable[[jax.Array, Tree], jax.Array], x: jax.Array, args: Tree, placed: FormatBlocks) -> jax.Array:
+    """The view of `fn(x, args)`, an elementwise function that a reduction along blocks follows.
+
+    Arrays of `args` have the shape of x, or none. A TPU's compiler stores what is done to the array before the view,
+    and what is done to the view as well if no barrier keeps it there. A GPU's stores a choice that is made in the view.
+    """
+
+    def before(x: jax.Array, args: Tree) -> jax.Array:
+        return view(fn(x, args), placed)
+
+    def inside(x: jax.Array, args: Tree) -> jax.Array:
+        split = lambda a: view(a, placed) if jnp.ndim(a) else a  # noqa: E731
+        x, args = jax.lax.optimization_barrier(jax.tree.map(split, (x, args)))
+        return fn(x, args)
+
+    return jax.lax.platform_dependent(x, args, tpu=inside, default=before)
 
 
 def joined(x: jax.Array, placed: FormatBlocks, like: jax.Array) -> jax.Array:
     """The array that a view is of, sharded as another one."""
-    counts, inside = shape(like, placed), _inside(placed)
-    apart = tuple(n for pair in zip(counts, placed.box, strict=True) for n in pair)
-    x = blocks.unflattened(jnp.moveaxis(x, -1, inside[0]), inside, apart)
-    for i, size in enumerate(like.shape):
-        x = blocks.join(x, i, size)
+    for i in placed.cut:
+        x = blocks.join(x, i, like.shape[i])
     return sharding.laid_as(x, like)
 
 
-def _inside(placed: FormatBlocks) -> tuple[int, ...]:
-    """The axes that lie within blocks, of an array each of whose axes is cut in two."""
-    return tuple(2 * i + 1 for i in range(len(placed.box)))
-
-
-def stored(scales: Scales) -> Scales:
-    """Scales [..., 1] of a view as the state has them; one of the whole array stays a scalar."""
-    return tuple(jax.lax.squeeze(s, [s.ndim - 1]) if s.ndim else s for s in scales)
+def stored(scales: Scales, placed: FormatBlocks) -> Scales:
+    """Scales of a view as the state has them, of the rank of the array; one of the whole array stays a scalar."""
+    inside = [i + n + 1 for n, i in enumerate(placed.cut)]
+    return tuple(jax.lax.squeeze(s, inside) if s.ndim else s for s in scales)
 
 
 def spread(scales: Scales, like: jax.Array) -> Scales:
@@ -119,7 +143,11 @@ def _spread(scale: jax.Array, like: jax.Array) -> jax.Array:
     wide = blocks.spread(scale, like.shape)
     if wide is scale or scale.dtype.itemsize > 2:
         return wide
-    return jax.lax.platform_dependent(wide, tpu=jax.lax.optimization_barrier, default=lambda x: x)
+    return jax.lax.platform_dependent(wide, tpu=jax.lax.optimization_barrier, default=_same)
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 def matrix(

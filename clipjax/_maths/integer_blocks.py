@@ -15,7 +15,7 @@ import numpy as np
 
 from clipjax._arrays import elementwise
 from clipjax._maths import block_bytes, block_scales, float_codes, grids
-from clipjax._maths.block_scales import Limit
+from clipjax._maths.block_scales import LAST, Axes, Limit
 from clipjax.typing import Format, Scales
 
 F16, BF16 = float_codes.F16, float_codes.BF16
@@ -42,9 +42,9 @@ def _truncated(x: jax.Array, scale: jax.Array, n: int) -> jax.Array:
 def signed_extremum(name: str, n: int) -> Format:
     """q4_0 (n = 8) and q5_0 (n = 16): d = -extremum / n, value d (q - n)."""
 
-    def quantize(x: jax.Array, limit: Limit, precision: int | None) -> tuple[jax.Array, Scales]:
+    def quantize(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> tuple[jax.Array, Scales]:
         x = block_scales.entries(x, limit)
-        d = block_scales.extremum(x) * (-1 / n)
+        d = block_scales.extremum(x, axes) * (-1 / n)
         size = block_scales.half(block_scales.short(jnp.abs(d), n, precision), n, limit)
         scale = float_codes.signed(size, float_codes.bits(d) >> 31, F16)
         code = _truncated(x, d if precision is None else float_codes.value(scale, F16), n)
@@ -61,7 +61,7 @@ def signed_extremum(name: str, n: int) -> Format:
     digits = int(math.log2(n))
     return Format(
         name=name,
-        fit=lambda x, limit, precision: quantize(x, limit, precision)[1],
+        fit=lambda *args: quantize(*args)[1],
         encode=encode,
         decode=decode,
         code_bits=digits + 1,
@@ -86,9 +86,9 @@ def absmax(
         ratio = x * block_scales.reciprocal(scale)
         return block_scales.within(jax.lax.round(ratio, jax.lax.RoundingMethod.AWAY_FROM_ZERO), -n, n)
 
-    def quantize(x: jax.Array, limit: Limit, precision: int | None) -> tuple[jax.Array, Scales]:
+    def quantize(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> tuple[jax.Array, Scales]:
         x = block_scales.entries(x, limit)
-        d = grids.ratio(block_scales.absmax(x), n) if n > 1 else block_scales.absmax(x)
+        d = grids.ratio(block_scales.absmax(x, axes), n) if n > 1 else block_scales.absmax(x, axes)
         scale = block_scales.half(block_scales.short(d, n, precision), n, limit)
         code = rounded(x, d if precision is None else float_codes.value(scale, F16))
         return code.astype(jnp.int8), (scale.astype(jnp.uint16),)
@@ -103,7 +103,7 @@ def absmax(
     digits = max(1, math.ceil(math.log2(n)))
     return Format(
         name=name,
-        fit=lambda x, limit, precision: quantize(x, limit, precision)[1],
+        fit=lambda *args: quantize(*args)[1],
         encode=encode,
         decode=decode,
         code_bits=code_bits,
@@ -126,9 +126,9 @@ def affine(name: str, n: int) -> Format:
         d, low = (float_codes.value(scale, F16) for scale in scales)
         return code * d + low  # the product has 16 significant bits at most: with and without FMA it is the same
 
-    def quantize(x: jax.Array, limit: Limit, precision: int | None) -> tuple[jax.Array, Scales]:
+    def quantize(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> tuple[jax.Array, Scales]:
         x = block_scales.entries(x, limit)
-        low, high = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
+        low, high = jnp.min(x, axis=axes, keepdims=True), jnp.max(x, axis=axes, keepdims=True)
         d = grids.ratio(high - low, n)
         lowest = block_scales.half(jnp.abs(low), 1, limit)
         minimum = float_codes.signed(lowest, float_codes.bits(low) >> 31, F16)
@@ -151,7 +151,7 @@ def affine(name: str, n: int) -> Format:
 
     return Format(
         name=name,
-        fit=lambda x, limit, precision: quantize(x, limit, precision)[1],
+        fit=lambda *args: quantize(*args)[1],
         encode=encode,
         decode=lambda codes, scales: level(codes.astype(jnp.float32), scales),
         code_bits=math.log2(n + 1),
@@ -171,8 +171,8 @@ def symmetric(name: str, bits: int, dtype: str, block: int | None, across: int |
     def value(scale: jax.Array) -> jax.Array:
         return scale if layout is None else float_codes.value(scale, layout)
 
-    def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
-        size = grids.ratio(block_scales.absmax(block_scales.entries(x, limit)), n - 0.5)
+    def fit(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> Scales:
+        size = grids.ratio(block_scales.absmax(block_scales.entries(x, limit), axes), n - 0.5)
         size = size if precision is None else float_codes.rounded(size, precision)
         size = elementwise.where(size == 0, jnp.full_like(size, EPSILON[dtype]), size)
         if layout is None:
@@ -208,9 +208,9 @@ def zero_pointed(name: str, bits: int, block: int) -> Format:
         product = block_scales.within(x * block_scales.reciprocal(scale), -n - 1.0, n + 1.0)  # see `_truncated`
         return block_scales.within(jax.lax.round(product + n, jax.lax.RoundingMethod.AWAY_FROM_ZERO), 0, 2 * n - 1)
 
-    def fit(x: jax.Array, limit: Limit, precision: int | None) -> Scales:
+    def fit(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> Scales:
         x = block_scales.entries(x, limit)
-        low, high = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
+        low, high = jnp.min(x, axis=axes, keepdims=True), jnp.max(x, axis=axes, keepdims=True)
         d = elementwise.where(high > -low, high, low) * (-1 / n)  # the negative one of equal magnitudes
         size = block_scales.single(jnp.abs(d), n, limit, precision)
         return (float_codes.float_of(float_codes.bits(size) | (float_codes.bits(d) & jnp.uint32(1 << 31))),)

@@ -31,8 +31,10 @@ def _told(form: Format) -> tuple[object, ...]:
 
 
 def _in_two_steps(form: Format) -> Quantize:
-    def quantize(x: jax.Array, limit: jax.typing.ArrayLike, precision: int | None) -> tuple[jax.Array, Scales]:
-        scales = form.fit(x, limit, precision)
+    def quantize(
+        x: jax.Array, limit: jax.typing.ArrayLike, precision: int | None, axes: tuple[int, ...] = (-1,)
+    ) -> tuple[jax.Array, Scales]:
+        scales = form.fit(x, limit, precision, axes)
         return form.encode(x, scales, limit), scales
 
     return quantize

@@ -27,6 +27,7 @@ class Constraint(NamedTuple):
         leaves are. For the transformations that are chained behind; None for a projection of whole trees.
       surely_zero: `surely_zero(target, state, context) -> bool tree`, True only where the target is projected to 0: a
         cheaper answer than projecting it.
+      refits: True where every update fits the state to its target.
       once: `once(target, state, context) -> params`, what `hold_once` makes of the values to which the state was just
         fitted, where that is not what an update makes of them.
       tolerance: the relative difference up to which params count as the projection of the latent weights; 0 where
@@ -41,6 +42,7 @@ class Constraint(NamedTuple):
     kept: Callable[[Tree, State, State], Tree] | None = None
     surely_zero: Callable[[Tree, State, Context], Tree] | None = None
     facts: Callable[[Tree, State, State, Context], list[Fact]] | None = None
+    refits: bool = False
     once: Callable[[Tree, State, Context], Tree] | None = None
     tolerance: float = 0.0
 
@@ -60,6 +62,7 @@ class Update(NamedTuple):
       steps: the updates, as the transformations before (or `inner`) give them.
       floats: the latent weights where there are some, else the params.
       target: floats + steps, the value that is projected.
+      emptied: bool, True where the step is -weight: a transformation before sets it to 0. () where nobody asks.
       context: what the projection may use besides.
       active: bool, True from `start` on; None where that is always so.
     """
@@ -69,5 +72,6 @@ class Update(NamedTuple):
     steps: Tree
     floats: Tree
     target: Tree
+    emptied: Tree
     context: Context
     active: jax.Array | None

@@ -65,19 +65,19 @@ def drop(constraint: Constraint, update: Update, new: Tree, projected: State) ->
     if constraint.surely_zero is None:
         zero = jax.tree.map(lambda n: n == 0, new)
     else:  # asked of floats - weights, which is the target where u = -p, and known before u is
-        likely = jax.tree.map(jnp.subtract, update.floats, update.weights)
-        zero = constraint.surely_zero(likely, projected, update.context)
+        known = update.target if constraint.refits else jax.tree.map(jnp.subtract, update.floats, update.weights)
+        zero = constraint.surely_zero(known, projected, update.context)
     dropped = functools.partial(_drop_leaf, update.active)
-    return jax.tree.map(dropped, update.target, update.weights, update.steps, zero)
+    return jax.tree.map(dropped, update.target, update.emptied, zero)
 
 
 @elementwise.leafwise
-def _drop_leaf(active: jax.Array | None, z: jax.Array, p: jax.Array, u: jax.Array, zero: jax.Array) -> jax.Array:
+def _drop_leaf(active: jax.Array | None, z: jax.Array, emptied: jax.Array, zero: jax.Array) -> jax.Array:
     # u = -p | P(z) = 0 | latent weight
     # no     | any      | z
     # yes    | yes      | z: the weight is 0 either way, and z may bring it back later
     # yes    | no       | 0: with z the weight would not be 0
-    return elementwise.keep(active, jax.lax.select((u == -p) & ~zero, jnp.zeros_like(z), z), z)
+    return elementwise.keep(active, jax.lax.select(emptied & ~zero, jnp.zeros_like(z), z), z)
 
 
 def rounded(new: Tree, params: Tree) -> Tree:

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from clipjax._arrays import dtypes, elementwise, sharding, trees
 from clipjax._maths import format_blocks, grids, known_formats
 from clipjax._maths.format_blocks import FormatBlocks
+from clipjax._weights import facts
 from clipjax._weights.quantize_state import LeafScales
 from clipjax.typing import Axis, Format, Leaf, Number, PerLeaf, Scales, Sides
 
@@ -50,17 +51,37 @@ def plan(form: Format, axis: Axis | PerLeaf, path: str, leaf: Leaf) -> FormatPla
 def begin(plan: FormatPlan, leaf: Leaf) -> LeafScales:
     """The scales before the first refresh: zeros."""
     like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
-    found = jax.eval_shape(lambda x: _fitted(plan, x, jnp.asarray(0.0)), like)
+    found = jax.eval_shape(lambda x: _fitted(plan, format_blocks.view(x, plan.placed), jnp.asarray(0.0)), like)
     largest = jnp.finfo(jnp.float32).max
     return _kept(plan, tuple(jnp.zeros(s.shape, s.dtype) for s in found), (largest, largest))
 
 
-def check_shape(plan: FormatPlan, path: str, leaf: Leaf, own: LeafScales) -> None:
+def check_shape(plan: FormatPlan, path: str, own: LeafScales) -> None:
     """Raise for scales of another format, or of other blocks."""
-    want = format_blocks.shape(leaf, plan.placed)
+    want = plan.placed.counts
     shapes = [s.shape for s in own.scales if s.ndim]
     got = f"scales of shape {shapes} at {path!r}, where {plan.form.name} should have {want}"
     trees.check_state(all(shape == want for shape in shapes), got)
+
+
+def measure(plan: FormatPlan, x: jax.Array, known: facts.Facts) -> jax.Array:
+    """The weights to which scales are fitted, f32, in the view of blocks; 0 where one is not to be counted.
+
+    Bounds are the limit of `fit`.
+    """
+    own = tuple(fact for fact in known if fact.bound is None)
+    leaves, treedef = jax.tree.flatten(own)  # functions are among the leaves
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    arrays = [leaves[i] for i in places]
+
+    def counted(x: jax.Array, arrays: list[jax.Array]) -> jax.Array:
+        given = dict(zip(places, arrays, strict=True))
+        settled = facts.settled(x, jax.tree.unflatten(treedef, [given.get(i, leaf) for i, leaf in enumerate(leaves)]))
+        return _finite(settled.astype(jnp.float32))
+
+    if all(array.shape in ((), x.shape) for array in arrays):
+        return format_blocks.viewed(counted, x, arrays, plan.placed)
+    return format_blocks.view(counted(x, arrays), plan.placed)
 
 
 def fit(plan: FormatPlan, values: jax.Array, max_level: Sides) -> LeafScales:
@@ -68,25 +89,24 @@ def fit(plan: FormatPlan, values: jax.Array, max_level: Sides) -> LeafScales:
 
     Args:
       plan: of the leaf.
-      values: f32; 0 where a weight is not to be counted.
+      values: as `measure` gives them.
       max_level: the largest magnitude of a level below zero, and above.
     """
     limits = _limits(plan, max_level)
-    return _kept(plan, _fitted(plan, _clipped(plan, values, limits), jnp.maximum(*limits)), limits)
+    scales = _fitted(plan, _clipped(plan, values, limits), jnp.maximum(*limits))
+    return _kept(plan, scales, limits)
 
 
-def once(plan: FormatPlan, values: jax.Array) -> tuple[jax.Array, LeafScales]:
-    """The levels of values that nothing bounds, and their scales, both as the reference of the format has them.
+def once(plan: FormatPlan, values: jax.Array) -> jax.Array:
+    """The levels of values that nothing bounds, to which the scales were just fitted, as the reference has them.
 
     A reference divides by a scale before it is rounded. An update cannot, as the state has it rounded.
     """
-    wide = values.astype(jnp.float32)
     largest = jnp.finfo(jnp.float32).max
-    view = format_blocks.view(_clipped(plan, wide, (largest, largest)), plan.placed)
+    view = format_blocks.view(_clipped(plan, _finite(values), (largest, largest)), plan.placed)
     assert plan.form.quantize is not None
-    codes, scales = plan.form.quantize(view, jnp.inf, plan.precision)
-    level = format_blocks.joined(plan.form.decode(codes, scales), plan.placed, values)
-    return level.astype(values.dtype), _kept(plan, format_blocks.stored(scales), (largest, largest))
+    codes, scales = plan.form.quantize(view, jnp.inf, plan.precision, plan.placed.within)
+    return format_blocks.joined(plan.form.decode(codes, scales), plan.placed, values).astype(values.dtype)
 
 
 def _limits(plan: FormatPlan, max_level: Sides) -> Sides:
@@ -96,8 +116,13 @@ def _limits(plan: FormatPlan, max_level: Sides) -> Sides:
 
 
 def _fitted(plan: FormatPlan, values: jax.Array, limit: jax.Array) -> Scales:
-    scales = plan.form.fit(format_blocks.view(values, plan.placed), limit, plan.precision)
-    return format_blocks.stored(scales)
+    """The scales of values in the view of blocks."""
+    return format_blocks.stored(plan.form.fit(values, limit, plan.precision, plan.placed.within), plan.placed)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """The entries that are finite, 0 in the place of others."""
+    return elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
 def _clipped(plan: FormatPlan, x: jax.Array, limits: Limits) -> jax.Array:
@@ -145,5 +170,5 @@ def nearest(own: LeafScales, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The code, and the level rounded to the dtype of the leaf, that are nearest to every weight; outside of jit."""
     form, wide = form_of(own), dtypes.widened(leaf)
     scales = format_blocks.spread(own.scales, wide)
-    codes = form.encode(wide.astype(jnp.float32), scales, jnp.inf)
+    codes = form.encode(_finite(wide.astype(jnp.float32)), scales, jnp.inf)
     return codes, dtypes.narrowed(form.decode(codes, scales).astype(wide.dtype), leaf.dtype)

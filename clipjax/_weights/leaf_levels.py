@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from clipjax._arrays import arguments, elementwise, trees
+from clipjax._arrays import arguments, trees
 from clipjax._maths import landing, step_groups
 from clipjax._weights import facts, leaf_format, leaf_grid, quantize_state
 from clipjax._weights.bit_widths import Kinds
@@ -59,7 +59,7 @@ def outdated(plans: dict[str, LeafPlan], target: Tree, state: QuantizeState) -> 
     for path, x in trees.governed(target):
         plan = plans[path]
         if isinstance(plan, FormatPlan):
-            leaf_format.check_shape(plan, path, x, _scales(state, path))
+            leaf_format.check_shape(plan, path, _scales(state, path))
             continue
         grid = leaf_grid.at(state, path)
         leaf_grid.check_shape(plan, x, grid)
@@ -79,8 +79,7 @@ def measure(plan: LeafPlan, x: jax.Array, known: facts.Facts, max_level: Sides, 
     """The weights to which the levels of a leaf are fitted, see `leaf_grid.measure`."""
     if isinstance(plan, Plan):
         return leaf_grid.measure(plan, x, known, max_level, dtype)
-    x = facts.settled(x, known).astype(jnp.float32)
-    return Measured(elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x)), max_level, dtype)
+    return Measured(leaf_format.measure(plan, x, known), max_level, dtype)
 
 
 def fit(plan: LeafPlan, measured: Measured) -> Fitted:

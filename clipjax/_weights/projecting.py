@@ -183,10 +183,16 @@ def constrain(
         known = [facts.of(u) for u in trees.flatten(updates)[0]]
         steps = _aligned(updates, params, picks)
         target = jax.tree.map(jnp.add, floats, steps)
+        emptied: Tree = ()
+        if carry and not inner:  # with the target in it, so that both are computed at once
+            empties = lambda u, p, z: (u == -p) & ~jnp.isnan(z)  # noqa: E731
+            emptied = jax.tree.map(empties, steps, weights, target)
+        if constraint.refits:  # to the target: it is stored, where a program would compute all of it twice
+            target, emptied = jax.lax.optimization_barrier((target, emptied))
         landed = target if inner or not carry else jax.tree.map(jnp.add, weights, steps)
         context = context._replace(landed=landed, memory=current, known=known)
         active = None if always else state.count >= start
-        update = Update(narrow, weights, steps, floats, target, context, active)
+        update = Update(narrow, weights, steps, floats, target, emptied, context, active)
         new, projected = projection.apply(target, state.projection, context)
         latent: Tree = ()
         if carry:

@@ -217,6 +217,7 @@ def fake_quantize(
         "fake_quantize",
         fitted=quantize_state.fitted,
         surely_zero=surely_zero,
+        refits=refreshing.always(cycle),
         once=once,
         tolerance=tolerance,
     )

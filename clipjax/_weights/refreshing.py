@@ -46,6 +46,11 @@ def repeated(cycle: Cycle) -> bool:
     return not known or int(cycle.stop) > int(cycle.start)
 
 
+def always(cycle: Cycle) -> bool:
+    """True for a refresh at every update, without a branch."""
+    return cycle.stop is None and arguments.known(cycle.every) and bool(cycle.every == 1)
+
+
 Refresh: TypeAlias = Callable[[Tree, Tree, Inputs], State]
 """`refresh(weights, known, inputs) -> state`: masks or grids from the weights, and what is known of them."""
 
@@ -114,7 +119,7 @@ def refreshed(
     if context.refresh is not None:
         return fresh(memory()) if context.refresh else old
     since = context.count - cycle.start
-    if cycle.stop is None and arguments.known(cycle.every) and cycle.every == 1:
+    if always(cycle):
         begun = None if arguments.known(cycle.start) and cycle.start == 0 else since >= 0
         return jax.tree.map(functools.partial(elementwise.keep, begun), fresh(target), old)
     due = _due(cycle, context.count, changed)
