@@ -45,6 +45,8 @@ class Format:
       quantize: both at once, for a rule that divides by the scale before it is rounded; None for `fit`, then `encode`.
       precision: `precision(dtype) -> int | None`: the argument of `fit` with which code * scale is exact in a param's
         dtype, and an update lands on it.
+      gap: `gap(scales) -> f32`, the distance of 0 to the nearest other level, for a cheap answer to what is surely 0;
+        None to have it encoded.
       pack: the bytes of a file, None for a format without one.
     """
 
@@ -59,6 +61,7 @@ class Format:
     zero: bool = True
     quantize: Quantize | None = None
     precision: Callable[[jax.typing.DTypeLike], int | None] = lambda dtype: None
+    gap: Callable[[Scales], jax.Array] | None = None
     pack: Pack | None = None
 
     @property

@@ -118,6 +118,7 @@ def mx(name: str, layout: Layout, rule: str) -> Format:
         scale_bits=8,
         block=32,
         precision=block_scales.precision(layout.mantissa + 1, layout.span, 1),
+        gap=lambda scales: float_codes.power_of_two(scales[0]) * layout.smallest,
         pack=block_bytes.packing(packed),
     )
 
@@ -143,6 +144,7 @@ def scaled(name: str, layout: Layout, block: int | None, across: int | None) -> 
         block=block,
         across=across,
         precision=block_scales.precision(layout.mantissa + 1, layout.span, 24),
+        gap=lambda scales: scales[0] * layout.smallest,
         pack=block_bytes.packing(block_bytes.plain),
     )
 
@@ -181,6 +183,7 @@ def nvfp4(name: str, divisor: bool) -> Format:
         scale_bits=8,
         block=16,
         precision=block_scales.precision(2, E2M1.span, 24),
+        gap=lambda scales: value(scales) * E2M1.smallest,
         pack=block_bytes.packing(block_bytes.pairs),
     )
 
@@ -241,4 +244,13 @@ def normal(name: str, block: int) -> Format:
             level = elementwise.where(codes >= code, jnp.full_like(level, at), level)
         return level * scales[0]
 
-    return Format(name=name, fit=fit, encode=encode, decode=decode, code_bits=4, scale_bits=32, block=block)
+    return Format(
+        name=name,
+        fit=fit,
+        encode=encode,
+        decode=decode,
+        code_bits=4,
+        scale_bits=32,
+        block=block,
+        gap=lambda scales: scales[0] * NF4[8],
+    )

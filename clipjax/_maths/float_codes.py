@@ -36,6 +36,11 @@ class Layout(NamedTuple):
         return (self.largest >> self.mantissa) + self.mantissa
 
     @property
+    def smallest(self) -> float:
+        """The smallest positive number."""
+        return 2.0 ** (1 - self.bias - self.mantissa)
+
+    @property
     def sign(self) -> int:
         """The place of the sign bit."""
         return self.exponent + self.mantissa
@@ -90,11 +95,24 @@ def value(code: jax.Array, layout: Layout) -> jax.Array:
     code = code.astype(jnp.uint32)
     size, mantissa = code & jnp.uint32((1 << layout.sign) - 1), code & jnp.uint32((1 << layout.mantissa) - 1)
     normal = float_of((size << (23 - layout.mantissa)) + jnp.uint32((127 - layout.bias) << 23))
-    below = mantissa.astype(jnp.int32).astype(jnp.float32) * 2.0 ** (1 - layout.bias - layout.mantissa)
+    below = mantissa.astype(jnp.int32).astype(jnp.float32) * layout.smallest
     found = elementwise.where(size < (1 << layout.mantissa), below, normal) if layout.bias < 127 else normal
     if layout.largest < (1 << layout.sign) - 1:
         found = elementwise.where(size > layout.largest, jnp.full_like(found, jnp.inf), found)
     return float_of(bits(found) | ((code >> layout.sign) << 31))
+
+
+def half(code: jax.Array) -> jax.Array:
+    """`value` of the bits of f16, by the conversion of the device; on a TPU by bits, as it has no subnormal numbers."""
+    return jax.lax.platform_dependent(code, tpu=_half_by_bits, default=_half_by_conversion)
+
+
+def _half_by_bits(code: jax.Array) -> jax.Array:
+    return value(code, F16)
+
+
+def _half_by_conversion(code: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(code.astype(jnp.uint16), jnp.float16).astype(jnp.float32)
 
 
 def rounded(x: jax.Array, digits: int) -> jax.Array:

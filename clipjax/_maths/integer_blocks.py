@@ -51,12 +51,12 @@ def signed_extremum(name: str, n: int) -> Format:
         return code.astype(jnp.uint8), (scale.astype(jnp.uint16),)
 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
-        scale = float_codes.value(scales[0], F16)
+        scale = float_codes.half(scales[0])
         code = _truncated(block_scales.entries(x, limit), scale, n)
         return _within(code, scale, n, limit).astype(jnp.uint8)
 
     def decode(codes: jax.Array, scales: Scales) -> jax.Array:
-        return (codes.astype(jnp.float32) - n) * float_codes.value(scales[0], F16)
+        return (codes.astype(jnp.float32) - n) * float_codes.half(scales[0])
 
     digits = int(math.log2(n))
     return Format(
@@ -69,6 +69,7 @@ def signed_extremum(name: str, n: int) -> Format:
         block=32,
         quantize=quantize,
         precision=block_scales.precision(digits, digits, 11),
+        gap=lambda scales: jnp.abs(float_codes.half(scales[0])),
         pack=block_bytes.packing(block_bytes.gguf_4 if n == 8 else block_bytes.gguf_5),
     )
 
@@ -94,11 +95,11 @@ def absmax(
         return code.astype(jnp.int8), (scale.astype(jnp.uint16),)
 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
-        scale = float_codes.value(scales[0], F16)
+        scale = float_codes.half(scales[0])
         return _within(rounded(block_scales.entries(x, limit), scale), scale, 0, limit).astype(jnp.int8)
 
     def decode(codes: jax.Array, scales: Scales) -> jax.Array:
-        return codes.astype(jnp.float32) * float_codes.value(scales[0], F16)
+        return codes.astype(jnp.float32) * float_codes.half(scales[0])
 
     digits = max(1, math.ceil(math.log2(n)))
     return Format(
@@ -111,6 +112,7 @@ def absmax(
         block=block,
         quantize=quantize,
         precision=block_scales.precision(digits, digits, 11),
+        gap=lambda scales: float_codes.half(scales[0]),
         pack=block_bytes.packing(pack),
     )
 
@@ -123,7 +125,7 @@ def affine(name: str, n: int) -> Format:
         return block_scales.within(jnp.floor(product + 0.5), 0, n)
 
     def level(code: jax.Array, scales: Scales) -> jax.Array:
-        d, low = (float_codes.value(scale, F16) for scale in scales)
+        d, low = (float_codes.half(scale) for scale in scales)
         return code * d + low  # the product has 16 significant bits at most: with and without FMA it is the same
 
     def quantize(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> tuple[jax.Array, Scales]:
@@ -144,7 +146,7 @@ def affine(name: str, n: int) -> Format:
 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
         x = block_scales.entries(x, limit)
-        code = coded(x, *(float_codes.value(scale, F16) for scale in scales))
+        code = coded(x, *(float_codes.half(scale) for scale in scales))
         value = level(code, scales)
         inward = elementwise.where(block_scales.exceeds(value, limit), code - jnp.sign(value), code)
         return block_scales.within(inward, 0, n).astype(jnp.uint8)
@@ -196,6 +198,7 @@ def symmetric(name: str, bits: int, dtype: str, block: int | None, across: int |
         block=block,
         across=across,
         precision=block_scales.precision(bits - 1, bits - 1, own),
+        gap=lambda scales: value(scales[0]),
         pack=block_bytes.packing(functools.partial(block_bytes.words, bits=bits)),
     )
 
@@ -227,5 +230,6 @@ def zero_pointed(name: str, bits: int, block: int) -> Format:
         scale_bits=32,
         block=block,
         precision=block_scales.precision(bits - 1, bits - 1, 24),
+        gap=lambda scales: jnp.abs(scales[0]),
         pack=block_bytes.packing(functools.partial(block_bytes.blobs, bits=bits)),
     )

@@ -147,6 +147,14 @@ def level(plan: FormatPlan, x: jax.Array, own: LeafScales) -> jax.Array:
     return sharding.laid_as(found.astype(x.dtype), x)
 
 
+def surely_zero(plan: FormatPlan, x: jax.Array, own: LeafScales) -> jax.Array:
+    """True only where the level is surely 0."""
+    if plan.form.gap is None or not plan.form.zero:
+        return level(plan, x, own) == 0
+    gap = plan.form.gap(format_blocks.spread(own.scales, x))
+    return jnp.abs(x.astype(jnp.float32)) * 2.004 <= gap  # half of it, less the error of a quotient
+
+
 def form_of(own: LeafScales) -> Format:
     """The format of a leaf, from the state alone; outside of jit.
 

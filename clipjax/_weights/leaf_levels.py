@@ -101,7 +101,7 @@ def level(
 def surely_zero(plan: LeafPlan, path: str, x: jax.Array, state: QuantizeState) -> jax.Array:
     """True only where the level is surely 0."""
     if isinstance(plan, FormatPlan):
-        return leaf_format.level(plan, x, _scales(state, path)) == 0
+        return leaf_format.surely_zero(plan, x, _scales(state, path))
     return leaf_grid.surely_zero(plan, x, leaf_grid.at(state, path))
 
 
