@@ -42,6 +42,7 @@ class Format:
       block: how many entries along the inputs share scales; None for all of them.
       across: how many outputs do; None for all of them. A block of several is flattened into the last axis.
       zero: True where 0 is a level of every block.
+      exact: True where levels, with the precision that is asked for, and their differences are exact in f32.
       quantize: both at once, for a rule that divides by the scale before it is rounded; None for `fit`, then `encode`.
       precision: `precision(dtype) -> int | None`: the argument of `fit` with which code * scale is exact in a param's
         dtype, and an update lands on it.
@@ -59,6 +60,7 @@ class Format:
     block: int | None = None
     across: int | None = 1
     zero: bool = True
+    exact: bool = False
     quantize: Quantize | None = None
     precision: Callable[[jax.typing.DTypeLike], int | None] = lambda dtype: None
     gap: Callable[[Scales], jax.Array] | None = None

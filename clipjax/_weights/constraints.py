@@ -32,6 +32,7 @@ class Constraint(NamedTuple):
         fitted, where that is not what an update makes of them.
       tolerance: the relative difference up to which params count as the projection of the latent weights; 0 where
         projected values are exact in floating point, so that two compiled programs agree on them.
+      tolerances: `tolerances(params) -> floats`, the same leaf by leaf, where it differs.
     """
 
     projection: Projection
@@ -45,6 +46,7 @@ class Constraint(NamedTuple):
     refits: bool = False
     once: Callable[[Tree, State, Context], Tree] | None = None
     tolerance: float = 0.0
+    tolerances: Callable[[Tree], Tree] | None = None
 
     def frozen(self, target: Tree, state: State, context: Context) -> Tree:
         """The target projected, without a refresh."""

@@ -44,8 +44,10 @@ def current(
     z = trees.place(stored, weights)
     projected = constraint.frozen(z, state, then._replace(landed=z, refresh=False))
     projected = jax.tree.map(functools.partial(elementwise.keep, begun), projected, z)
-    choose = functools.partial(_latent_or_param, constraint.tolerance or None)
-    return jax.tree.map(choose, z, rounded(projected, params), weights)
+    same = lambda tree: jax.tree.map(lambda _: constraint.tolerance, tree)  # noqa: E731
+    tolerances = (constraint.tolerances or same)(params)
+    choose = lambda tolerance, *leaves: _latent_or_param(tolerance or None, *leaves)  # noqa: E731
+    return jax.tree.map(choose, tolerances, z, rounded(projected, params), weights)
 
 
 @elementwise.leafwise

@@ -98,6 +98,11 @@ def level(
     return leaf_grid.level(plan, x, leaf_grid.at(state, path), key, since)
 
 
+def tolerance(plan: LeafPlan, otherwise: float) -> float:
+    """See `Constraint`: a unit or two in the last place for levels that are not landed on from every other one."""
+    return 2.0**-22 if isinstance(plan, FormatPlan) and not plan.form.exact else otherwise
+
+
 def surely_zero(plan: LeafPlan, path: str, x: jax.Array, state: QuantizeState) -> jax.Array:
     """True only where the level is surely 0."""
     if isinstance(plan, FormatPlan):

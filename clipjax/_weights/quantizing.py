@@ -208,6 +208,10 @@ def fake_quantize(
         }
         return trees.map_with_path(lambda path, x: own.get(path, x), frozen_fn(target, state, context))
 
+    def tolerances(tree: Tree) -> Tree:
+        by_path = plans(tree)
+        return trees.map_with_path(lambda path, x: leaf_levels.tolerance(by_path[path], tolerance), tree)
+
     # Values between levels come from sums and quotients, which two compiled programs may round differently.
     tolerance = 0.0 if soften is None else 2.0**-16
     projection = Projection(init_fn, apply_fn, frozen_fn)
@@ -220,6 +224,7 @@ def fake_quantize(
         refits=refreshing.always(cycle),
         once=once,
         tolerance=tolerance,
+        tolerances=tolerances,
     )
     tx = projecting.constrain(constraint, carry=carry, inner=inner, start=start, where=where, key=key, stop=stop)
 
