@@ -41,7 +41,7 @@ LEVELS = (
         "_files": "byte_stream symbol_counts ans zero_densities symbol_codes step_search alphabets leaf_codec"
         " integer_arrays quantized_fields quantized_leaves container atomic_file leaf_entries layouts saving",
     },
-    {"_reports": "distributions reporting summarizing"},
+    {"_exports": "rows naming", "_reports": "distributions reporting summarizing"},
     {"": "__init__ __main__ flax"},
 )
 PLACES = {
