@@ -324,7 +324,7 @@ Groups: TypeAlias = Sequence[Mapping[str, UnitAxes]]
 
 # The type of a slice has an Any inside.
 Index: TypeAlias = int | slice | tuple[int, slice] | None  # type: ignore[explicit-any]
-"""Which outputs of a leaf: all, one layer of a stack, a range of the outputs flattened in order, or of a layer's."""
+"""Which part of a leaf: all, a layer along its first axis, a range of the outputs flattened in order, or both."""
 
 Rename: TypeAlias = Callable[
     [str, Leaf], str | Sequence[tuple[str, Index, Sequence[int] | jax.typing.ArrayLike | None]] | None

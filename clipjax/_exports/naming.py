@@ -124,7 +124,7 @@ def _tensors(rename: Rename, axis: Axis | PerLeaf, path: str, leaf: Any) -> list
         where = f"Leaf {path!r} of shape {like.shape}"
         picked = rows.pick(like, rows.outputs(axis, path, leaf), index, permutation, where)
         if form is not None:
-            picked = rows.with_blocks(picked, leaf, form.across, where)
+            picked = rows.with_blocks(picked, leaf, form, where)
         found.append(Tensor(name, path, leaf, form, picked))
     return found
 

@@ -1,8 +1,8 @@
 """Leaves as rows: a row for each output with its inputs flattened, and rows picked, with the scales of their blocks.
 
 Files of other tools have the contracted axes last. A leaf becomes [outputs, inputs], or [outputs] where no axis is an
-input; with one layer of a stack picked, its outputs are those of the layer. Scales of blocks become [blocks of outputs,
-blocks of inputs].
+input. Layers that are stacked lie along the first axis, whatever else it is. Scales of blocks become [blocks of
+outputs, blocks of inputs].
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from clipjax._arrays import arguments, leaf_axes, picking
 from clipjax._maths.integers import Quantized
-from clipjax.typing import Axis, Index, Leaf, PerLeaf
+from clipjax.typing import Axis, Format, Index, Leaf, PerLeaf
 
 AnyLeaf = Any  # an array, its shape and dtype, or a `Quantized`
 
@@ -27,36 +27,53 @@ class Pick(NamedTuple):
     """Rows of one leaf.
 
     Attributes:
-      outputs: the axes of the leaf that are outputs, in order.
-      layer: the index of the first of them, or None for all.
+      layer: the index along the first axis, or None for all of it.
+      outputs: the axes that are outputs, in order, counted without that one where there is a layer.
       rows: which rows of these, as a slice or as their numbers, in the order that the file has them.
       blocks: which rows of the scales: the same where a block lies in one row.
       shape: what comes out.
     """
 
-    outputs: tuple[int, ...]
     layer: int | None
+    outputs: tuple[int, ...]
     rows: slice | np.ndarray
     blocks: slice | np.ndarray
     shape: tuple[int, ...]
 
 
 def outputs(axis: Axis | PerLeaf, path: str, leaf: AnyLeaf) -> tuple[int, ...]:
-    """The output axes of a leaf: of a `Quantized` its own, else those that `axis` names.
+    """The output axes of a leaf: of one that is on a format those that its blocks leave, else those that `axis` names.
 
     By default the last axis is the output; of an embedding the last axis alone is none, as its blocks run along what is
     looked up; all axes are where nothing is contracted: of biases and scales, and of vectors.
+
+    Raises:
+      ValueError: for an axis that does not exist, and for blocks that run along another one than the file needs.
     """
-    if isinstance(leaf, Quantized) and leaf.format is not None:
-        own = leaf.axis if isinstance(leaf.axis, tuple) else () if leaf.axis is None else (leaf.axis,)
-        return tuple(sorted(i % leaf.codes.ndim for i in own))
     like = described(leaf)
-    found = leaf_axes.resolve(axis, path, like) if like.ndim else ()
-    if found:
-        return tuple(sorted({*found}))
+    named = leaf_axes.resolve(axis, path, like) if like.ndim else ()
+    wanted = tuple(sorted({*(named or ())}))
+    if isinstance(leaf, Quantized) and leaf.format is not None:
+        own = own_outputs(leaf)
+        table = picking.weights(path, like) and picking.embedding(path)
+        wanted = wanted or (tuple(range(like.ndim - 1)) if table else own)
+        remedy = (
+            f"The blocks of leaf {path!r}, of shape {like.shape}, leave the axes {own} as outputs. Quantize it with"
+            f" `axis={wanted}`, as a file has it, or name {own} by `axis` here."
+        )
+        arguments.require(wanted == own, "axis", "name the outputs of every leaf on a format", wanted, remedy)
+        return own
+    if wanted:
+        return wanted
     if not picking.weights(path, like):
         return tuple(range(like.ndim))
     return tuple(range(like.ndim - 1)) if picking.embedding(path) else (like.ndim - 1,)
+
+
+def own_outputs(q: Quantized) -> tuple[int, ...]:
+    """The axes of a leaf on a format that its blocks do not run along."""
+    own = q.axis if isinstance(q.axis, tuple) else () if q.axis is None else (q.axis,)
+    return tuple(sorted(i % q.codes.ndim for i in own))
 
 
 def described(leaf: AnyLeaf) -> jax.ShapeDtypeStruct:
@@ -73,21 +90,22 @@ def pick(leaf: Leaf, outputs: tuple[int, ...], index: Index, permutation: Any, w
       ValueError: for what the leaf does not have, and for no permutation.
       TypeError: for an index that is none.
     """
-    where = f"{where} has {len(outputs)} output axes, of sizes {[leaf.shape[i] for i in outputs]}."
+    where = f"{where} has outputs of sizes {[leaf.shape[i] for i in outputs]}."
     layer, part = _parts(index, where)
-    kept = outputs
+    shape, kept = leaf.shape, outputs
     if layer is not None:
-        alone = len(outputs) == 1 and outputs[0] > 0
-        remedy = f"{where} Name the axis of the layers as an output too: `axis=(0, -1)`, or `per_leaf`."
-        arguments.require(outputs and not alone, "rename", "pick a layer along an axis of layers", index, remedy)
-        n = leaf.shape[outputs[0]]
-        arguments.require(-n <= layer < n, "rename", "pick a layer that there is", index, f"{where} {INDEX}")
-        layer, kept = int(layer) % n, outputs[1:]
-    whole = tuple(leaf.shape[i] for i in kept)
-    rows, number = _rows(part, kept, math.prod(whole), permutation, index, where)
-    inputs = [leaf.shape[i] for i in range(len(leaf.shape)) if i not in outputs]
-    shape = ((number,) if kept else ()) + ((math.prod(inputs),) if inputs else ())
-    return Pick(outputs, layer, rows, rows, shape)
+        there = leaf.shape and -leaf.shape[0] <= layer < leaf.shape[0]
+        arguments.require(there, "rename", "pick a layer that there is", index, f"{where} {INDEX}")
+        layer, shape, kept = int(layer) % leaf.shape[0], leaf.shape[1:], _inside(outputs)
+    whole = math.prod(shape[i] for i in kept)
+    rows, number = _rows(part, bool(kept), whole, permutation, index, where)
+    inputs = [n for i, n in enumerate(shape) if i not in kept]
+    return Pick(layer, kept, rows, rows, ((number,) if kept else ()) + ((math.prod(inputs),) if inputs else ()))
+
+
+def _inside(outputs: tuple[int, ...]) -> tuple[int, ...]:
+    """The output axes of one layer, which the first axis counts."""
+    return tuple(i - 1 for i in outputs if i)
 
 
 def _parts(index: Any, where: str) -> tuple[int | None, slice | None]:
@@ -106,7 +124,7 @@ def _whole(value: object) -> bool:
 
 
 def _rows(
-    part: slice | None, kept: tuple[int, ...], n: int, permutation: Any, index: Index, where: str
+    part: slice | None, kept: bool, n: int, permutation: Any, index: Index, where: str
 ) -> tuple[slice | np.ndarray, int]:
     """The rows of a slice in the order of a permutation, and their number."""
     span = slice(None) if part is None else part
@@ -126,23 +144,30 @@ def _rows(
     return rows, number
 
 
-def with_blocks(picked: Pick, q: Quantized, across: int | None, where: str) -> Pick:
+def with_blocks(picked: Pick, q: Quantized, form: Format, where: str) -> Pick:
     """The same with the blocks of the picked rows.
 
     Raises:
-      ValueError: where rows that share a scale come apart, or next to rows that do not.
+      ValueError: where rows that share a scale come apart, or next to rows that do not, and where a block goes on in
+        the next layer.
     """
     scale = next((s for s in q.scales if s.ndim), None)
-    if across == 1 or scale is None:
+    if scale is None:
         return picked
-    sizes = [(q.codes.shape[i], scale.shape[i]) for i in picked.outputs]
-    ids = np.arange(math.prod(blocks for _, blocks in sizes)).reshape([blocks for _, blocks in sizes])
+    shape, counts = q.codes.shape, scale.shape
+    if picked.layer is not None:
+        apart = form.block is None or counts[0] == shape[0] or 0 in own_outputs(q)
+        remedy = f"{where} has blocks of {form.block} inputs: name its axis of layers in `axis` of the quantizer."
+        arguments.require(apart, "rename", "pick a layer of whole blocks", form.name, remedy)
+        shape, counts = shape[1:], counts[1:]
+    if form.across == 1:
+        return picked
+    sizes = [(shape[i], counts[i]) for i in picked.outputs]
+    ids = np.arange(math.prod(n for _, n in sizes)).reshape([n for _, n in sizes])
     for i, (n, blocks) in enumerate(sizes):
         ids = np.repeat(ids, n // blocks, axis=i)
-    if picked.layer is not None:
-        ids = ids[picked.layer] - ids[picked.layer].min(initial=ids.size)
     ids = ids.ravel()[picked.rows]
-    size = max(ids.size if across is None else across, 1)
+    size = max(ids.size if form.across is None else form.across, 1)
     remedy = f"{where} has blocks of {size} outputs by its format: pick and permute whole ones, or quantize by another."
     together = ids.size % size == 0 and (ids.reshape(-1, size) == ids[::size, None]).all()
     arguments.require(together, "rename", "keep rows of one block together", f"{ids.size} rows", remedy)
@@ -151,9 +176,8 @@ def with_blocks(picked: Pick, q: Quantized, across: int | None, where: str) -> P
 
 def take(x: Any, picked: Pick) -> np.ndarray:
     """The rows of an array that has a leaf's shape."""
-    matrix, kept = _matrix(np.asarray(x), picked.outputs, picked.layer)
-    rows = _flat(matrix, kept)
-    return (rows[picked.rows] if kept else rows).reshape(picked.shape)
+    rows = _flat(np.asarray(x), picked.outputs, picked.layer)
+    return (rows[picked.rows] if picked.outputs else rows).reshape(picked.shape)
 
 
 def take_scale(scale: Any, codes: Any, picked: Pick) -> np.ndarray:
@@ -161,21 +185,14 @@ def take_scale(scale: Any, codes: Any, picked: Pick) -> np.ndarray:
     scale = np.asarray(scale)
     if not scale.ndim:
         return scale
-    layer = picked.layer
-    if layer is not None:
-        at = picked.outputs[0]
-        layer = layer * scale.shape[at] // codes.shape[at]
-    matrix, kept = _matrix(scale, picked.outputs, layer)
-    return _flat(matrix, kept)[picked.blocks] if kept else matrix
+    layer = None if picked.layer is None else picked.layer * scale.shape[0] // codes.shape[0]
+    rows = _flat(scale, picked.outputs, layer)
+    return rows[picked.blocks] if picked.outputs else rows
 
 
-def _matrix(x: np.ndarray, outputs: tuple[int, ...], layer: int | None) -> tuple[np.ndarray, int]:
-    """The array as [outputs…, inputs…], of one layer or of all, and how many axes the outputs have; a view."""
-    x = np.transpose(x, (*outputs, *(i for i in range(x.ndim) if i not in outputs)))
-    return (x, len(outputs)) if layer is None else (x[layer], len(outputs) - 1)
-
-
-def _flat(x: np.ndarray, kept: int) -> np.ndarray:
-    """Outputs flattened and, where there are any, inputs."""
-    axes = (x.shape[:kept], x.shape[kept:])
-    return x.reshape([math.prod(sizes) for sizes in axes if sizes])
+def _flat(x: np.ndarray, outputs: tuple[int, ...], layer: int | None) -> np.ndarray:
+    """The array, or a layer of it, as [outputs, inputs]; without the axis that has nothing to flatten."""
+    x = x if layer is None else x[layer]
+    inputs = [i for i in range(x.ndim) if i not in outputs]
+    sizes = [math.prod(x.shape[i] for i in axes) for axes in (outputs, inputs) if axes]
+    return np.transpose(x, (*outputs, *inputs)).reshape(sizes)

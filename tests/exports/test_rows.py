@@ -50,7 +50,7 @@ FORMS = [formats.q4_0(), formats.q4_1(), formats.nvfp4(), formats.int4(None), fo
 def test_codes_and_scales_decode_to_the_rows_of_the_values(form, index):
     q = on_format(form, stack(), axis=(0, 2, 3))
     order = RNG.permutation(len(reference(q.codes, index)))
-    picked = rows.with_blocks(rows.pick(q.codes, (0, 2, 3), index, order, WHERE), q, form.across, WHERE)
+    picked = rows.with_blocks(rows.pick(q.codes, (0, 2, 3), index, order, WHERE), q, form, WHERE)
     codes, scales = rows.take(q.codes, picked), [rows.take_scale(s, q.codes, picked) for s in q.scales]
     np.testing.assert_array_equal(codes, reference(q.codes, index, order))
     each = [s if s.ndim == 0 else s.repeat(WIDTH // s.shape[1], 1) for s in scales]
@@ -64,7 +64,7 @@ def test_blocks_of_several_outputs_stay_together():
     assert q.scales[0].shape == (2, 2, 2)
 
     def taken(index, permutation=None):
-        picked = rows.with_blocks(rows.pick(q.codes, (0, 2), index, permutation, WHERE), q, form.across, WHERE)
+        picked = rows.with_blocks(rows.pick(q.codes, (0, 2), index, permutation, WHERE), q, form, WHERE)
         return rows.take_scale(q.scales[0], q.codes, picked)
 
     scales = np.asarray(q.scales[0]).transpose(0, 2, 1)
@@ -92,6 +92,16 @@ def test_default_outputs():
     ):
         assert rows.outputs(None, path, jax.ShapeDtypeStruct(shape, jnp.float32)) == want
     assert rows.outputs((0, -1), "kernel", jax.ShapeDtypeStruct((3, 8, 4), jnp.float32)) == (0, 2)
+
+
+def test_blocks_along_another_axis_than_the_file_needs_are_refused():
+    """Codes in blocks of 32 along one axis are no blocks along another one."""
+    q = on_format(formats.q8_0(), jnp.zeros((64, 32)))
+    assert rows.outputs(None, "dense/kernel", q) == rows.outputs(-1, "dense/kernel", q) == (1,)
+    assert rows.outputs(1, "embed/embedding", q) == (1,)
+    for path, axis in (("dense/kernel", 0), ("embed/embedding", None)):
+        with pytest.raises(ValueError, match=r"`axis` must name the outputs of every leaf on a format, got \(0,\)"):
+            rows.outputs(axis, path, q)
 
 
 def test_vectors_of_layers_and_scalars():
@@ -127,6 +137,16 @@ def test_indices_that_do_not_fit(index, permutation, error):
         rows.pick(stack(), (0, 2, 3), index, permutation, WHERE)
 
 
-def test_a_layer_needs_an_axis_of_layers():
-    with pytest.raises(ValueError, match=r"pick a layer along an axis of layers, got 0.*axis=\(0, -1\)"):
-        rows.pick(jnp.zeros((2, 3, 4)), (2,), 0, None, WHERE)
+def test_a_layer_lies_along_the_first_axis_though_it_is_an_input():
+    """As by default, and by an analysis, which leaves out axes that a loop runs over."""
+    x = jnp.asarray(RNG.standard_normal((3, 64, 8), np.float32))
+    np.testing.assert_array_equal(rows.take(x, rows.pick(x, (2,), 1, None, WHERE)), np.asarray(x)[1].T)
+    for form in (formats.q8_0(), formats.int4(None)):  # blocks of 32, and one scale for the inputs of all layers
+        q = on_format(form, x)
+        picked = rows.with_blocks(rows.pick(x, (2,), 1, None, WHERE), q, form, WHERE)
+        scales = rows.take_scale(q.scales[0], q.codes, picked)
+        wide = scales.repeat(64 // scales.shape[1], 1)
+        np.testing.assert_array_equal(form.decode(rows.take(q.codes, picked), (wide,)), np.asarray(dequantize(q))[1].T)
+    q = on_format(formats.q8_0(), jnp.zeros((4, 16, 8)))
+    with pytest.raises(ValueError, match="`rename` must pick a layer of whole blocks, got 'q8_0'"):
+        rows.with_blocks(rows.pick(q.codes, (2,), 1, None, WHERE), q, formats.q8_0(), WHERE)
