@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from clipjax._arrays import arguments, leaf_axes, trees
 from clipjax._exports import rows
 from clipjax._maths import integers, known_formats
 from clipjax._maths.integers import Quantized
-from clipjax._weights.quantizing import quantized
+from clipjax._weights.quantized_params import quantized
 from clipjax.typing import Axis, Format, PerLeaf, Rename, State, Tree
 
 RENAME = "Return None to leave the leaf out, a name, or a list of (name, index, permutation or None)."
@@ -74,14 +74,20 @@ def tensors(
       TypeError: for what is no name, leaves that are no real arrays, and a `rename` that is no function.
     """
     leaf_axes.check(axis)
-    if rename is None:
-        rename = lambda path, leaf: path.replace("/", separator)  # noqa: E731
-    if not callable(rename):
-        raise TypeError(f"`rename` must be a function (path, leaf), got {rename!r}. {RENAME}")
-    arguments.takes(rename, "rename", ("path", "leaf"), RENAME)
+    rename = resolve(rename, separator)
     found = [one for path, leaf in leaves(params, opt_state) for one in _tensors(rename, axis, path, leaf)]
     check_once((one.name, one.path) for one in found)
     return found
+
+
+def resolve(rename: Rename | None, separator: str) -> Rename:
+    """The argument `rename`, checked; by default a path is the name, with `separator` in the place of "/"."""
+    if rename is None:
+        return lambda path, leaf: path.replace("/", separator)
+    if not callable(rename):
+        raise TypeError(f"`rename` must be a function (path, leaf), got {rename!r}. {RENAME}")
+    arguments.takes(rename, "rename", ("path", "leaf"), RENAME)
+    return rename
 
 
 def leaves(params: Tree, opt_state: State | None) -> list[tuple[str, Any]]:
@@ -101,10 +107,17 @@ def leaves(params: Tree, opt_state: State | None) -> list[tuple[str, Any]]:
 
 def whole_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """The leaves with their paths, a `Quantized` as one."""
-    held = jax.tree.map(
-        lambda x: _Held(x) if isinstance(x, Quantized) else x, tree, is_leaf=lambda x: isinstance(x, Quantized)
-    )
-    return [(path, x.leaf if isinstance(x, _Held) else x) for path, x in trees.governed(held)]
+    return [(path, x.leaf if isinstance(x, _Held) else x) for path, x in trees.governed(_held(tree))]
+
+
+def map_whole_leaves(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
+    """`fn(path, leaf)` at every leaf, a `Quantized` as one."""
+    return trees.map_with_path(lambda path, x: fn(path, x.leaf if isinstance(x, _Held) else x), _held(tree))
+
+
+def _held(tree: Tree) -> Tree:
+    whole = lambda x: isinstance(x, Quantized)  # noqa: E731
+    return jax.tree.map(lambda x: _Held(x) if whole(x) else x, tree, is_leaf=whole)
 
 
 class _Held:
@@ -116,7 +129,6 @@ class _Held:
 
 def _tensors(rename: Rename, axis: Axis | PerLeaf, path: str, leaf: Any) -> list[Tensor]:
     """What one leaf becomes."""
-    leaf = leaf if isinstance(leaf, Quantized) or hasattr(leaf, "dtype") else np.asarray(leaf)
     form = known_formats.named(leaf.format) if isinstance(leaf, Quantized) and leaf.format else None
     like, found = rows.described(leaf), []
     for name, index, permutation in entries(rename(path, like), path):

@@ -77,9 +77,10 @@ def own_outputs(q: Quantized) -> tuple[int, ...]:
 
 
 def described(leaf: AnyLeaf) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a leaf; values that codes stand for are f32."""
+    """Shape and dtype of a leaf, which may be Python's own number; values that codes stand for are f32."""
     if isinstance(leaf, Quantized):
         return jax.ShapeDtypeStruct(leaf.codes.shape, np.float32)
+    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
@@ -188,6 +189,22 @@ def take_scale(scale: Any, codes: Any, picked: Pick) -> np.ndarray:
     layer = None if picked.layer is None else picked.layer * scale.shape[0] // codes.shape[0]
     rows = _flat(scale, picked.outputs, layer)
     return rows[picked.blocks] if picked.outputs else rows
+
+
+def put(x: np.ndarray, picked: Pick, values: Any, of_scales: int | None = None) -> None:
+    """Write rows back to where they lie in an array that has a leaf's shape, the inverse of `take`.
+
+    With `of_scales`, the size of the leaf's first axis, `x` has the shape of its scales instead.
+    """
+    layer, at = picked.layer, picked.rows if of_scales is None else picked.blocks
+    if layer is not None and of_scales is not None:
+        layer = layer * x.shape[0] // of_scales
+    inside = x if layer is None else x[layer]
+    rows = _flat(inside, picked.outputs, None).copy()
+    rows[at if picked.outputs else ...] = np.reshape(values, rows[at if picked.outputs else ...].shape)
+    order = (*picked.outputs, *(i for i in range(inside.ndim) if i not in picked.outputs))
+    turned = np.transpose(inside, order)
+    turned[...] = rows.reshape(turned.shape)
 
 
 def _flat(x: np.ndarray, outputs: tuple[int, ...], layer: int | None) -> np.ndarray:

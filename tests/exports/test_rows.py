@@ -42,6 +42,15 @@ def test_floats_are_the_rows_of_the_leaf(index, dtype):
         np.testing.assert_array_equal(found, want)
 
 
+def put_back(x, picked, part, of_scales=None):
+    """Rows that are put back are where they were, and nothing else is written."""
+    x, found = np.asarray(x), np.full(x.shape, np.nan)  # holds every code and scale
+    rows.put(found, picked, part, of_scales)
+    written = ~np.isnan(found)
+    np.testing.assert_array_equal(found[written], x[written])
+    assert written.sum() == part.size
+
+
 FORMS = [formats.q4_0(), formats.q4_1(), formats.nvfp4(), formats.int4(None), formats.fp8_e4m3("array")]
 
 
@@ -51,6 +60,7 @@ def test_codes_and_scales_decode_to_the_rows_of_the_values(form, index):
     q = on_format(form, stack(), axis=(0, 2, 3))
     order = RNG.permutation(len(reference(q.codes, index)))
     picked = rows.with_blocks(rows.pick(q.codes, (0, 2, 3), index, order, WHERE), q, form, WHERE)
+    put_back(q.codes, picked, rows.take(q.codes, picked))
     codes, scales = rows.take(q.codes, picked), [rows.take_scale(s, q.codes, picked) for s in q.scales]
     np.testing.assert_array_equal(codes, reference(q.codes, index, order))
     each = [s if s.ndim == 0 else s.repeat(WIDTH // s.shape[1], 1) for s in scales]
@@ -65,7 +75,9 @@ def test_blocks_of_several_outputs_stay_together():
 
     def taken(index, permutation=None):
         picked = rows.with_blocks(rows.pick(q.codes, (0, 2), index, permutation, WHERE), q, form, WHERE)
-        return rows.take_scale(q.scales[0], q.codes, picked)
+        scales = rows.take_scale(q.scales[0], q.codes, picked)
+        put_back(q.scales[0], picked, scales, of_scales=2)
+        return scales
 
     scales = np.asarray(q.scales[0]).transpose(0, 2, 1)
     np.testing.assert_array_equal(taken(None), scales.reshape(4, 2))
@@ -145,6 +157,7 @@ def test_a_layer_lies_along_the_first_axis_though_it_is_an_input():
         q = on_format(form, x)
         picked = rows.with_blocks(rows.pick(x, (2,), 1, None, WHERE), q, form, WHERE)
         scales = rows.take_scale(q.scales[0], q.codes, picked)
+        put_back(q.scales[0], picked, scales, of_scales=3)
         wide = scales.repeat(64 // scales.shape[1], 1)
         np.testing.assert_array_equal(form.decode(rows.take(q.codes, picked), (wide,)), np.asarray(dequantize(q))[1].T)
     q = on_format(formats.q8_0(), jnp.zeros((4, 16, 8)))
