@@ -42,7 +42,7 @@ LEVELS = (
         " integer_arrays quantized_fields quantized_leaves container atomic_file leaf_entries layouts saving",
     },
     {
-        "_exports": "rows naming assembling gguf_blocks gguf_metadata gguf_writing gguf_reading",
+        "_exports": "rows naming assembling gguf_blocks gguf_metadata gguf_writing gguf_reading llama",
         "_reports": "distributions reporting summarizing",
     },
     {"": "__init__ __main__ flax"},

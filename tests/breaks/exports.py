@@ -27,4 +27,12 @@ MUTANTS = (
     Mutant("_exports/rows.py", "layer = layer * x.shape[0] // of_scales", "pass", "rows", "first_axis"),
     Mutant("_exports/rows.py", "picked.rows if of_scales is None else picked.blocks", "picked.rows", "rows", "several"),
     Mutant("_exports/rows.py", "turned[...] = rows", "turned[...] += rows", "gguf", "stacks"),
+    Mutant("_exports/llama.py", ".swapaxes(1, 2)", "", "llama"),
+    Mutant(
+        "_exports/llama.py",
+        "for table in (LAYER,) if inside else (MODEL, LAYER):",
+        "for table in (MODEL, LAYER):",
+        "llama",
+    ),
+    Mutant("_exports/llama.py", "slice(start, start := start +", "slice(start, start +", "llama"),
 )
