@@ -138,7 +138,7 @@ def _on_format(
     except ValueError:
         remedy = f"It is the shape of leaf {path!r}. Name its outputs by `axis`, or read values: `dequantize=True`."
         arguments.require(False, "like", f"have inputs that blocks of {form.name} divide", like.shape, remedy)
-    shape = format_blocks.shape(like, placed)
+    shape = placed.counts
     first = found[0][1].scales
     scales = tuple(np.zeros(shape, s.dtype) if s.ndim else s for s in first)
     for (_, picked), stored in found:
