@@ -116,8 +116,10 @@ def _leaf(path: str, template: Any, found: list[tuple[Part, Stored]], axis: Axis
     there = np.zeros(like.shape, bool)
     values = np.zeros(like.shape, found[0][1].values.dtype if form else np.dtype(like.dtype))
     for (name, picked), stored in found:
-        fits = stored.values.shape in (picked.shape, picked.shape or (1,))
-        remedy = f"The file has {list(stored.values.shape)} as {name!r}: another model, or `axis` or `rename` differ."
+        have = stored.values.shape
+        merged = (have[0] * have[1], *have[2:]) if len(have) > len(picked.shape) > 0 else have  # of experts
+        fits = merged in (picked.shape, picked.shape or (1,))
+        remedy = f"The file has {list(have)} as {name!r}: another model, or `axis` or `rename` differ."
         arguments.require(fits, "like", f"have the shapes of the file at {path!r}", list(picked.shape), remedy)
         rows.put(there, picked, np.ones(picked.shape, bool))
         rows.put(values, picked, stored.values if form else _floats(stored))

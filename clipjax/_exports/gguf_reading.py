@@ -99,7 +99,7 @@ class _Reader:
         """One tensor: codes and scales of a format, or numbers."""
         tensor = self.tensors[name]
         kind = tensor.tensor_type.name
-        data = np.ascontiguousarray(tensor.data)
+        data = np.array(tensor.data)  # the file may be replaced later, from under an array that lies in it
         if kind.lower() in gguf_blocks.TYPES:
             form, codes, scales = gguf_blocks.unpacked(kind, data, self.gguf.GGML_QUANT_SIZES[tensor.tensor_type][1])
             return Stored(codes, scales, form)

@@ -17,6 +17,7 @@ from clipjax._files import atomic_file
 from clipjax.typing import Axis, PerLeaf, Rename, State, Tree
 
 FLOATS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+EXPERTS = "_exps."  # in llama.cpp's names of arrays with an axis of experts
 LONGEST = 63  # bytes of a name, GGML_MAX_NAME without the zero at the end
 
 
@@ -34,7 +35,8 @@ def export_gguf(
     """Write params as a GGUF file: leaves on a format of GGUF as their own bytes, all others as floats.
 
     A leaf becomes a tensor of rows: GGUF has the contracted axes last, so that a kernel f32[in, out] is written as
-    [out, in]. Output axes are flattened in order, and so are input axes. Nothing is quantized here: a leaf that
+    [out, in]. Output axes are flattened in order, and so are input axes. Of what has "_exps." in its name, as llama.cpp
+    has it for experts, the first output axis stays: [experts, out, in]. Nothing is quantized here: a leaf that
     `fake_quantize` holds on a format is written as the codes and scales that it has, and llama.cpp computes with these.
 
     ================================  ==========================================
@@ -92,7 +94,7 @@ def export_gguf(
     arguments.require(named, "architecture", "be a name", architecture, "llama.cpp's is 'llama'.")
     values = gguf_metadata.read(metadata)
     found = [one for one in naming.tensors(params, opt_state, rename, axis, ".") if math.prod(one.shape)]
-    stored = [_Stored(one, _type(one, float_type)) for one in found]
+    stored = [_Stored(one, _type(one, float_type), _shape(one)) for one in found]
     for one in stored:
         _check(one)
     kinds = gguf.GGUFValueType
@@ -110,10 +112,11 @@ def export_gguf(
 
 
 class _Stored(NamedTuple):
-    """A tensor and the name of its type in GGUF."""
+    """A tensor, the name of its type in GGUF, and its shape there."""
 
     tensor: Tensor
     type: str
+    shape: tuple[int, ...]
 
 
 def _type(one: Tensor, float_type: str) -> str:
@@ -127,6 +130,17 @@ def _type(one: Tensor, float_type: str) -> str:
         f"Leaves must be floats or signed integers in GGUF, got {one.dtype} at {one.path!r}. Leave it out: `rename`"
         " returns None for it."
     )
+
+
+def _shape(one: Tensor) -> tuple[int, ...]:
+    """Rows by inputs; those of experts, which llama.cpp names so, are apart."""
+    if EXPERTS not in one.name:
+        return one.shape or (1,)
+    sizes, rows = one.picked.sizes, one.shape[:1]
+    remedy = f"Leaf {one.path!r} has {sizes} as outputs: name the axes of experts and of outputs, `axis=(0, -1)`."
+    whole = len(sizes) > 1 and rows == (math.prod(sizes),)
+    arguments.require(whole, "axis", "name experts and outputs of each", one.name, remedy)
+    return (sizes[0], math.prod(sizes[1:]), *one.shape[1:])
 
 
 def _check(one: _Stored) -> None:
@@ -143,8 +157,8 @@ def _check(one: _Stored) -> None:
 
 def _write(gguf: Any, writer: Any, stored: list[_Stored]) -> None:
     """Names, shapes and types of all tensors, then their bytes one after the other."""
-    for tensor, name in stored:
-        kind, shape = gguf.GGMLQuantizationType[name], tensor.shape or (1,)
+    for tensor, name, shape in stored:
+        kind = gguf.GGMLQuantizationType[name]
         block, size = gguf.GGML_QUANT_SIZES[kind]
         # Raw bytes are described by their own shape, from which the writer computes that of the entries.
         raw = (*shape[:-1], shape[-1] // block * size)
@@ -152,7 +166,7 @@ def _write(gguf: Any, writer: Any, stored: list[_Stored]) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor, name in stored:
+    for tensor, name, _ in stored:
         writer.write_tensor_data(_bytes(tensor, name))
 
 

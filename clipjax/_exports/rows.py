@@ -29,6 +29,7 @@ class Pick(NamedTuple):
     Attributes:
       layer: the index along the first axis, or None for all of it.
       outputs: the axes that are outputs, in order, counted without that one where there is a layer.
+      sizes: of these axes.
       rows: which rows of these, as a slice or as their numbers, in the order that the file has them.
       blocks: which rows of the scales: the same where a block lies in one row.
       shape: what comes out.
@@ -36,6 +37,7 @@ class Pick(NamedTuple):
 
     layer: int | None
     outputs: tuple[int, ...]
+    sizes: tuple[int, ...]
     rows: slice | np.ndarray
     blocks: slice | np.ndarray
     shape: tuple[int, ...]
@@ -98,10 +100,11 @@ def pick(leaf: Leaf, outputs: tuple[int, ...], index: Index, permutation: Any, w
         there = leaf.shape and -leaf.shape[0] <= layer < leaf.shape[0]
         arguments.require(there, "rename", "pick a layer that there is", index, f"{where} {INDEX}")
         layer, shape, kept = int(layer) % leaf.shape[0], leaf.shape[1:], _inside(outputs)
-    whole = math.prod(shape[i] for i in kept)
-    rows, number = _rows(part, bool(kept), whole, permutation, index, where)
+    sizes = tuple(shape[i] for i in kept)
+    rows, number = _rows(part, bool(kept), math.prod(sizes), permutation, index, where)
     inputs = [n for i, n in enumerate(shape) if i not in kept]
-    return Pick(layer, kept, rows, rows, ((number,) if kept else ()) + ((math.prod(inputs),) if inputs else ()))
+    found = ((number,) if kept else ()) + ((math.prod(inputs),) if inputs else ())
+    return Pick(layer, kept, sizes, rows, rows, found)
 
 
 def _inside(outputs: tuple[int, ...]) -> tuple[int, ...]:

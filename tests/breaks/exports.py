@@ -21,6 +21,9 @@ MUTANTS = (
     ),
     Mutant("_exports/gguf_writing.py", "largest < 65520", "True", "gguf", "bad_input"),
     Mutant("_exports/gguf_writing.py", "size <= LONGEST", "True", "gguf", "bad_input"),
+    Mutant(
+        "_exports/gguf_writing.py", "sizes[0], math.prod(sizes[1:])", "math.prod(sizes[1:]), sizes[0]", "gguf", "expert"
+    ),
     Mutant("_exports/gguf_metadata.py", '("UINT32", "INT32"))', '("INT32",))', "gguf", "metadata"),
     Mutant("_exports/assembling.py", "there.all()", "True", "gguf", "fit"),
     Mutant("_exports/assembling.py", "partial or not unread", "True", "gguf", "fit"),

@@ -118,15 +118,18 @@ def test_stacks_parts_and_permutations_come_back(dtype, container, tmp_path):
     np.testing.assert_array_equal(values, np.asarray(clipjax.dequantize(q))[1, :, :32].T[np.r_[0:32:2, 1:32:2]])
 
 
-def test_trained_leaves_are_written_as_their_bytes(tmp_path):
+@pytest.mark.optimized
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@named([formats.q4_0(), formats.q8_0(), formats.tq2_0(), formats.mxfp4()])
+def test_trained_leaves_are_written_as_their_bytes(form, dtype, tmp_path):
     """Behind a clamp and a mask, refreshed at every update: the reference's own bytes of the params."""
     tx = optax.chain(
         optax.adam(0.02),
         clipjax.clamp_weights(1.5),
         clipjax.prune_mask(0.5),
-        clipjax.fake_quantize(formats.q4_0(), every=1),
+        clipjax.fake_quantize(form, every=1),
     )
-    params = {"dense": {"kernel": random(64, 8), "bias": random(8)}}
+    params = {"dense": {"kernel": random(256, 8).astype(dtype), "bias": random(8).astype(dtype)}}
     state = tx.init(params)
 
     @jax.jit
@@ -140,12 +143,27 @@ def test_trained_leaves_are_written_as_their_bytes(tmp_path):
         params, state = step(params, state)
     clipjax.export_gguf(tmp_path / "net", params, state)
     found = read(tmp_path / "net")
-    rows = np.ascontiguousarray(np.asarray(params["dense"]["kernel"]).T)
-    np.testing.assert_array_equal(
-        found["dense.kernel"].data, gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q4_0)
-    )
-    np.testing.assert_array_equal(found["dense.bias"].data, params["dense"]["bias"])
+    rows = np.ascontiguousarray(np.asarray(params["dense"]["kernel"], np.float32).T)
+    np.testing.assert_array_equal(found["dense.kernel"].data, gguf.quants.quantize(rows, kind(form)))
+    np.testing.assert_array_equal(found["dense.bias"].data, np.asarray(params["dense"]["bias"], np.float32))
     same(clipjax.import_gguf(tmp_path / "net", like=params), params)
+    coded = clipjax.quantized(params, state)
+    same(clipjax.import_gguf(tmp_path / "net", like=params, dequantize=False), coded)
+
+
+def test_experts_keep_their_axis(tmp_path):
+    """llama.cpp has them as [experts, out, in]; biases as [experts, out]."""
+    kernel, bias = random(3, 64, 8), random(3, 8)
+    params = {"kernel": on_format(formats.q8_0(), kernel, axis=(0, 2)), "bias": bias}
+    names = lambda path, leaf: f"blk.0.ffn_up_exps.{path}"
+    clipjax.export_gguf(tmp_path / "net", params, rename=names)
+    found = read(tmp_path / "net")
+    assert [t.shape.tolist() for t in found.values()] == [[8, 3], [64, 8, 3]]
+    values = gguf.quants.dequantize(found["blk.0.ffn_up_exps.kernel"].data, gguf.GGMLQuantizationType.Q8_0)
+    np.testing.assert_array_equal(values, np.asarray(clipjax.dequantize(params["kernel"])).transpose(0, 2, 1))
+    same(clipjax.import_gguf(tmp_path / "net", like=params, rename=names, dequantize=False), params)
+    with pytest.raises(ValueError, match=r"`axis` must name experts and outputs.*axis=\(0, -1\)"):
+        clipjax.export_gguf(tmp_path / "net", {"kernel": kernel}, rename=names)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("f32", np.float32), ("f16", np.float16), ("bf16", jnp.bfloat16)])
