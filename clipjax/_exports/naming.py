@@ -99,6 +99,9 @@ def leaves(params: Tree, opt_state: State | None) -> list[tuple[str, Any]]:
     remedy = "Params that are `Quantized` have no state: leave `opt_state` out."
     arguments.require(not given, "params", "hold arrays where there is an `opt_state`", given[:4], remedy)
     coded = whole_leaves(quantized(params, opt_state))
+    began = any(isinstance(q, Quantized) for _, q in coded)
+    remedy = "Train past its `start`, hold the params by `clipjax.hold_once`, or leave `opt_state` out for floats."
+    arguments.require(began, "opt_state", "have quantized a leaf", "the state of a quantizer before `start`", remedy)
     return [
         (path, q if isinstance(q, Quantized) and q.format else leaf)
         for (path, leaf), (_, q) in zip(named, coded, strict=True)

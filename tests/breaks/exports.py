@@ -14,6 +14,7 @@ MUTANTS = (
     Mutant("_exports/rows.py", "wanted == own, ", "True, ", "rows", "another_axis"),
     Mutant("_exports/naming.py", "name not in owners, ", "True, ", "naming", "something_else"),
     Mutant("_exports/naming.py", "if isinstance(q, Quantized) and q.format else", "if True else", "naming", "grid"),
+    Mutant("_exports/naming.py", "(began, ", "(True, ", "naming", "start"),
     Mutant("_exports/gguf_blocks.py", "np.uint8(3**i)", "np.uint8(1)", "gguf", "every_code"),
     Mutant("_exports/gguf_blocks.py", " << 4)\n", " << 3)\n", "gguf", "every_code"),
     Mutant(
@@ -21,9 +22,7 @@ MUTANTS = (
     ),
     Mutant("_exports/gguf_writing.py", "largest < 65520", "True", "gguf", "bad_input"),
     Mutant("_exports/gguf_writing.py", "size <= LONGEST", "True", "gguf", "bad_input"),
-    Mutant(
-        "_exports/gguf_writing.py", "sizes[0], math.prod(sizes[1:])", "math.prod(sizes[1:]), sizes[0]", "gguf", "expert"
-    ),
+    Mutant("_exports/gguf_writing.py", "(sizes[0], math.prod(sizes[1:]),", "(math.prod(sizes), 1,", "gguf", "expert"),
     Mutant("_exports/gguf_metadata.py", '("UINT32", "INT32"))', '("INT32",))', "gguf", "metadata"),
     Mutant("_exports/assembling.py", "there.all()", "True", "gguf", "fit"),
     Mutant("_exports/assembling.py", "partial or not unread", "True", "gguf", "fit"),

@@ -151,6 +151,21 @@ def test_trained_leaves_are_written_as_their_bytes(form, dtype, tmp_path):
     same(clipjax.import_gguf(tmp_path / "net", like=params, dequantize=False), coded)
 
 
+@named([formats.q4_0(), formats.tq1_0()])
+def test_without_training_the_bytes_are_those_of_the_reference(form, tmp_path):
+    """Post-training quantization in two lines, of params on eight devices, which come back as they lie."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    kernel = jax.device_put(random(512, 16), jax.NamedSharding(mesh, jax.P("x", "y")))
+    params, state = clipjax.hold_once(clipjax.fake_quantize(form), {"kernel": kernel})
+    clipjax.export_gguf(tmp_path / "net", params, state)
+    want = gguf.quants.quantize(np.ascontiguousarray(np.asarray(kernel).T), kind(form))
+    np.testing.assert_array_equal(read(tmp_path / "net")["kernel"].data, want)
+    for dequantize in (True, False):
+        found = clipjax.import_gguf(tmp_path / "net", like=params, dequantize=dequantize)["kernel"]
+        assert (found if dequantize else found.codes).sharding == params["kernel"].sharding
+        np.testing.assert_array_equal(found if dequantize else clipjax.dequantize(found), params["kernel"])
+
+
 def test_experts_keep_their_axis(tmp_path):
     """llama.cpp has them as [experts, out, in]; biases as [experts, out]."""
     kernel, bias = random(3, 64, 8), random(3, 8)

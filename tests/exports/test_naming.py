@@ -74,6 +74,13 @@ def test_leaves_on_a_grid_are_their_values():
         tensors(clipjax.quantized(params, state), opt_state=state)
 
 
+def test_a_state_from_before_start_is_refused():
+    """Its params are floats still, which a file of the format would be expected not to have."""
+    tx = clipjax.fake_quantize(formats.q8_0(), start=10)
+    with pytest.raises(ValueError, match=r"`opt_state` must have quantized a leaf.*before `start`.*hold_once"):
+        tensors({"kernel": X}, opt_state=tx.init({"kernel": X}))
+
+
 @pytest.mark.parametrize(
     ("rename", "error"),
     [
