@@ -1,6 +1,7 @@
 """`export_gguf` and `import_gguf`: bytes against gguf-py's own quantizers, and the way there and back."""
 
 import os
+import sys
 
 import gguf
 import jax
@@ -297,3 +298,10 @@ def test_damaged_files_raise(tmp_path):
             clipjax.import_gguf(path)
     with pytest.raises(FileNotFoundError):
         clipjax.import_gguf(tmp_path / "none")
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for call in (clipjax.import_gguf, lambda path: clipjax.export_gguf(path, {})):
+        with pytest.raises(ImportError, match=r"pip install 'clipjax\[export\]'"):
+            call(tmp_path / "net")
