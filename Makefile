@@ -5,10 +5,11 @@ VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
 AOT ?= .venv-aot
+RUNTIMES ?= .venv-runtimes
 H100 := $(wildcard ../shared/aot/h100.txtpb)
 BIN := $(VENV)/bin
 
-.PHONY: demo notebook test slow lint types mutants bench aot clean
+.PHONY: demo notebook test slow runtimes lint types mutants bench aot clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -21,6 +22,11 @@ test: $(VENV)/.test
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
+
+# The runtimes that read the files are large, and pin versions of their own: they stay out of the other environment.
+runtimes:
+	$(MAKE) --no-print-directory VENV=$(RUNTIMES) $(RUNTIMES)/.runtimes
+	$(RUNTIMES)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/exports $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -54,7 +60,7 @@ aot:
 	$(AOT)/bin/python benchmarks/programs/aot.py $(if $(H100),--gpu-config $(H100)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(AOT) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AOT) $(RUNTIMES) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # One stamp for each extra: installed again whenever pyproject.toml changes.
 $(VENV)/.%: pyproject.toml | $(BIN)/python

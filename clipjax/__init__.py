@@ -2,6 +2,9 @@
 
 from clipjax import formats, projections, roundings, scores, selections, steps, structures, thresholds, typing, widths
 from clipjax._arrays.arguments import per_leaf
+from clipjax._exports.gguf_reading import import_gguf
+from clipjax._exports.gguf_writing import export_gguf
+from clipjax._exports.llama import llama_metadata, llama_names
 from clipjax._files.saving import load, pack, save, unpack
 from clipjax._gradients.clipping import clip
 from clipjax._gradients.norm_clipping import clip_norm
@@ -53,10 +56,14 @@ __all__ = [
     "clip",
     "clip_norm",
     "dequantize",
+    "export_gguf",
     "fake_quant",
     "fake_quantize",
     "formats",
     "hold_once",
+    "import_gguf",
+    "llama_metadata",
+    "llama_names",
     "load",
     "make_mask",
     "pack",

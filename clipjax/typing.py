@@ -19,6 +19,7 @@ __all__ = [
     "Count",
     "Format",
     "Groups",
+    "Index",
     "Leaf",
     "LeafThreshold",
     "Levels",
@@ -27,6 +28,7 @@ __all__ = [
     "PerLeaf",
     "Projection",
     "Quantize",
+    "Rename",
     "Rounding",
     "RoundingMode",
     "Rule",
@@ -319,3 +321,13 @@ UnitAxes: TypeAlias = int | tuple[int, ...] | Mapping[int, int]
 
 Groups: TypeAlias = Sequence[Mapping[str, UnitAxes]]
 """Leaves that share units: dicts path -> axis, or axes; the first leaf of each dict owns its units."""
+
+# The type of a slice has an Any inside.
+Index: TypeAlias = int | slice | tuple[int, slice] | None  # type: ignore[explicit-any]
+"""Which part of a leaf: all, a layer along its first axis, a range of the outputs flattened in order, or both."""
+
+Rename: TypeAlias = Callable[
+    [str, Leaf], str | Sequence[tuple[str, Index, Sequence[int] | jax.typing.ArrayLike | None]] | None
+]
+"""`rename(path, leaf)`: the name of a leaf in a file, or a list of (name, index, permutation of the rows); None leaves
+it out."""

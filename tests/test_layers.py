@@ -41,7 +41,10 @@ LEVELS = (
         "_files": "byte_stream symbol_counts ans zero_densities symbol_codes step_search alphabets leaf_codec"
         " integer_arrays quantized_fields quantized_leaves container atomic_file leaf_entries layouts saving",
     },
-    {"_reports": "distributions reporting summarizing"},
+    {
+        "_exports": "rows naming assembling gguf_blocks gguf_metadata gguf_writing gguf_reading llama",
+        "_reports": "distributions reporting summarizing",
+    },
     {"": "__init__ __main__ flax"},
 )
 PLACES = {
@@ -171,6 +174,7 @@ BLOCKED = (
     "orbax",
     "safetensors",
     "constriction",
+    "gguf",
     "hypothesis",
     "pandas",
 )

@@ -20,13 +20,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Written beside it, flushed to the disk, renamed, and the folder flushed too.
     """
+    with replacing_by_name(path) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def replacing_by_name(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The same for libraries that open their files themselves: the name of the file to write."""
     path = os.path.abspath(os.fspath(path))
     folder = folder_of(path)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # before the rename: else a power cut may leave the new name without its bytes
         os.chmod(temporary, _mode(path))
         os.replace(temporary, path)

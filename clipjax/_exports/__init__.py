@@ -1,0 +1,1 @@
+"""Files of other tools: from trees to GGUF, ONNX and safetensors, and back."""
