@@ -56,6 +56,7 @@ ALIKE = {
     "prune_schedule": "prune",
     "prune_gradient": "prune_taylor",
     "quantize_axis": "quantize_groups",
+    "quantize_formats_every": "quantize_formats",
     "project": "project_norm",
 }
 
@@ -78,6 +79,7 @@ KINDS = {
     "quantize": "steps and latent weights",
     "quantize_sqnr": "steps and widths",
     "quantize_groups": "steps along an axis",
+    "quantize_formats": "scales of formats",
     "quantize_inner": "steps, and an optimizer inside",
     "project_master": "master weights, and an optimizer inside",
     "project_function": "a plain function",

@@ -4,6 +4,8 @@ A row says how to build it, which numbers may be traced (the value used everywhe
 what holds of the params after every step. `tests/test_contract*.py` run the rows through the rules.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from contract_row import kinds as kinds
 from contract_row import paths as paths
 
 import clipjax
-from clipjax import projections, roundings, scores, selections, steps, structures, widths
+from clipjax import formats, projections, roundings, scores, selections, steps, structures, widths
 
 
 def named(tree):
@@ -115,6 +117,22 @@ ramp = optax.polynomial_schedule(0.0, 0.5, 3, 3)
 by_name = clipjax.per_leaf(lambda path, leaf: 0.2 if path.endswith("bias") else 0.25)
 
 PAIRS = clipjax.per_leaf(lambda path, leaf: None if leaf.shape[-2] % 2 else 2)
+
+# Blocks of two inputs where there are so many; else one for all inputs.
+PAIR = formats.register(dataclasses.replace(formats.q8_0(), name="pairs of q8_0", block=2))
+FORMATS = clipjax.per_leaf(lambda path, leaf: formats.int4(None) if leaf.shape[-2] % 2 else PAIR)
+
+
+def on_format(params, state):
+    """Every kernel is the decode of bytes, bit for bit."""
+    found = clipjax.quantized(params, state)
+    is_formed = lambda x: isinstance(x, clipjax.Quantized)
+    rows = jax.tree.leaves(found, is_leaf=is_formed), jax.tree.leaves(params)
+    formed = [(q, p) for q, p in zip(*rows, strict=True) if is_formed(q)]
+    assert len(formed) == len(kernels(params))
+    for q, p in formed:
+        np.testing.assert_array_equal(clipjax.dequantize(q, dtype=p.dtype), p)
+
 
 ROWS = [
     *GRADIENT_SIDE,
@@ -254,6 +272,10 @@ ROWS = [
         key=KEY,
     ),
     row("quantize_groups", "weight", lambda _: clipjax.fake_quantize(3, group=PAIRS, step=steps.absmax()), on_grid(3)),
+    row(
+        "quantize_formats", "weight", lambda _, **numbers: clipjax.fake_quantize(FORMATS, **numbers), on_format, **TIMES
+    ),
+    row("quantize_formats_every", "weight", lambda _: clipjax.fake_quantize(FORMATS, every=1), on_format),
     row("quantize_affine", "weight", lambda _: clipjax.fake_quantize(4, step=steps.minmax(), every=2), on_grid(4)),
     row("quantize_sqnr", "weight", lambda _: clipjax.fake_quantize(widths.sqnr(12.0, (2, 4)), every=2), on_grid(4)),
     row("quantize_parq", "weight", lambda _: clipjax.fake_quantize(4, step=0.0625, rounding=roundings.parq(2))),
