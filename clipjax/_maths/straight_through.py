@@ -8,22 +8,23 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import arguments, dtypes
-from clipjax._maths import blocks, grids, intervals
-from clipjax.typing import Number
+from clipjax._arrays import arguments, dtypes, elementwise
+from clipjax._maths import blocks, format_blocks, grids, intervals, known_formats
+from clipjax.typing import Axis, Format, Number
 
 GRADIENTS = ("straight_through", "clipped", "lsq")
 
 
 def fake_quant(
     x: jax.Array,
-    step: Number,
+    step: Number | Format,
     bits: int | None = None,
     *,
     zero_point: Number = 0,
     rounding: str = "nearest",
     key: jax.Array | None = None,
     gradient: Literal["straight_through", "clipped", "lsq"] = "straight_through",
+    axis: Axis = None,
 ) -> jax.Array:
     r"""Values on a grid, with a gradient as if rounding were the identity.
 
@@ -42,19 +43,23 @@ def fake_quant(
 
     Args:
       x: float array of any shape.
-      step: s > 0, a scalar or an array that broadcasts to `x`, also block by block; may be traced.
+      step: s > 0, a scalar or an array that broadcasts to `x`, also block by block; may be traced. Or a format of
+        `clipjax.formats`: values are then decode(encode(x)) with the scales that its reference fits to x, and the
+        arguments below but `axis` are left out.
       bits: b, 1 to 16; None for unbounded codes (D4's formula). One bit is {-s, s}. Static.
       zero_point: z, an integer or an array like `step`.
       rounding: "nearest" (halves to even), "half_away" or "stochastic".
       key: a PRNG key, for "stochastic" only.
       gradient: "straight_through", "clipped" or "lsq". Static.
+      axis: with a format, the axis or axes that keep scales of their own: its blocks run along the others, flattened in
+        order. The last one by default. Static.
 
     Returns:
       An array like `x`; entries that are not finite pass.
 
     Raises:
       ValueError: for bits outside 1 to 16, a step that is not positive and finite, an unknown rounding or gradient, or
-        "lsq" without bits.
+        "lsq" without bits; for what a format says itself, and inputs that its blocks do not divide.
       TypeError: for complex numbers.
 
     Example:
@@ -65,11 +70,20 @@ def fake_quant(
       [1.0, 0.0]
       >>> jax.grad(lambda x: fake_quant(x, 0.5, bits=2).sum())(jnp.array([0.6, 9.0])).tolist()
       [1.0, 1.0]
+      >>> from clipjax import formats
+      >>> fake_quant(jnp.array([-8.0, 3.4, 0.0, 7.0] * 8), formats.q4_0(), axis=())[:4].tolist()
+      [-8.0, 3.0, 0.0, 7.0]
 
     References:
       D4, section 2.2; D0, section 2.2, step 3. Bengio et al., 2013, https://arxiv.org/abs/1308.3432. Esser et al.,
       "Learned Step Size Quantization", 2020, https://arxiv.org/abs/1902.08153.
     """
+    if isinstance(step, Format):
+        own = bits is None and arguments.known(zero_point) and rounding == "nearest" and gradient == "straight_through"
+        remedy = "A format says bits, zero point and rounding itself, and its gradient is straight through."
+        arguments.require(own, "step", "be given without more than `axis` where it is a format", step.name, remedy)
+        return _formed(arguments.real(x, "x"), known_formats.register(step), axis)
+    arguments.require(axis is None, "axis", "be given with a format alone", axis, "A step broadcasts to `x`.")
     arguments.check_step(step)
     grids.check_rounding(rounding, key)
     arguments.choice(gradient, "gradient", GRADIENTS)
@@ -95,6 +109,20 @@ def fake_quant(
         )
         return _surrogate(level, wide, blocks.spread(step, x.shape), slope, pull).astype(x.dtype)
     return _surrogate(level, wide, s, slope, jnp.zeros_like(s)).astype(x.dtype)
+
+
+def _formed(x: jax.Array, form: Format, axis: Axis) -> jax.Array:
+    """The values of a format as its reference makes them, with the derivative of the identity."""
+    wide = x.astype(jnp.float32)
+    fixed = jax.lax.stop_gradient(wide)
+    placed = format_blocks.resolve(form, axis, "x", x)
+    view = format_blocks.view(elementwise.where(jnp.isfinite(fixed), fixed, jnp.zeros_like(fixed)), placed)
+    assert form.quantize is not None
+    codes, scales = form.quantize(view, jnp.inf, form.precision(x.dtype), placed.within)
+    level = format_blocks.joined(form.decode(codes, scales), placed, fixed)
+    level = elementwise.where(jnp.isfinite(fixed), level, fixed)
+    one = jnp.ones_like(fixed)
+    return _surrogate(level, wide, one, one, 0 * one).astype(x.dtype)
 
 
 @jax.custom_jvp

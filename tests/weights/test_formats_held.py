@@ -233,3 +233,17 @@ def test_another_format_of_the_same_blocks_takes_effect_on_resume():
     tx = clipjax.fake_quantize(formats.mxfp4("qwix"))
     updates, state = tx.update({"kernel": jnp.zeros(SHAPE)}, state, held)
     assert clipjax.quantized(optax.apply_updates(held, updates), state)["kernel"].format == formats.mxfp4("qwix").name
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_fake_quant_on_a_format(dtype):
+    x = normal(0, dtype).at[3, 3].set(jnp.nan)
+    value, pull = jax.jit(jax.value_and_grad(lambda x: clipjax.fake_quant(x, formats.q8_0()).sum()))(x)
+    assert jnp.isnan(value) and jnp.all(pull == 1)
+    x = normal(0, dtype)
+    held, _ = clipjax.hold_once(clipjax.fake_quantize(formats.q8_0()), {"kernel": x})
+    np.testing.assert_array_equal(clipjax.fake_quant(x, formats.q8_0()), held["kernel"])
+    with pytest.raises(ValueError, match="`step` must be given without more than `axis`"):
+        clipjax.fake_quant(x, formats.q8_0(), 4)
+    with pytest.raises(ValueError, match="`axis` must be given with a format alone"):
+        clipjax.fake_quant(x, 0.5, 4, axis=-1)
