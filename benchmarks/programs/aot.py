@@ -45,7 +45,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import clipjax
-from clipjax import steps, thresholds
+from clipjax import formats, steps, thresholds
 
 LEAVES, ROWS, COLUMNS = 2, 2**14, 2**13  # of one device: a mask of 2^27 bytes does not fit into the vector memory
 PARAMS = LEAVES * ROWS * COLUMNS
@@ -92,6 +92,27 @@ def chain(*more):
     return optax.chain(clip(), optax.adam(1e-3), clamp(), *more)
 
 
+FORMATS = (
+    formats.q4_0(),
+    formats.q8_0(),
+    formats.mxfp4(),
+    formats.tq2_0(),
+    formats.q4_1(),
+    formats.mxfp8(),
+    formats.nvfp4(),
+    formats.int4(),
+    formats.int8(),
+    formats.fp8_e4m3(),
+    formats.nbits(),
+    formats.nf4(),
+)
+
+
+def held_on(form, **options):
+    """Adam, the clamp, and weights on a format."""
+    return after(clamp(), clipjax.fake_quantize(form, **options))
+
+
 # name: transformation, refresh, the most bytes per parameter in f32 on TPU v5e (goals of the project), most temporaries
 VARIANTS = {
     "adam": (optax.adam(1e-3), None, 28.0, 0),
@@ -103,6 +124,8 @@ VARIANTS = {
     "adam, prune, frozen": (after(prune()), False, 29.1, 0),
     "adam, quantize, frozen": (after(quantize()), False, 36.2, 0),
     "adam, quantize per column, frozen": (after(quantize(axis=-1)), False, 36.2, 0),
+    **{f"adam, clamp, {form.name}, frozen": (held_on(form), False, 40.0, 0) for form in FORMATS},
+    **{f"adam, clamp, {form.name}, every=1": (held_on(form, every=1), None, 60.0, None) for form in FORMATS[:4]},
     "adam, master weights": (master(), None, None, None),
     "whole chain, held mask, frozen": (chain(held(), quantize()), False, 37.2, 0),
     "whole chain, frozen": (chain(prune(), quantize()), False, 37.2, 0),
@@ -137,7 +160,8 @@ def build(tx, refresh, devices, dtype, leaves=LEAVES):
     tx = optax.with_extra_args_support(tx)
 
     def place(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if x.shape == shape else whole)
+        rows = x.shape == shape or (x.ndim == 2 and x.shape[0] > len(devices))  # params, or scales of blocks
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if rows else whole)
 
     state = jax.tree.map(place, jax.eval_shape(tx.init, params))
 

@@ -80,14 +80,16 @@ def fake_quantize(
       bits: the width b, 1 to 16. Or ``clipjax.per_leaf(lambda path, leaf: b)``; or a tree from `choose_bits`, whose
         None leaves are left out; or a rule of `clipjax.widths`, which chooses the width of each leaf from its weights
         at every refresh; or None, the default, for codes of any size, for which `step` must be a number (the formula
-        of D4). Static. A width, and a number as `step`, may change between runs: a state whose grid was made for
-        another refreshes at once.
+        of D4). In the place of a width a format of `clipjax.formats`: params are then the decode of its bytes, with
+        scales for blocks along the inputs, and `step`, `group` and `rounding` are its own. Static. A width, and a
+        number as `step`, may change between runs: a state whose grid was made for another refreshes at once.
       step: how s follows from the weights: a rule of `clipjax.steps`, `mse()` by default, or a number, which may be
         traced. With a number, a weight that jumps over several levels in one update may land one unit in the last place
         beside its level. The next update corrects this, and its latent weight starts again at the param.
       axis: the axis or axes along which each index has a step of its own: -1 gives one step per output unit of a Flax
         kernel; None, without `group`, one step per leaf. Or `per_leaf`, as ``analysis.outputs`` of `clipjax.analyze`.
-        Static.
+        With a format the output axes: its blocks run along all others, flattened in order; None is the last axis, and
+        of an embedding all but the last. Static.
       group: the number g of neighbours that share a step, along all axes but those of `axis` (the last one by default)
         flattened in order: the inputs of the kernel. They are those of f32[d, heads, head_dim] along d with the axes
         (-2, -1), of f32[heads, head_dim, d] along heads * head_dim with -1. Along each axis g, or what is left of it,
@@ -114,9 +116,9 @@ def fake_quantize(
 
     Raises:
       ValueError: for bits outside 1 to 16, bits=None without a number as step, stop < start, every < 1, an unknown
-        rounding; at init for an axis that does not exist, a group that does not divide the inputs, a bits tree that
-        matches no leaf, or more than 8 bits on params narrower than f32, whose codes could not be recovered; at update
-        for missing `params`.
+        rounding, or what a format says itself; at init for an axis that does not exist, a group or a block that does
+        not divide the inputs, a bits tree that matches no leaf, or more than 8 bits on params narrower than f32, whose
+        codes could not be recovered; at update for missing `params`, and zeros of a mask on a format that has no 0.
       TypeError: for traced bits, axis or group; at init for a complex leaf that `where` picks.
 
     Example:
