@@ -5,6 +5,7 @@ from clipjax._arrays.arguments import per_leaf
 from clipjax._exports.gguf_reading import import_gguf
 from clipjax._exports.gguf_writing import export_gguf
 from clipjax._exports.llama import llama_metadata, llama_names
+from clipjax._exports.onnx_writing import export_onnx
 from clipjax._files.saving import load, pack, save, unpack
 from clipjax._gradients.clipping import clip
 from clipjax._gradients.norm_clipping import clip_norm
@@ -57,6 +58,7 @@ __all__ = [
     "clip_norm",
     "dequantize",
     "export_gguf",
+    "export_onnx",
     "fake_quant",
     "fake_quantize",
     "formats",
