@@ -6,6 +6,8 @@ from clipjax._exports.gguf_reading import import_gguf
 from clipjax._exports.gguf_writing import export_gguf
 from clipjax._exports.llama import llama_metadata, llama_names
 from clipjax._exports.onnx_writing import export_onnx
+from clipjax._exports.safetensors_reading import import_safetensors
+from clipjax._exports.safetensors_writing import export_safetensors
 from clipjax._files.saving import load, pack, save, unpack
 from clipjax._gradients.clipping import clip
 from clipjax._gradients.norm_clipping import clip_norm
@@ -59,11 +61,13 @@ __all__ = [
     "dequantize",
     "export_gguf",
     "export_onnx",
+    "export_safetensors",
     "fake_quant",
     "fake_quantize",
     "formats",
     "hold_once",
     "import_gguf",
+    "import_safetensors",
     "llama_metadata",
     "llama_names",
     "load",

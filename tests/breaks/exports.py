@@ -59,4 +59,11 @@ MUTANTS = (
     Mutant("_exports/onnx_nodes.py", 'not use.attribute("transA", 0) and', "", "onnx_writing", "operator"),
     Mutant("_exports/onnx_nodes.py", "block >= SMALLEST and ", "", "onnx_writing", "operator"),
     Mutant("_exports/onnx_nodes.py", 'use.attribute("axis", 0) == 0', "True", "onnx_writing", "operator"),
+    Mutant("_exports/compressed_tensors.py", "dtype.itemsize > scale.dtype.itemsize and ", "", "safetensors", "bf16"),
+    Mutant("_exports/compressed_tensors.py", ", _narrowed(found", ", (found", "safetensors", "come_back"),
+    Mutant("_exports/compressed_tensors.py", "[:, :columns]", "", "safetensors", "words"),
+    Mutant("_exports/safetensors_writing.py", "(not others, ", "(True, ", "safetensors", "bad"),
+    Mutant("_exports/safetensors_writing.py", 'key != "quantization_config"', "True", "safetensors", "plain_params"),
+    Mutant("_exports/safetensors_writing.py", "q if known else leaf", "q", "safetensors", "other_formats"),
+    Mutant("_exports/safetensors_reading.py", "named and not ignored and", "named and", "safetensors", "regular"),
 )
