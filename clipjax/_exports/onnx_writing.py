@@ -104,6 +104,10 @@ def export_onnx(
 
 def _wanted(params: Tree, opt_state: State | None, source: Tree | None, axis: Axis | PerLeaf) -> list[Wanted]:
     """Every float leaf and `Quantized` that has entries, with the values of its source."""
+    given = [path for path, leaf in naming.whole_leaves(params) if isinstance(leaf, Quantized)]
+    remedy = "Params that are `Quantized` have no state: leave `opt_state` out."
+    alone = opt_state is None or not given
+    arguments.require(alone, "params", "hold arrays where there is an `opt_state`", given[:4], remedy)
     coded = naming.whole_leaves(params if opt_state is None else quantized(params, opt_state))
     sources = dict(naming.whole_leaves(params if source is None else source))
     found = []
@@ -141,7 +145,7 @@ def _onnx() -> ModuleType:
 
 def _write(onnx: Any, model: Any, path: str) -> None:
     """Write a model, its initializers beside it where they are too large for one file."""
-    size = sum(len(proto.raw_data) for graph in onnx_weights.graphs(model.graph) for proto in graph.initializer)
+    size = sum(proto.ByteSize() for graph in onnx_weights.graphs(model.graph) for proto in graph.initializer)
     if size < LIMIT:
         with atomic_file.replacing(path) as file:
             file.write(model.SerializeToString())

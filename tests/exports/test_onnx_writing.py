@@ -311,6 +311,8 @@ def test_a_leaf_off_its_grid_raises_and_a_rename_of_another_kind(tmp_path):
     model, _ = matmul(np.asarray(params["kernel"]))
     with pytest.raises(ValueError, match="`params` must be on the grid of the state, got 'kernel'"):
         export_onnx(model, tmp_path / "m", jax.tree.map(lambda x: x * 1.01, params), state)
+    with pytest.raises(ValueError, match=r"hold arrays where there is an `opt_state`, got \['kernel'\]."):
+        export_onnx(model, tmp_path / "m", clipjax.quantized(params, state), state)
     with pytest.raises(TypeError, match="`rename` must return names, got 3 for leaf 'kernel'"):
         export_onnx(model, tmp_path / "m", params, state, rename=lambda path, leaf: 3)
     assert not list(tmp_path.iterdir())

@@ -1,13 +1,16 @@
 """onnxruntime runs what `export_onnx` writes of models of Flax NNX, with the outputs that JAX has."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from exported import Cnn, Mlp, Transformer, on_formats, outputs
 from flax import nnx
 from on_format import on_format
 from onnx_graphs import graph, helper, matmul, operators, values
 
+import clipjax
 from clipjax import export_onnx, formats
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -73,6 +76,27 @@ def test_outputs_are_those_of_jax(case, contrib, tmp_path):
     for optimized in (True, False):
         np.testing.assert_allclose(run(tmp_path / "m", x, optimized), wanted, rtol=0, atol=1e-5)
     assert np.abs(wanted - outputs(model, nnx.state(model, nnx.Param), x)).max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_a_model_that_was_trained_on_a_format_is_written_as_it_is(dtype, tmp_path):
+    """The graph is made of the trained params: no `source` is needed. bf16 params have an f32 graph."""
+    model = Mlp(nnx.Rngs(0))
+    nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model, nnx.Param)))
+    tx = optax.chain(optax.adam(1e-3), clipjax.fake_quantize(formats.nbits(4, 32), every=1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(3):
+        grads = nnx.grad(lambda model: (model(VECTORS.astype(dtype)).astype(jnp.float32) ** 2).mean())(model)
+        optimizer.update(model, grads)
+    params = nnx.state(model, nnx.Param)
+    wide = Mlp(nnx.Rngs(1))
+    nnx.update(wide, jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    exported = jax2onnx.to_onnx(wide, [VECTORS.shape])
+    export_onnx(exported, tmp_path / "m", params, optimizer.opt_state)
+    assert operators(tmp_path / "m").count("MatMulNBits") == 3
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(run(tmp_path / "m", VECTORS), wide(VECTORS), rtol=0, atol=1e-5)
 
 
 BLOCKS = [formats.nbits(2, 16), formats.nbits(4, 64), formats.nbits(8, 32), formats.q5_0(), formats.tq1_0()]
