@@ -15,7 +15,6 @@ from clipjax._exports.onnx_editing import Editor
 from clipjax._exports.onnx_matching import Match, Wanted
 from clipjax._files import atomic_file
 from clipjax._maths.integers import Quantized
-from clipjax._weights.quantized_params import quantized
 from clipjax.typing import Axis, PerLeaf, Rename, State, Tree
 
 if TYPE_CHECKING:
@@ -104,11 +103,7 @@ def export_onnx(
 
 def _wanted(params: Tree, opt_state: State | None, source: Tree | None, axis: Axis | PerLeaf) -> list[Wanted]:
     """Every float leaf and `Quantized` that has entries, with the values of its source."""
-    given = [path for path, leaf in naming.whole_leaves(params) if isinstance(leaf, Quantized)]
-    remedy = "Params that are `Quantized` have no state: leave `opt_state` out."
-    alone = opt_state is None or not given
-    arguments.require(alone, "params", "hold arrays where there is an `opt_state`", given[:4], remedy)
-    coded = naming.whole_leaves(params if opt_state is None else quantized(params, opt_state))
+    coded = naming.coded_leaves(params, opt_state)
     sources = dict(naming.whole_leaves(params if source is None else source))
     found = []
     for path, leaf in coded:

@@ -294,6 +294,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("given", "message"), ERRORS, ids=[message[:50] for _, message in ERRORS])
 def test_what_cannot_be_written_raises_and_writes_nothing(given, message, tmp_path):
+    given = dict(given)
     model, _ = matmul(W, given.pop("opset", 25))
     model.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "s"))
     model.graph.node.append(helper.make_node("Identity", ["s"], ["t"]))
@@ -313,6 +314,8 @@ def test_a_leaf_off_its_grid_raises_and_a_rename_of_another_kind(tmp_path):
         export_onnx(model, tmp_path / "m", jax.tree.map(lambda x: x * 1.01, params), state)
     with pytest.raises(ValueError, match=r"hold arrays where there is an `opt_state`, got \['kernel'\]."):
         export_onnx(model, tmp_path / "m", clipjax.quantized(params, state), state)
+    with pytest.raises(ValueError, match="`opt_state` must have quantized a leaf, got 'the state of a quantizer"):
+        export_onnx(model, tmp_path / "m", params, tx.init(params))
     with pytest.raises(TypeError, match="`rename` must return names, got 3 for leaf 'kernel'"):
         export_onnx(model, tmp_path / "m", params, state, rename=lambda path, leaf: 3)
     assert not list(tmp_path.iterdir())
