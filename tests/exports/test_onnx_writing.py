@@ -1,6 +1,7 @@
 """`export_onnx`: each format and each operator computes with the decoded bytes; what cannot be said raises."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -319,3 +320,9 @@ def test_a_leaf_off_its_grid_raises_and_a_rename_of_another_kind(tmp_path):
     with pytest.raises(TypeError, match="`rename` must return names, got 3 for leaf 'kernel'"):
         export_onnx(model, tmp_path / "m", params, state, rename=lambda path, leaf: 3)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_onnx_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"pip install 'clipjax\[export\]'"):
+        export_onnx(tmp_path / "in", tmp_path / "m", {"w": W})
