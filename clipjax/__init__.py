@@ -5,6 +5,9 @@ from clipjax._arrays.arguments import per_leaf
 from clipjax._exports.gguf_reading import import_gguf
 from clipjax._exports.gguf_writing import export_gguf
 from clipjax._exports.llama import llama_metadata, llama_names
+from clipjax._exports.onnx_writing import export_onnx
+from clipjax._exports.safetensors_reading import import_safetensors
+from clipjax._exports.safetensors_writing import export_safetensors
 from clipjax._files.saving import load, pack, save, unpack
 from clipjax._gradients.clipping import clip
 from clipjax._gradients.norm_clipping import clip_norm
@@ -57,11 +60,14 @@ __all__ = [
     "clip_norm",
     "dequantize",
     "export_gguf",
+    "export_onnx",
+    "export_safetensors",
     "fake_quant",
     "fake_quantize",
     "formats",
     "hold_once",
     "import_gguf",
+    "import_safetensors",
     "llama_metadata",
     "llama_names",
     "load",

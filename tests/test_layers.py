@@ -42,7 +42,9 @@ LEVELS = (
         " integer_arrays quantized_fields quantized_leaves container atomic_file leaf_entries layouts saving",
     },
     {
-        "_exports": "rows naming assembling gguf_blocks gguf_metadata gguf_writing gguf_reading llama",
+        "_exports": "rows naming assembling gguf_blocks gguf_metadata gguf_writing gguf_reading llama"
+        " onnx_weights onnx_layouts onnx_codes onnx_editing onnx_nodes onnx_matching onnx_writing"
+        " compressed_tensors safetensors_writing safetensors_reading",
         "_reports": "distributions reporting summarizing",
     },
     {"": "__init__ __main__ flax"},
@@ -173,6 +175,7 @@ BLOCKED = (
     "rich",
     "orbax",
     "safetensors",
+    "onnx",
     "constriction",
     "gguf",
     "hypothesis",

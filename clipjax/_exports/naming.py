@@ -92,6 +92,16 @@ def resolve(rename: Rename | None, separator: str) -> Rename:
 
 def leaves(params: Tree, opt_state: State | None) -> list[tuple[str, Any]]:
     """Paths and leaves; params on a format are `Quantized`, those on a grid, which other tools do not know, are not."""
+    if opt_state is None:
+        return whole_leaves(params)
+    return [
+        (path, q if isinstance(q, Quantized) and q.format else leaf)
+        for (path, leaf), (_, q) in zip(whole_leaves(params), coded_leaves(params, opt_state), strict=True)
+    ]
+
+
+def coded_leaves(params: Tree, opt_state: State | None) -> list[tuple[str, Any]]:
+    """Paths and leaves; params on a format or on a grid are `Quantized`."""
     named = whole_leaves(params)
     if opt_state is None:
         return named
@@ -102,10 +112,7 @@ def leaves(params: Tree, opt_state: State | None) -> list[tuple[str, Any]]:
     began = any(isinstance(q, Quantized) for _, q in coded)
     remedy = "Train past its `start`, hold the params by `clipjax.hold_once`, or leave `opt_state` out for floats."
     arguments.require(began, "opt_state", "have quantized a leaf", "the state of a quantizer before `start`", remedy)
-    return [
-        (path, q if isinstance(q, Quantized) and q.format else leaf)
-        for (path, leaf), (_, q) in zip(named, coded, strict=True)
-    ]
+    return coded
 
 
 def whole_leaves(tree: Tree) -> list[tuple[str, Any]]:
