@@ -35,6 +35,7 @@ def row(name, side, build, holds=None, gradient=False, **numbers):
 
 
 KEY = (jax.random.key(1), jax.random.key(7))
+TIMES = {"start": (0, 1), "every": (2, 1), "stop": (3, 2)}
 
 # One row stands for each code path: these rows take the path of the row named, with another number, schedule, norm or
 # rule for a number in it. They run in `make slow`.

@@ -4,39 +4,23 @@ A row says how to build it, which numbers may be traced (the value used everywhe
 what holds of the params after every step. `tests/test_contract*.py` run the rows through the rules.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from contract_formats import FORMAT_ROWS
 from contract_gradients import GRADIENT_SIDE
+from contract_leaves import kernels as kernels
+from contract_leaves import named as named
 from contract_row import ALIKE as ALIKE
-from contract_row import KEY, row
+from contract_row import KEY, TIMES, row
 from contract_row import KINDS as KINDS
 from contract_row import cases as cases
 from contract_row import kinds as kinds
 from contract_row import paths as paths
 
 import clipjax
-from clipjax import formats, projections, roundings, scores, selections, steps, structures, widths
-
-
-def named(tree):
-    """The float arrays of a tree with the last key of each, boxes removed, as exact NumPy f64."""
-    keyed, _ = jax.tree_util.tree_flatten_with_path(tree)
-    out = []
-    for path, leaf in keyed:
-        keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-        keys = [k for k in keys if k not in ("value", "raw_value")] or [""]
-        if jnp.issubdtype(getattr(leaf, "dtype", jnp.int32), jnp.floating):
-            out.append((keys[-1], np.asarray(leaf, np.float64)))
-    return out
-
-
-def kernels(tree):
-    """What is pruned and quantized by default."""
-    return [x for name, x in named(tree) if x.ndim >= 2 and name not in ("bias", "b", "scale", "offset")]
+from clipjax import projections, roundings, scores, selections, steps, structures, widths
 
 
 def bounded(low, high):
@@ -111,28 +95,11 @@ def nowhere_negative(params, state):
     assert all((x >= 0).all() for _, x in named(params))
 
 
-TIMES = {"start": (0, 1), "every": (2, 1), "stop": (3, 2)}
 HALF = {"sparsity": (0.5, 0.75)}
 ramp = optax.polynomial_schedule(0.0, 0.5, 3, 3)
 by_name = clipjax.per_leaf(lambda path, leaf: 0.2 if path.endswith("bias") else 0.25)
 
 PAIRS = clipjax.per_leaf(lambda path, leaf: None if leaf.shape[-2] % 2 else 2)
-
-# Blocks of two inputs where there are so many; else one for all inputs.
-PAIR = formats.register(dataclasses.replace(formats.q8_0(), name="pairs of q8_0", block=2))
-FORMATS = clipjax.per_leaf(lambda path, leaf: formats.int4(None) if leaf.shape[-2] % 2 else PAIR)
-
-
-def on_format(params, state):
-    """Every kernel is the decode of bytes, bit for bit."""
-    found = clipjax.quantized(params, state)
-    is_formed = lambda x: isinstance(x, clipjax.Quantized)
-    rows = jax.tree.leaves(found, is_leaf=is_formed), jax.tree.leaves(params)
-    formed = [(q, p) for q, p in zip(*rows, strict=True) if is_formed(q)]
-    assert len(formed) == len(kernels(params))
-    for q, p in formed:
-        np.testing.assert_array_equal(clipjax.dequantize(q, dtype=p.dtype), p)
-
 
 ROWS = [
     *GRADIENT_SIDE,
@@ -272,10 +239,7 @@ ROWS = [
         key=KEY,
     ),
     row("quantize_groups", "weight", lambda _: clipjax.fake_quantize(3, group=PAIRS, step=steps.absmax()), on_grid(3)),
-    row(
-        "quantize_formats", "weight", lambda _, **numbers: clipjax.fake_quantize(FORMATS, **numbers), on_format, **TIMES
-    ),
-    row("quantize_formats_every", "weight", lambda _: clipjax.fake_quantize(FORMATS, every=1), on_format),
+    *FORMAT_ROWS,
     row("quantize_affine", "weight", lambda _: clipjax.fake_quantize(4, step=steps.minmax(), every=2), on_grid(4)),
     row("quantize_sqnr", "weight", lambda _: clipjax.fake_quantize(widths.sqnr(12.0, (2, 4)), every=2), on_grid(4)),
     row("quantize_parq", "weight", lambda _: clipjax.fake_quantize(4, step=0.0625, rounding=roundings.parq(2))),
