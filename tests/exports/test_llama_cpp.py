@@ -3,18 +3,21 @@
 import functools
 import gc
 import json
+import pathlib
+import sys
 
 import jax
 import numpy as np
 import optax
 import pytest
-import text_llama
 from flax import nnx
 from format_rules import named
 
 import clipjax
 from clipjax import formats
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+text_llama = pytest.importorskip("text_llama", reason="the examples' extra is not installed")
 xllamacpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install 'clipjax[runtimes]'")
 pytestmark = pytest.mark.optimized
 

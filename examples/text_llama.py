@@ -42,6 +42,7 @@ def text():
 
 
 def tokens(string):
+    """A token for each byte."""
     return np.frombuffer(string.encode(), np.uint8).astype(np.int32) + FIRST_BYTE
 
 
@@ -55,7 +56,10 @@ def rotated(x, theta=CONFIG["rope_theta"]):
 
 
 class Attention(nnx.Module):
+    """Causal attention whose heads share keys and values in groups."""
+
     def __init__(self, heads, kv_heads, width, rngs):
+        """Makes the four kernels."""
         linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
         self.heads, self.kv_heads, self.size = heads, kv_heads, width // heads
         self.q_proj = linear(width, width)
@@ -64,13 +68,17 @@ class Attention(nnx.Module):
         self.o_proj = linear(width, width)
 
     def __call__(self, x):
+        """What is attended to, of x[batch, time, width]."""
         q, k, v = (f(x).reshape(*x.shape[:2], -1, self.size) for f in (self.q_proj, self.k_proj, self.v_proj))
         attended = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True)  # shares k and v in groups
         return self.o_proj(attended.reshape(x.shape))
 
 
 class Block(nnx.Module):
+    """Attention and SwiGLU, each behind an RMSNorm."""
+
     def __init__(self, config, rngs):
+        """Makes the kernels and scales."""
         width, hidden = config["hidden_size"], config["intermediate_size"]
         linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
         norm = functools.partial(nnx.RMSNorm, width, epsilon=config["rms_norm_eps"], rngs=rngs)
@@ -83,13 +91,17 @@ class Block(nnx.Module):
         )
 
     def __call__(self, x):
+        """The stream behind this block."""
         x = x + self.self_attn(self.input_layernorm(x))
         normed = self.post_attention_layernorm(x)
         return x + self.down_proj(jax.nn.silu(self.gate_proj(normed)) * self.up_proj(normed))
 
 
 class Llama(nnx.Module):
+    """The model of a config with the names of Hugging Face's LlamaConfig."""
+
     def __init__(self, config, rngs):
+        """Makes embedding, blocks and head."""
         width, vocabulary = config["hidden_size"], config["vocab_size"]
         self.embed_tokens = nnx.Embed(vocabulary, width, rngs=rngs)
         self.layers = nnx.List([Block(config, rngs) for _ in range(config["num_hidden_layers"])])
@@ -97,6 +109,7 @@ class Llama(nnx.Module):
         self.lm_head = nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
 
     def __call__(self, ids):
+        """Logits of the next token, of ids[batch, time]."""
         x = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x)
@@ -104,6 +117,7 @@ class Llama(nnx.Module):
 
 
 def log_probabilities(model, ids):
+    """Log p of the next token behind each of some tokens."""
     return jax.nn.log_softmax(model(jnp.asarray(ids)[None])[0])
 
 
