@@ -83,7 +83,7 @@ KINDS += [formats.fp8_e4m3()]
 @to_the_bit
 @named(KINDS)
 def test_dtypes_vmap_eager_and_explicit_axes_give_the_same(form):
-    """One program of f32 blocks, and what else may reach it: narrower dtypes, f64, NaN, stacks, shards."""
+    """One program of f32 blocks, and what else may reach it: narrower dtypes, f64, stacks, shards."""
     width = form.block or 32
     x = bf16_valued(np.random.default_rng(4).standard_normal((8, 4, width), np.float32))
     x[0, 0, 5] = 40
@@ -104,9 +104,6 @@ def test_dtypes_vmap_eager_and_explicit_axes_give_the_same(form):
         found = compiled(placed)
         assert jax.typeof(found[0]).sharding.spec == jax.P("a", "b", None)
         equal(jax.tree.map(np.asarray, found), expected)
-    odd = x.copy()
-    odd[1, 1, 3], odd[1, 1, 4], odd[1, 2, :] = np.nan, np.inf, -np.inf
-    equal(compiled(odd), compiled(np.where(np.isfinite(odd), odd, 0)))
     assert compiled(x[:0])[2].shape == (0, 4, width)
 
 
