@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from clipjax._arrays import dtypes, elementwise, sharding, trees
+from clipjax import steps
+from clipjax._arrays import arguments, dtypes, elementwise, sharding, trees
 from clipjax._maths import format_blocks, grids, known_formats
 from clipjax._maths.format_blocks import FormatBlocks
 from clipjax._weights import facts
 from clipjax._weights.quantize_state import LeafScales
-from clipjax.typing import Axis, Format, Leaf, Number, PerLeaf, Scales, Sides
+from clipjax.typing import Axis, Format, Leaf, Number, PerLeaf, Scales, Sides, Step, StepSize
 
 Limits: TypeAlias = tuple[Number, Number]
 """How far levels may extend below zero, and above."""
@@ -26,11 +27,13 @@ class FormatPlan(NamedTuple):
       form: the format.
       placed: its blocks on the leaf.
       dtype: of the leaf.
+      searched: True where scales are those of least squared error, False where they are those of the reference.
     """
 
     form: Format
     placed: FormatBlocks
     dtype: DTypeLike
+    searched: bool
 
     @property
     def precision(self) -> int | None:
@@ -43,9 +46,12 @@ class FormatPlan(NamedTuple):
         return jnp.dtype(self.dtype).itemsize < 4 and (self.form.code_bits > 5 or not self.form.zero)
 
 
-def plan(form: Format, axis: Axis | PerLeaf, path: str, leaf: Leaf) -> FormatPlan:
-    """Read `axis` for a leaf on a format."""
-    return FormatPlan(form, format_blocks.resolve(form, axis, path, leaf), jnp.dtype(leaf.dtype))
+def plan(form: Format, axis: Axis | PerLeaf, step: StepSize | None, path: str, leaf: Leaf) -> FormatPlan:
+    """Read `axis` and `step` for a leaf on a format."""
+    searched = isinstance(step, Step) and step == steps.mse()
+    remedy = f"Leaf {path!r} is on {form.name!r}, whose scales are those of its reference, or of least squared error."
+    arguments.require(step is None or searched, "step", "be None or `steps.mse()` with a format", step, remedy)
+    return FormatPlan(form, format_blocks.resolve(form, axis, path, leaf), jnp.dtype(leaf.dtype), searched)
 
 
 def begin(plan: FormatPlan, leaf: Leaf) -> LeafScales:
@@ -117,7 +123,42 @@ def _limits(plan: FormatPlan, max_level: Sides) -> Sides:
 
 def _fitted(plan: FormatPlan, values: jax.Array, limit: jax.Array) -> Scales:
     """The scales of values in the view of blocks."""
-    return format_blocks.stored(plan.form.fit(values, limit, plan.precision, plan.placed.within), plan.placed)
+    found = _least_squares(plan, values, limit) if plan.searched else _fit(plan, values, limit)
+    return format_blocks.stored(found, plan.placed)
+
+
+def _fit(plan: FormatPlan, values: jax.Array, limit: jax.Array) -> Scales:
+    return plan.form.fit(values, limit, plan.precision, plan.placed.within)
+
+
+def _least_squares(plan: FormatPlan, values: jax.Array, limit: jax.Array) -> Scales:
+    """Of the scales that the format fits to a block whose largest weights are cut, those of least squared error.
+
+    A weight that is cut is on the outermost level, which sets the scale of the reference: it finds the same again.
+    """
+    within, first = plan.placed.within, _fit(plan, values, limit)
+    remedy = "Its scales depend on each other: leave `step` out."
+    alone = all(s.ndim for s in first)
+    arguments.require(
+        alone, "step", "be None with a format that has a scale for all of an array", plan.form.name, remedy
+    )
+    largest = jnp.max(jnp.abs(values), axis=within, keepdims=True)
+
+    def tried(i: jax.Array | int, best: tuple[jax.Array, Scales]) -> tuple[jax.Array, Scales]:
+        cap = largest * _RATIO ** jnp.asarray(i, jnp.float32)
+        scales = _fit(plan, jnp.minimum(jnp.maximum(values, -cap), cap), limit)
+        level = plan.form.decode(plan.form.encode(values, scales, limit), scales)
+        error = jnp.sum(jnp.square(level - values), axis=within, keepdims=True)
+        better = error < best[0]
+        return jnp.minimum(error, best[0]), tuple(
+            elementwise.where(better, new, old) for new, old in zip(scales, best[1], strict=True)
+        )
+
+    worst = (jnp.full_like(largest, jnp.inf), first)
+    return jax.lax.fori_loop(0, _TRIED, tried, worst)[1]
+
+
+_RATIO, _TRIED = 0.96, 32  # of the largest weight: from 1 down to .28, where ternary codes of 256 Gaussians have .44
 
 
 def _finite(x: jax.Array) -> jax.Array:

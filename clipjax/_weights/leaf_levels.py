@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from clipjax import steps
 from clipjax._arrays import arguments, trees
-from clipjax._maths import landing, step_groups
+from clipjax._maths import landing, levels, step_groups
 from clipjax._weights import facts, leaf_format, leaf_grid, quantize_state
 from clipjax._weights.bit_widths import Kinds
 from clipjax._weights.leaf_format import FormatPlan
 from clipjax._weights.leaf_grid import Measured, Plan
 from clipjax._weights.quantize_state import Fitted, LeafScales, QuantizeState
-from clipjax.typing import Axis, Format, Leaf, PerLeaf, Sides, Step, Tree
+from clipjax.typing import Axis, Format, Leaf, PerLeaf, Sides, StepSize, Tree
 
 LeafPlan: TypeAlias = Plan | FormatPlan
 
@@ -25,14 +26,15 @@ def plan(
     kinds: Kinds,
     axis: Axis | PerLeaf,
     group: int | PerLeaf | None,
-    rule: Step,
+    step: StepSize | None,
     rounding: tuple[str, leaf_grid.Soften | None],
     path: str,
     leaf: Leaf,
 ) -> LeafPlan:
     """The arguments of `fake_quantize`, read for one leaf."""
     if isinstance(kinds, Format):
-        return leaf_format.plan(kinds, axis, path, leaf)
+        return leaf_format.plan(kinds, axis, step, path, leaf)
+    rule = levels.resolve(step, steps.mse())
     return Plan(kinds, step_groups.resolve(axis, group, path, leaf), rule, *rounding)
 
 

@@ -81,11 +81,13 @@ def fake_quantize(
         None leaves are left out; or a rule of `clipjax.widths`, which chooses the width of each leaf from its weights
         at every refresh; or None, the default, for codes of any size, for which `step` must be a number (the formula
         of D4). In the place of a width a format of `clipjax.formats`: params are then the decode of its bytes, with
-        scales for blocks along the inputs, and `step`, `group` and `rounding` are its own. Static. A width, and a
-        number as `step`, may change between runs: a state whose grid was made for another refreshes at once.
+        scales for blocks along the inputs, and `group` and `rounding` are its own. Static. A width, and a number as
+        `step`, may change between runs: a state whose grid was made for another refreshes at once.
       step: how s follows from the weights: a rule of `clipjax.steps`, `mse()` by default, or a number, which may be
         traced. With a number, a weight that jumps over several levels in one update may land one unit in the last place
-        beside its level. The next update corrects this, and its latent weight starts again at the param.
+        beside its level. The next update corrects this, and its latent weight starts again at the param. With a format
+        None is the rule of its reference for the scale, and `steps.mse()` a search for that of least squared error,
+        which cuts the largest weights; in 32 passes over them, so not with ``every=1``.
       axis: the axis or axes along which each index has a step of its own: -1 gives one step per output unit of a Flax
         kernel; None, without `group`, one step per leaf. Or `per_leaf`, as ``analysis.outputs`` of `clipjax.analyze`.
         With a format the output axes: its blocks run along all others, flattened in order; None is the last axis, and
@@ -136,7 +138,7 @@ def fake_quantize(
     """
     rule = levels.resolve(step, steps.mse())
     widths = bit_widths.resolve(bits, rule)
-    _check_alone(widths.form, step, group, rounding)
+    _check_alone(widths.form, group, rounding)
     step_groups.check(axis, group)
     mode, soften = _rounding(rounding)
     cycle = refreshing.cycle(start, every, stop)
@@ -148,7 +150,7 @@ def fake_quantize(
         allowed = widths.allowed(tree)
 
         def plan(path: str, leaf: Leaf) -> LeafPlan:
-            return leaf_levels.plan(allowed[path], axis, group, rule, (mode, soften), path, leaf)
+            return leaf_levels.plan(allowed[path], axis, group, step, (mode, soften), path, leaf)
 
         return {path: plan(path, leaf) for path, leaf in trees.governed(tree)}
 
@@ -206,7 +208,7 @@ def fake_quantize(
         own = {
             path: leaf_format.once(plan, x)
             for (path, x), ok in zip(trees.governed(target), free, strict=True)
-            if ok and isinstance(plan := by_path[path], leaf_format.FormatPlan)
+            if ok and isinstance(plan := by_path[path], leaf_format.FormatPlan) and not plan.searched
         }
         return trees.map_with_path(lambda path, x: own.get(path, x), frozen_fn(target, state, context))
 
@@ -259,14 +261,11 @@ def _rounding(rounding: RoundingMode) -> tuple[str, leaf_grid.Soften | None]:
     return rounding, None
 
 
-def _check_alone(
-    form: Format | None, step: StepSize | None, group: int | PerLeaf | None, rounding: RoundingMode
-) -> None:
+def _check_alone(form: Format | None, group: int | PerLeaf | None, rounding: RoundingMode) -> None:
     """Refuse what a format says itself."""
     if form is None:
         return
     remedy = f"The format {form.name!r} has its own: leave it out."
-    arguments.require(step is None, "step", "be None with a format", step, remedy)
     arguments.require(group is None, "group", "be None with a format", group, remedy)
     arguments.require(rounding == "nearest", "rounding", 'be "nearest" with a format', rounding, remedy)
 

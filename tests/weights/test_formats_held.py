@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import formats
+from clipjax import formats, steps
 from clipjax._maths import format_blocks, known_formats
 
 KINDS = {
@@ -213,7 +213,9 @@ def test_what_does_not_fit_is_refused_with_a_remedy():
         clipjax.fake_quantize(formats.q4_0()).init(kernel)
     for given in ({"step": 0.5}, {"group": 32}, {"rounding": "stochastic"}):
         with pytest.raises(ValueError, match=f"`{next(iter(given))}` must be .* with a format, got"):
-            clipjax.fake_quantize(formats.q4_0(), **given)
+            clipjax.fake_quantize(formats.q4_0(), **given).init({"kernel": normal(0, jnp.float32)})
+    with pytest.raises(ValueError, match="`step` must be None with a format that has a scale for all"):
+        clipjax.fake_quantize(formats.nvfp4(), step=steps.mse()).init({"kernel": normal(0, jnp.float32)})
     tx = optax.chain(clipjax.prune_mask(0.5), clipjax.fake_quantize(formats.q4_1()))
     params = {"kernel": normal(0, jnp.float32)}
     with pytest.raises(ValueError, match=r"be a format that has an exact 0, got 'q4_1'.*'kernel'"):
@@ -247,3 +249,15 @@ def test_fake_quant_on_a_format(dtype):
         clipjax.fake_quant(x, formats.q8_0(), 4)
     with pytest.raises(ValueError, match="`axis` must be given with a format alone"):
         clipjax.fake_quant(x, 0.5, 4, axis=-1)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "TQ2_0", "MXFP4"])
+def test_scales_of_least_squared_error_are_found_again_by_the_reference(kind):
+    """No scale of the reference is better, ternary ones are much worse, and the reference keeps the weights."""
+    w = normal(5, jnp.float32, (512, 32))
+    error = lambda params: float(jnp.mean(jnp.square(params["kernel"] - w)))
+    plain, _ = clipjax.hold_once(clipjax.fake_quantize(KINDS[kind]), {"kernel": w})
+    params, state = clipjax.hold_once(clipjax.fake_quantize(KINDS[kind], step=steps.mse()), {"kernel": w})
+    assert error(params) <= error(plain) * {"Q4_0": 0.95, "Q8_0": 1.0, "TQ2_0": 0.4, "MXFP4": 1.0}[kind]
+    np.testing.assert_array_equal(packed(clipjax.quantized(params, state)["kernel"]), reference(params["kernel"], kind))
+    assert not clipjax.check(params, state)
