@@ -39,7 +39,8 @@ LEVELS = (
     },
     {
         "_files": "byte_stream symbol_counts ans zero_densities symbol_codes step_search alphabets leaf_codec"
-        " integer_arrays quantized_fields quantized_leaves container atomic_file leaf_entries layouts saving",
+        " integer_arrays quantized_fields quantized_leaves format_leaves container atomic_file leaf_entries layouts"
+        " saving",
     },
     {
         "_exports": "rows naming assembling gguf_blocks gguf_metadata gguf_writing gguf_reading llama"

@@ -2,7 +2,7 @@
 
 A note reads `1a2b3c4d` where the array stands as it is, `1a2b3c4d:float32[3,4]` where a payload stands for it,
 `1a2b3c4d=int4[5]` where its bytes do, under a dtype that safetensors has no name for, and `1a2b3c4d*3,4` where a
-payload stands for a `Quantized` with codes of that shape.
+payload stands for a `Quantized` with codes of that shape, `1a2b3c4d#3,4` for one that has scales of a format.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import NamedTuple
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._files import alphabets, byte_stream, container, leaf_codec, quantized_leaves
+from clipjax._files import alphabets, byte_stream, container, format_leaves, leaf_codec, quantized_leaves
 from clipjax._maths import integers
 from clipjax._maths.integers import Quantized
 
-VERSIONS = ("1", "2")
-"""Those that can be read. The second is written for trees with a `Quantized`, so that older readers refuse them."""
+VERSIONS = ("1", "2", "3")
+"""Those that can be read. The second is written for trees with a `Quantized`, the third for those with one that has
+scales of a format, so that older readers refuse them."""
 
-_RAW, _CODED, _BYTES, _QUANTIZED = "", ":", "=", "*"
+_RAW, _CODED, _BYTES, _QUANTIZED, _FORMAT = "", ":", "=", "*", "#"
+_PAYLOADS = {_QUANTIZED: quantized_leaves, _FORMAT: format_leaves}
 _SMALL = 1 << 26  # a file may always decode to this many bytes,
 _GROWTH = 1000  # or to this many times its own size
 
@@ -29,7 +31,8 @@ _GROWTH = 1000  # or to this many times its own size
 def add(writer: container.Writer, name: str, x: np.ndarray | Quantized) -> str:
     """Add a leaf, and return its note: the checksum of its bytes, and what they do not say of dtype and shape."""
     if isinstance(x, Quantized):
-        return _add_bytes(writer, name, quantized_leaves.pack(x, name)) + _QUANTIZED + _axes(np.shape(x.codes))
+        form = _QUANTIZED if x.step is not None and not x.scales else _FORMAT
+        return _add_bytes(writer, name, _PAYLOADS[form].pack(x, name)) + form + _axes(np.shape(x.codes))
     data = leaf_codec.pack(x).data
     described = f"{x.dtype.name}[{_axes(x.shape)}]"
     if data is not None:
@@ -76,7 +79,7 @@ class StoredLeaf(NamedTuple):
     @property
     def quantized(self) -> bool:
         """True where the leaf was saved as a `Quantized`."""
-        return self.form == _QUANTIZED
+        return self.form in _PAYLOADS
 
     def data(self, reader: container.Reader) -> bytes:
         """The entry's bytes, checked before anything looks at them."""
@@ -88,7 +91,7 @@ class StoredLeaf(NamedTuple):
     def read(self, reader: container.Reader, dtype: np.dtype | None = None) -> np.ndarray:
         """The array; `dtype` is the one for the values of a `Quantized`, f32 by default."""
         if self.quantized:
-            q = quantized_leaves.unpack(self.data(reader), self.shape)
+            q = _PAYLOADS[self.form].unpack(self.data(reader), self.shape)
             return np.asarray(integers.dequantize(q, dtype=dtype or self.dtype))
         data = self.data(reader)
         return leaf_codec.unpack(data, self.dtype, self.shape) if self.form == _CODED else self._raw(data)
@@ -96,7 +99,7 @@ class StoredLeaf(NamedTuple):
     def read_codes(self, reader: container.Reader) -> np.ndarray | Quantized:
         """The `Quantized` that was saved, or one for the codes that were found behind the values, or the array."""
         if self.quantized:
-            return quantized_leaves.unpack(self.data(reader), self.shape)
+            return _PAYLOADS[self.form].unpack(self.data(reader), self.shape)
         if self.form != _CODED:
             return self._raw(self.data(reader))
         found = leaf_codec.unpack_codes(self.data(reader), self.dtype, self.shape)
@@ -105,7 +108,7 @@ class StoredLeaf(NamedTuple):
     def how(self, reader: container.Reader) -> str:
         """The form in which the array is stored, in words."""
         if self.quantized:
-            return quantized_leaves.describe(self.data(reader), self.shape)
+            return _PAYLOADS[self.form].describe(self.data(reader), self.shape)
         return leaf_codec.describe(self.data(reader), self.dtype, self.shape) if self.form == _CODED else "raw"
 
     def _raw(self, data: bytes) -> np.ndarray:
@@ -117,7 +120,8 @@ class StoredLeaf(NamedTuple):
 
 def version(notes: list[str]) -> str:
     """The first version that can read leaves with these notes."""
-    return VERSIONS[any(note[8:9] == _QUANTIZED for note in notes)]
+    forms = {note[8:9] for note in notes}
+    return VERSIONS[2 if _FORMAT in forms else 1 if _QUANTIZED in forms else 0]
 
 
 def made(reader: container.Reader) -> bool:
@@ -137,7 +141,7 @@ def leaves(reader: container.Reader) -> list[StoredLeaf]:
     if len(notes) != len(reader.entries):
         raise ValueError(f"The header has notes on {len(notes)} of {len(reader.entries)} leaves.")
     if version(notes) > found:
-        raise ValueError(f"The header is damaged: version {found} has no `Quantized`.")
+        raise ValueError(f"The header is damaged: version {found} has no such leaves.")
     return [_leaf(entry, note) for entry, note in zip(reader.entries, notes, strict=True)]
 
 
@@ -161,12 +165,12 @@ def _leaf(entry: container.Entry, note: str) -> StoredLeaf:
         number = int(checksum, 16)
         if form == _RAW:
             return StoredLeaf(entry, number, _RAW, entry.kind, entry.shape)
-        name, _, rest = ("float32", "", described) if form == _QUANTIZED else described.partition("[")
+        name, _, rest = ("float32", "", described) if form in _PAYLOADS else described.partition("[")
         shape = container.checked_shape([int(n) for n in rest.removesuffix("]").split(",") if n])
         leaf = StoredLeaf(entry, number, form, leaf_codec.DTYPES[name], shape)
     except (KeyError, ValueError):
         raise ValueError(f"The header's note on {entry.name!r} is damaged: {note[:80]!r}.") from None
-    fits = leaf.size == entry.end - entry.begin if form == _BYTES else form in (_CODED, _QUANTIZED)
+    fits = leaf.size == entry.end - entry.begin if form == _BYTES else form in (_CODED, *_PAYLOADS)
     if entry.dtype != "U8" or not fits:
         raise ValueError(f"The header's note on {entry.name!r} does not fit its entry: {note[:80]!r}.")
     return leaf

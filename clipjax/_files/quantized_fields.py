@@ -21,7 +21,7 @@ from clipjax._maths import grids
 _BITS = 5  # how many bits of the first number are the width
 _DTYPES, _AXIS, _GROUP, _FORMAT, _STEP, _ZERO, _ZERO_SHAPE, _RELATIVE = (1 << i for i in range(_BITS, _BITS + 8))
 _TEXT = 1 << 10  # bytes of a text at most
-_LARGEST = (1 << 48) - 1  # of the whole numbers among the static fields
+LARGEST = (1 << 48) - 1  # of the whole numbers among the static fields
 
 
 class Fields(NamedTuple):
@@ -55,26 +55,24 @@ def write(fields: Fields, shape: tuple[int, ...]) -> bytearray:
     flags, out = fields.relative * _RELATIVE, bytearray()
     if fields.dtypes != _usual(fields.bits):
         flags |= _DTYPES
-        out += _text(" ".join(t.name for t in fields.dtypes))
+        out += write_text(" ".join(t.name for t in fields.dtypes))
     if fields.axis is not None:
         flags |= _AXIS
-        axes = fields.axis if isinstance(fields.axis, tuple) else (fields.axis,)
-        out += byte_stream.whole(len(axes) + 1 if isinstance(fields.axis, tuple) else 0)  # one axis is no tuple of one
-        out += b"".join(byte_stream.signed(operator.index(axis)) for axis in axes)
+        out += write_axes(fields.axis)
     if fields.group is not None:
         flags |= _GROUP
         out += byte_stream.whole(operator.index(fields.group))
     if fields.format is not None:
         flags |= _FORMAT
-        out += _text(fields.format)
+        out += write_text(fields.format)
     if fields.step != _usual_step(fields, shape):
         flags |= _STEP
-        out += _shape(fields.step)
+        out += write_shape(fields.step)
     if fields.zero is not None:
         flags |= _ZERO
     if fields.zero not in (None, fields.step):
         flags |= _ZERO_SHAPE
-        out += _shape(fields.zero or ())
+        out += write_shape(fields.zero or ())
     return bytearray(byte_stream.whole((fields.bits or 0) | flags)) + out
 
 
@@ -89,18 +87,35 @@ def read(cursor: byte_stream.Cursor, shape: tuple[int, ...]) -> Fields:
     if bits is not None and bits > 16:
         raise ValueError(f"A payload's codes must have 16 bits at most, got {bits}.")
     dtypes = _read_dtypes(cursor) if flags & _DTYPES else _usual(bits)
-    axis = _read_axis(cursor) if flags & _AXIS else None
-    group = cursor.whole(_LARGEST) if flags & _GROUP else None
-    form = _read_text(cursor) if flags & _FORMAT else None
+    axis = read_axes(cursor) if flags & _AXIS else None
+    group = cursor.whole(LARGEST) if flags & _GROUP else None
+    form = read_text(cursor) if flags & _FORMAT else None
     fields = Fields(bits, axis, group, form, dtypes, (), None, bool(flags & _RELATIVE))
-    step = _read_shape(cursor) if flags & _STEP else _usual_step(fields, shape)
-    zero = _read_shape(cursor) if flags & _ZERO_SHAPE else step
+    step = read_shape(cursor) if flags & _STEP else _usual_step(fields, shape)
+    zero = read_shape(cursor) if flags & _ZERO_SHAPE else step
     fields = fields._replace(step=step, zero=zero if flags & _ZERO else None)
     try:
         check(fields, shape)
     except TypeError as error:
         raise ValueError(f"A payload's fields are damaged: {error}") from None
     return fields
+
+
+def check_static(bits: int | None, axes: object, group: int | None, form: object) -> None:
+    """Raise where a file cannot hold these fields of a `Quantized`.
+
+    Raises:
+      TypeError: for a format that is no name.
+      ValueError: for other values that do not fit.
+    """
+    if bits is not None:
+        arguments.bits(bits)
+    for one in () if axes is None else axes if isinstance(axes, tuple) else (axes,):
+        arguments.axis(one)
+    if group is not None:
+        arguments.whole(group, "group", low=1, remedy="It is the number of rows that share a step.")
+    if not (form is None or isinstance(form, str)):
+        raise TypeError(f"`format` must be the name of a format or None, got {form!r}.")
 
 
 def check(fields: Fields, shape: tuple[int, ...]) -> None:
@@ -110,14 +125,7 @@ def check(fields: Fields, shape: tuple[int, ...]) -> None:
       TypeError: for dtypes that are no numbers, or are too wide.
       ValueError: for values or shapes that do not fit.
     """
-    if fields.bits is not None:
-        arguments.bits(fields.bits)
-    for axis in () if fields.axis is None else fields.axis if isinstance(fields.axis, tuple) else (fields.axis,):
-        arguments.axis(axis)
-    if fields.group is not None:
-        arguments.whole(fields.group, "group", low=1, remedy="It is the number of rows that share a step.")
-    if not (fields.format is None or isinstance(fields.format, str)):
-        raise TypeError(f"`format` must be the name of a format or None, got {fields.format!r}.")
+    check_static(fields.bits, fields.axis, fields.group, fields.format)
     codes, _, zero = fields.dtypes
     numbers = all(t.name in leaf_codec.DTYPES and t.itemsize <= 4 and t.kind not in "bc" for t in fields.dtypes)
     whole = jnp.issubdtype(codes, jnp.integer) and (fields.format is not None or jnp.issubdtype(zero, jnp.integer))
@@ -125,7 +133,7 @@ def check(fields: Fields, shape: tuple[int, ...]) -> None:
         given = ", ".join(t.name for t in fields.dtypes)
         raise TypeError(f"Codes must be whole, step and zero point numbers, of 32 bits at most, got {given}.")
     # A format may decode by steps of any shape. Without one the formula of `dequantize` holds.
-    fit = _fits(fields.step, shape), _fits(fields.zero or (), shape)
+    fit = fits(fields.step, shape), fits(fields.zero or (), shape)
     if (fields.format is None and not all(fit)) or (fields.relative and not may_be_relative(fields, shape)):
         raise ValueError(
             f"`step` and `zero_point` must broadcast to {shape}, got {fields.step} and {fields.zero or ()}."
@@ -135,39 +143,51 @@ def check(fields: Fields, shape: tuple[int, ...]) -> None:
 def may_be_relative(fields: Fields, shape: tuple[int, ...]) -> bool:
     """True where codes can stand minus their zero points: there are several, whole ones."""
     several = fields.zero is not None and math.prod(fields.zero) > 1
-    return several and _fits(fields.zero or (), shape) and jnp.issubdtype(fields.dtypes[2], jnp.integer)
+    return several and fits(fields.zero or (), shape) and jnp.issubdtype(fields.dtypes[2], jnp.integer)
 
 
-def _text(text: str) -> bytes:
+def write_text(text: str) -> bytes:
+    """A text behind its length."""
     data = text.encode()
     if len(data) > _TEXT:
         raise ValueError(f"A name must take {_TEXT} bytes at most, got {text[:80]!r}...")
     return byte_stream.whole(len(data)) + data
 
 
-def _read_text(cursor: byte_stream.Cursor) -> str:
+def read_text(cursor: byte_stream.Cursor) -> str:
+    """The text that `write_text` wrote."""
     return bytes(cursor.take(cursor.whole(_TEXT))).decode()
 
 
 def _read_dtypes(cursor: byte_stream.Cursor) -> tuple[np.dtype, ...]:
-    names = _read_text(cursor).split()
+    names = read_text(cursor).split()
     if len(names) != 3 or not all(name in leaf_codec.DTYPES for name in names):
         raise ValueError(f"A payload's dtypes must be three of JAX's, got {names}.")
     return tuple(leaf_codec.DTYPES[name] for name in names)
 
 
-def _read_axis(cursor: byte_stream.Cursor) -> int | tuple[int, ...]:
+def write_axes(axes: int | tuple[int, ...]) -> bytes:
+    """An axis behind 0, or several behind their number and 1: one axis is no tuple of one."""
+    found = axes if isinstance(axes, tuple) else (axes,)
+    several = len(found) + 1 if isinstance(axes, tuple) else 0
+    return byte_stream.whole(several) + b"".join(byte_stream.signed(operator.index(one)) for one in found)
+
+
+def read_axes(cursor: byte_stream.Cursor) -> int | tuple[int, ...]:
+    """The axes that `write_axes` wrote."""
     several = cursor.whole(65)
-    axes = tuple(cursor.signed(_LARGEST) for _ in range(several - 1 if several else 1))
+    axes = tuple(cursor.signed(LARGEST) for _ in range(several - 1 if several else 1))
     return axes if several else axes[0]
 
 
-def _shape(shape: tuple[int, ...]) -> bytes:
+def write_shape(shape: tuple[int, ...]) -> bytes:
+    """The sizes of a shape behind their number."""
     return b"".join(byte_stream.whole(n) for n in (len(shape), *shape))
 
 
-def _read_shape(cursor: byte_stream.Cursor) -> tuple[int, ...]:
-    return tuple(cursor.whole(_LARGEST) for _ in range(cursor.whole(64)))
+def read_shape(cursor: byte_stream.Cursor) -> tuple[int, ...]:
+    """The shape that `write_shape` wrote."""
+    return tuple(cursor.whole(LARGEST) for _ in range(cursor.whole(64)))
 
 
 def _usual(bits: int | None) -> tuple[np.dtype, ...]:
@@ -187,7 +207,7 @@ def _usual_step(fields: Fields, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _fits(blocked: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+def fits(blocked: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """True where an array of the first shape broadcasts to the second, block by block."""
     pairs = zip(blocked[::-1], shape[::-1], strict=False)
     return len(blocked) <= len(shape) and all(have == want or (have and want % have == 0) for have, want in pairs)

@@ -36,13 +36,14 @@ def save(path: str | os.PathLike[str], params: Tree) -> None:
     Args:
       path: where to write.
       params: a tree whose leaves are arrays of any dtype of JAX, or `Quantized` as `quantized(params, opt_state)` gives
-        them; their codes and steps are stored, not searched for again. `save` works outside of jit. A tree with other
-        leaves (functions in an Equinox module) is split first: `eqx.filter(model, eqx.is_array)`.
+        them; their codes, and steps or scales of a format, are stored, not searched for again. `save` works outside of
+        jit. A tree with other leaves (functions in an Equinox module) is split first: `eqx.filter(model,
+        eqx.is_array)`.
 
     Raises:
       TypeError: for a leaf that is no array or a PRNG key (save its `jax.random.key_data`), and for a key of a dict
         that is no string or whole number.
-      ValueError: for a `Quantized` whose step or zero point does not broadcast to its codes.
+      ValueError: for a `Quantized` whose step, zero point or scales do not broadcast to its codes.
       ImportError: where `constriction` is missing and a leaf is smallest entropy coded: `pip install 'clipjax[files]'`.
 
     Example:
@@ -256,10 +257,10 @@ def _placer(sharding: Placement) -> Callable[[str, np.ndarray | Quantized], Any]
 
     def place(name: str, x: np.ndarray | Quantized) -> Any:
         if isinstance(x, Quantized):
-            # A sharding is for the shape of the weight, which the codes have. Steps and zero points are small and stay
-            # uncommitted, so that a product with the codes takes place where these are.
-            codes = place(name, np.asarray(x.codes))
-            return dataclasses.replace(x, codes=codes, step=jnp.asarray(x.step), zero_point=jnp.asarray(x.zero_point))
+            # A sharding is for the shape of the weight, which the codes have. Steps, zero points and scales are small
+            # and stay uncommitted, so that a product with the codes takes place where these are.
+            small = jax.tree.map(jnp.asarray, {"step": x.step, "zero_point": x.zero_point, "scales": x.scales})
+            return dataclasses.replace(x, codes=place(name, np.asarray(x.codes)), **small)
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             return np.array(x)
         return jax.device_put(x, chosen(name, x))

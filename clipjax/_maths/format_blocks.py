@@ -92,6 +92,16 @@ def _laid(box: list[int], left: int, axes: tuple[int, ...], shape: tuple[int, ..
     return left
 
 
+def counts_of(size: int | None, outputs: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of the scales of blocks of so many inputs, None for all of them; None where they do not divide."""
+    inputs = tuple(i for i in range(len(shape)) if i not in {axis % len(shape) for axis in outputs})
+    total = math.prod(shape[i] for i in inputs)
+    box = [1] * len(shape)
+    if not math.prod(shape) or _laid(box, total if size is None else size, inputs, shape) != 1:
+        return None
+    return FormatBlocks(outputs, tuple(box), shape).counts
+
+
 def view(x: jax.Array, placed: FormatBlocks) -> jax.Array:
     """The array with those axes cut in two that blocks end on the way of, so that blocks lie along whole axes."""
     for i in reversed(placed.cut):

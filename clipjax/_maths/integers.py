@@ -177,7 +177,10 @@ def dequantize(
     if isinstance(codes, Quantized):
         if codes.format is not None:
             form = known_formats.named(codes.format)
-            return form.decode(codes.codes, format_blocks.spread(codes.scales, codes.codes)).astype(dtype)
+            remedy = "Make it by `quantized(params, opt_state)`."
+            arguments.require(codes.scales, "codes", "have the scales of its format", codes.scales, remedy)
+            whole, scales = jnp.asarray(codes.codes), tuple(map(jnp.asarray, codes.scales))
+            return form.decode(whole, format_blocks.spread(scales, whole)).astype(dtype)
         assert codes.step is not None and codes.zero_point is not None
         return dequantize(codes.codes, codes.step, dtype, zero_point=codes.zero_point)
     codes = jnp.asarray(codes)

@@ -42,8 +42,8 @@ def _in_two_steps(form: Format) -> Quantize:
 
 def made(name: str, build: Callable[[str], Format]) -> Format:
     """The format of this name, built once: functions that are jitted with it are found again."""
-    found = _known.get(zlib.crc32(name.encode()))
-    return found if found is not None and found.name == name else register(build(name))
+    found = look_up(name)
+    return found if found is not None else register(build(name))
 
 
 def find(number: int) -> Format:
@@ -55,11 +55,17 @@ def find(number: int) -> Format:
     return found
 
 
+def look_up(name: str) -> Format | None:
+    """The format of a name, None for one that is not known."""
+    found = _known.get(zlib.crc32(name.encode()))
+    return found if found is not None and found.name == name else None
+
+
 def named(name: str) -> Format:
     """The format of a name; ValueError for one that is not known."""
-    found = _known.get(zlib.crc32(name.encode()))
+    found = look_up(name)
     remedy = "Call its factory in `clipjax.formats`, or `formats.register` your own."
-    arguments.require(found is not None and found.name == name, "format", "be known", name, remedy)
+    arguments.require(found is not None, "format", "be known", name, remedy)
     assert found is not None
     return found
 

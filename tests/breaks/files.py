@@ -29,10 +29,10 @@ MUTANTS = (
     Mutant("_files/layouts.py", "if isinstance(node, Quantized):", "if False:", "saving_quantized", "equal or leaf"),
     Mutant(
         "_files/leaf_entries.py",
-        "VERSIONS[any(note[8:9] == _QUANTIZED for note in notes)]",
-        "VERSIONS[0]",
+        "2 if _FORMAT in forms else 1 if _QUANTIZED in forms else 0",
+        "1 if _QUANTIZED in forms else 0",
         "saving_quantized",
-        "second_version",
+        "third_version",
     ),
     Mutant(
         "_files/leaf_entries.py", "dtype=dtype or self.dtype", "dtype=self.dtype", "saving_quantized", "like_is_any"
@@ -88,6 +88,16 @@ MUTANTS = (
         "False",
         "saving_quantized",
         "equal",
+    ),
+    Mutant("_files/format_leaves.py", "if cursor.left:", "if False:", "format_leaves", "hostile"),
+    Mutant("_files/format_leaves.py", "fields.axis != _usual_axis(shape)", "False", "format_leaves", "come_back"),
+    Mutant(
+        "_files/format_leaves.py", "fields.shapes != _usual_shapes(fields, shape)", "True", "format_leaves", "follows"
+    ),
+    Mutant("_files/format_leaves.py", "_commonest(codes))", "None)", "format_leaves", "no_more_bytes"),
+    Mutant("_files/format_leaves.py", "fields.dtypes != _stored(form)", "False", "format_leaves", "cannot_hold"),
+    Mutant(
+        "_files/format_leaves.py", "if not set(fields.axis) <= set", "if False and set", "format_leaves", "cannot_hold"
     ),
     Mutant("_files/integer_arrays.py", "if size > most:", "if False:", "quantized_leaves", "hostile_fields"),
     Mutant(

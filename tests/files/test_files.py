@@ -106,7 +106,7 @@ def test_a_tiny_file_cannot_ask_for_gigabytes():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda h: h["__metadata__"].update(clipjax="3"), "version 1 or 2, got '3'"),
+        (lambda h: h["__metadata__"].update(clipjax="4"), "version 1 or 2 or 3, got '4'"),
         (lambda h: h["__metadata__"].update(leaves=""), "notes on 0 of 3"),
         (lambda h: h["__metadata__"].update(layout="3"), "each of 3 leaves once"),
         (lambda h: h["__metadata__"].update(layout='{"set":[0,1,2]}'), "dict, list or tuple, got 'set'"),

@@ -166,12 +166,17 @@ def test_nothing_is_searched_for(monkeypatch):
         clipjax.pack(np.arange(100, dtype=np.float32).repeat(3))
 
 
-def test_only_files_with_a_quantized_are_of_the_second_version():
+def test_only_files_with_a_quantized_are_of_the_second_or_third_version():
     """Who knows the first version alone refuses such a file by that number; other files stay as they were."""
     assert metadata(clipjax.pack({"a": jnp.arange(3.0)}))["clipjax"] == "1"
     data = clipjax.pack({"a": CASES["columns"](), "b": jnp.arange(3.0)})
     assert metadata(data)["clipjax"] == "2"
     assert metadata(data)["leaves"].split()[0][8:] == "*30,20"
+    scales = (jnp.zeros((1, 20), jnp.uint16),)
+    formed = Quantized(jnp.zeros((32, 20), jnp.uint8), None, None, 4, (1,), 32, "q4_0", scales)
+    data = clipjax.pack({"a": CASES["columns"](), "b": formed})
+    assert metadata(data)["clipjax"] == "3"
+    assert metadata(data)["leaves"].split()[1][8:] == "#32,20"
 
 
 def test_other_leaves_come_back_as_they_were():
@@ -234,7 +239,7 @@ def test_codes_go_where_the_leaf_shall_be():
 
 def test_a_format_is_kept_and_not_guessed():
     leaf = CASES["format"]()
-    with pytest.raises(ValueError, match="`format` must be known, got 'q4_0'"):
+    with pytest.raises(ValueError, match="`codes` must have the scales of its format"):
         round_trip({"a": leaf}, dequantize=True)
     assert round_trip({"a": leaf})["a"].format == "q4_0"
 
@@ -271,8 +276,11 @@ def test_inspect_and_expand(tmp_path, capsys):
     assert "float32[200,100]  80000" in rows["a"] and rows["a"].endswith("4-bit codes + 100 steps, order 0")
     assert "4-bit codes + 8 steps + format q4_0" in rows["b"]
     assert __main__.main(["expand", small, back]) == 1
-    assert "`format` must be known" in capsys.readouterr().err
-    clipjax.save(small, {"a": leaf, "c": jnp.arange(3.0)})
+    assert "must have the scales of its format" in capsys.readouterr().err
+    formed = Quantized(jnp.ones((64, 20), jnp.uint8), None, None, 4, (1,), 32, "q4_0", (jnp.ones((2, 20), jnp.uint16),))
+    clipjax.save(small, {"a": leaf, "b": formed, "c": jnp.arange(3.0)})
+    assert __main__.main(["inspect", small]) == 0
+    assert "codes + 40 scales of q4_0, constant" in capsys.readouterr().out
     assert __main__.main(["expand", small, back]) == 0
     with open(back, "rb") as file:
         assert alphabets.patterns(np.asarray(clipjax.dequantize(leaf))).tobytes() in file.read()
