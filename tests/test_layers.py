@@ -27,6 +27,8 @@ LEVELS = (
         "_maths": "blocks wide counts drawing ring_buffers intervals norms square_sums ranking grids step_groups"
         " float_codes block_bytes block_scales integer_blocks float_blocks known_formats free_formats format_blocks"
         " integers fitting levels spectra landing straight_through",
+    },
+    {
         "_programs": "axes origins equations rules walking means exactness layers proving groups roles program"
         " models analysis group_leaves group_units cutting verifying shrinking",
     },
@@ -36,8 +38,6 @@ LEVELS = (
         "_weights": "refreshing facts constraints latents moments surroundings visiting projecting clamping sparsities"
         " masks zeros pruning bit_widths quantize_state leaf_grid leaf_format leaf_levels quantizing"
         " quantized_params choosing checking holding",
-    },
-    {
         "_files": "byte_stream symbol_counts ans zero_densities symbol_codes step_search alphabets leaf_codec"
         " integer_arrays quantized_fields quantized_leaves format_leaves container atomic_file leaf_entries layouts"
         " saving",

@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 import clipjax
-from clipjax import scores, structures
+from clipjax import formats, scores, structures
 
 pytestmark = pytest.mark.optimized
 
@@ -31,6 +32,12 @@ CHAINS = {
     ),
     "rigl": lambda: clipjax.prune_mask(
         0.8, every=2, stop=9, inner=optax.adamw(1e-2), regrow=0.3, key=jax.random.key(3)
+    ),
+    "format": lambda: optax.chain(
+        optax.adam(1e-2),
+        clipjax.clamp_weights(1.5),
+        clipjax.prune_mask(RAMP, every=2, stop=9),
+        clipjax.fake_quantize(formats.nvfp4(), start=3, every=3, stop=10),
     ),
 }
 
@@ -78,6 +85,33 @@ def test_resume_in_a_fresh_process_is_bit_equal(name, tmp_path):
         restored = checkpointer.restore(tmp_path / "end", expected)
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     assert int((half["kernel"] == 0).sum()) > 0 and int((new["kernel"] == 0).sum()) >= 102
+
+
+def test_an_nnx_optimizer_with_a_format_resumes(tmp_path):
+    def made():
+        model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+        tx = clipjax.fake_quantize(formats.q4_0(), every=2, inner=optax.adam(1e-2))
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def train(model, optimizer):
+        for _ in range(3):
+            optimizer.update(model, jax.tree.map(lambda p: jnp.sin(17 * p), nnx.state(model, nnx.Param)))
+
+    (model, optimizer), (again, restored) = made(), made()
+    train(model, optimizer)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "half", {"model": nnx.state(model), "optimizer": nnx.state(optimizer)})
+        checkpointer.wait_until_finished()
+        template = {"model": nnx.state(again), "optimizer": nnx.state(restored)}
+        found = checkpointer.restore(tmp_path / "half", template)
+    nnx.update(again, found["model"])
+    nnx.update(restored, found["optimizer"])
+    for pair in ((model, optimizer), (again, restored)):
+        train(*pair)
+    for one, other in ((model, again), (optimizer, restored)):
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(one), nnx.state(other))
+    q = clipjax.quantized(nnx.state(again, nnx.Param), restored.opt_state)["kernel"].get_value()
+    assert q.format == "q4_0" and q.scales[0].shape == (2, 8)
 
 
 def grid_of(kernel):

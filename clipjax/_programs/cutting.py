@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clipjax._arrays import arguments, trees
+from clipjax._maths import format_blocks, known_formats
 from clipjax._programs import groups
-from clipjax.typing import State, Tree
+from clipjax.typing import Format, State, Tree
 
 
 class Cut(NamedTuple):
@@ -109,9 +110,16 @@ def outputs(tree: Tree, found: Tails, kept: Mapping[str, Cuts]) -> Tree:
 
 
 def state(opt_state: State, found: Tails, kept: Mapping[str, Cuts], units: Units) -> State:
-    """The optimizer state, every array of it cut as the leaf is that its path ends with, or as the leaf's units are."""
+    """The optimizer state, every array of it cut as the leaf is that its path ends with, or as the leaf's units are.
+
+    Scales of formats have an entry for each block, and are cut by blocks.
+    """
+    formed = _formats(opt_state)
 
     def cut(path: str, x: Any) -> Any:
+        if path in formed:
+            name, shape = next(iter(_candidates(formed[path].leaf, found)), ("", ()))
+            return _scales(x, formed[path], name, shape, kept.get(name, {}))
         candidates = _candidates(path, found)
         if not hasattr(x, "shape") or not any(name in kept for name, _ in candidates):
             return x
@@ -128,6 +136,58 @@ def state(opt_state: State, found: Tails, kept: Mapping[str, Cuts], units: Units
         return x
 
     return trees.map_with_path(cut, opt_state)
+
+
+class _Formed(NamedTuple):
+    """A leaf on a format: its path as the optimizer sees it, and the axes that keep scales of their own."""
+
+    leaf: str
+    form: Format
+    outputs: tuple[int, ...]
+
+
+def _formats(opt_state: State) -> dict[str, _Formed]:
+    """The paths of all scales of formats, which stand beside the ids of the formats in a state of `fake_quantize`."""
+    named, formed = dict(trees.governed(opt_state)), {}
+    for path in named:
+        parts = path.split("/")
+        for i in (i for i, part in enumerate(parts[:-1]) if part == "scales"):
+            leaf = "/".join(parts[i + 1 : -1])
+            number, outputs = (named.get("/".join([*parts[:i], field, leaf])) for field in ("format", "outputs"))
+            if number is not None and outputs is not None:
+                axes = tuple(axis for axis in range(32) if int(outputs) >> axis & 1)
+                formed[path] = _Formed(leaf, known_formats.find(int(number)), axes)
+    return formed
+
+
+def _scales(x: Any, formed: _Formed, name: str, shape: tuple[int, ...], cuts: Cuts) -> Any:
+    """The scales of the blocks that are left; refused where a cut goes through blocks, or would make others of them."""
+    if not x.ndim or not cuts:
+        return x
+    form, left = formed.form, list(shape)
+    remedy = (
+        f"It is on {form.name}, with scales for {form.block or 'all'} inputs each: prune units so that whole blocks of"
+        f" neighbours go, with `round_to={form.block or 1}`, or shrink before quantizing, and start anew."
+    )
+    fits = x.ndim == len(shape) and all(n % count == 0 for n, count in zip(shape, x.shape, strict=True))
+    trees.check_state(fits, f"scales of shape {x.shape} for {name!r} of shape {shape}")
+    whole = True
+    for axis, cut in cuts.items():
+        left[axis], count = cut.size, x.shape[axis]
+        blocks = cut.kept.reshape(len(cut.kept), count, -1)
+        alone = count == 1 or (blocks == blocks[..., :1]).all()
+        whole = whole and bool(alone)
+        if alone and count > 1:
+            own = Cut(blocks[..., 0], cut.layers)
+            _check_steps(name, x, name, shape, {axis: own})
+            x = _taken(x, axis, own)
+    try:
+        of = jax.ShapeDtypeStruct(tuple(left), jnp.float32)
+        whole = whole and format_blocks.resolve(form, formed.outputs, name, of).counts == x.shape
+    except ValueError:
+        whole = False
+    arguments.require(whole, name, "keep the blocks of its format whole", tuple(left), remedy)
+    return x
 
 
 def _check_steps(path: str, x: Any, name: str, shape: tuple[int, ...], cuts: Cuts) -> None:

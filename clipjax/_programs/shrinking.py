@@ -134,7 +134,8 @@ def shrink(
     Raises:
       ValueError: if a dead unit still has a non-zero bias, scale or offset; for an unknown or ambiguous path, an axis
         that does not exist or that is cut twice, sizes that do not match, a group whose units are all dead, and a state
-        array that does not have the shape of its leaf (factored moments) or has groups along an axis that is cut; for
+        array that does not have the shape of its leaf (factored moments) or has groups along an axis that is cut; for a
+        leaf on a format of which blocks would be split: whole blocks of inputs are cut with their scales; for
         outputs that change, unless `exact` is False, or that have other shapes; for a group of an analysis that is not
         proved, without `verify`, and one with a statistic over its units, unless `exact` is False; for a model that
         must add another epsilon, without `verify`, unless `exact` is False; and, without `verify`, for a program that

@@ -31,7 +31,8 @@ CASES = SQUARE | {
 def held(name, dtype=jnp.float32, zeros=0.0):
     """Params on a format, and their codes and scales."""
     form, shape, axis = CASES[name]
-    w = RNG.normal(size=shape) * RNG.uniform(0.5, 2, shape[-1]) * (RNG.random(shape) >= zeros)
+    sparsity = zeros * RNG.choice([0.5, 1.25], shape[-1])  # a unit loses few of its weights, or all
+    w = RNG.normal(size=shape) * RNG.uniform(0.5, 2, shape[-1]) * (RNG.random(shape) >= sparsity)
     params = {"kernel": jnp.asarray(w, dtype), "bias": jnp.ones(3, dtype)}
     params, state = clipjax.hold_once(clipjax.fake_quantize(form, axis=axis), params)
     return params, clipjax.quantized(params, state)
@@ -64,7 +65,7 @@ def test_it_takes_no_more_bytes_than_the_format(name, zeros):
     size = len(format_leaves.pack(leaf, ""))
     assert size <= most + len(form.name) + 32
     if zeros and form.zero and form.code_bits >= 4:
-        assert size < 0.75 * most
+        assert size < 0.6 * most
 
 
 def test_what_follows_takes_no_bytes():
