@@ -271,10 +271,13 @@ class Width(NamedTuple):
       allowed: the widths to choose from, rising; or formats.
       choose: `choose(sizes, energy, noise) -> index`: the number of weights of every array, f32[arrays] its sum of
         squares, f32[arrays, widths] its squared error on the grid of each width; i32[arrays], which width it gets.
+      choose_formats: the same among formats, for `choose_bits`, with a fourth argument: for every array a list of the
+        bits a weight that each takes, infinite where a format does not fit. None for a rule of widths alone.
     """
 
     allowed: tuple[int | Format, ...]
     choose: Callable[[list[int], jax.Array, jax.Array], jax.Array]
+    choose_formats: Callable[[list[int], jax.Array, jax.Array, list[list[float]]], jax.Array] | None = None
 
 
 class Rounding(NamedTuple):

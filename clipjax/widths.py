@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax.typing import Width
+from clipjax.typing import Format, Width
 
 __all__ = ["Width", "budget", "sqnr"]
 
@@ -22,14 +22,15 @@ def __dir__() -> list[str]:
 ALLOWED = (2, 3, 4, 5, 6, 7, 8)
 
 
-def sqnr(target_db: float, allowed: Sequence[int] = ALLOWED) -> Width:
+def sqnr(target_db: float, allowed: Sequence[int | Format] = ALLOWED) -> Width:
     r"""The smallest width whose signal to quantization noise reaches a target, or the largest allowed.
 
     .. math:: \mathrm{SQNR}(b) = 10 \log_{10} \frac{\sum w^2}{\sum (Q_b(w) - w)^2} \ge \text{target}
 
     Args:
       target_db: the target in decibels; 6 dB are about one bit. Static.
-      allowed: the widths to choose from, each 1 to 16. Static.
+      allowed: the widths to choose from, each 1 to 16; or formats of `clipjax.formats`, among which `choose_bits`
+        chooses before a run. Static.
 
     Returns:
       A `Width`, for `fake_quantize(bits=)`: each leaf's width is chosen at `start` and at every refresh, and frozen at
@@ -52,25 +53,31 @@ def sqnr(target_db: float, allowed: Sequence[int] = ALLOWED) -> Width:
     arguments.static(target_db, "target_db")
     remedy = "Give decibels, e.g. 20."
     arguments.require(arguments.is_number(target_db), "target_db", "be a number", target_db, remedy)
-    allowed = arguments.widths(allowed, "allowed")
+    allowed = arguments.widths_or_formats(allowed, "allowed")
     ratio = 10.0 ** (min(float(target_db), 380.0) / 10)  # beyond that no f32 noise but 0 would do
 
     def choose(sizes: list[int], energy: jax.Array, noise: jax.Array) -> jax.Array:
         reached = energy[:, None] >= ratio * noise
         return jnp.where(reached.any(1), jnp.argmax(reached, 1), len(allowed) - 1)
 
-    return Width(allowed, choose)
+    def choose_formats(sizes: list[int], energy: jax.Array, noise: jax.Array, costs: list[list[float]]) -> jax.Array:
+        return _cheapest(energy[:, None] >= ratio * noise, costs)
+
+    return Width(allowed, choose, choose_formats)
 
 
-def budget(bits: float, allowed: Sequence[int] = ALLOWED) -> Width:
+def budget(bits: float, allowed: Sequence[int | Format] = ALLOWED) -> Width:
     r"""Widths whose mean over all weights is at most a budget, each bit given where it removes most squared error.
 
     Reverse water-filling: from the smallest width on, the array that loses most error per bit stored gets its next
-    width, as long as one can be paid for.
+    width, as long as one can be paid for. Formats count with their scales, each array is on one whose blocks divide its
+    inputs, and those that another one beats at fewer bits are passed over; widths beside formats count with their
+    steps.
 
     Args:
       bits: mean bits per weight. Static.
-      allowed: the widths to choose from, each 1 to 16. Static.
+      allowed: the widths to choose from, each 1 to 16; or formats of `clipjax.formats`, among which `choose_bits`
+        chooses before a run. Static.
 
     Returns:
       A `Width`, see `sqnr`.
@@ -83,6 +90,10 @@ def budget(bits: float, allowed: Sequence[int] = ALLOWED) -> Width:
       >>> w = jax.random.normal(jax.random.key(0), (64, 64))
       >>> clipjax.choose_bits({"small": w, "large": 2 * w}, budget=3.0, allowed=(2, 4))
       {'large': 4, 'small': 2}
+      >>> allowed = (clipjax.formats.q4_0(), clipjax.formats.q8_0())
+      >>> found = clipjax.choose_bits({"small": w, "large": 2 * w}, budget=6.5, allowed=allowed)
+      >>> {path: form.name for path, form in found.items()}
+      {'large': 'q8_0', 'small': 'q4_0'}
 
     References:
       D4, section 2.2, step 2. Cover and Thomas, "Elements of Information Theory", section 10.3.3.
@@ -90,14 +101,19 @@ def budget(bits: float, allowed: Sequence[int] = ALLOWED) -> Width:
     arguments.static(bits, "budget")
     ok = arguments.is_number(bits) and arguments.finite(bits)
     arguments.require(ok, "budget", "be a finite number", bits, "Give mean bits, e.g. 4.")
-    allowed = arguments.widths(allowed, "allowed")
-    remedy = f"The smallest allowed width is {allowed[0]}."
-    arguments.require(bits >= allowed[0], "budget", "be at least the smallest width", bits, remedy)
+    allowed = arguments.widths_or_formats(allowed, "allowed")
+    least = arguments.nominal(allowed[0])
+    remedy = f"The smallest allowed width is {least}."
+    arguments.require(bits >= least, "budget", "be at least the smallest width", bits, remedy)
+    numbers = tuple(width for width in allowed if not isinstance(width, Format))
 
     def choose(sizes: list[int], energy: jax.Array, noise: jax.Array) -> jax.Array:
-        return _spend(sizes, noise, allowed, float(bits))
+        return _spend(sizes, noise, numbers, float(bits))
 
-    return Width(allowed, choose)
+    def choose_formats(sizes: list[int], energy: jax.Array, noise: jax.Array, costs: list[list[float]]) -> jax.Array:
+        return _spend_on_formats(sizes, noise, costs, float(bits))
+
+    return Width(allowed, choose, choose_formats)
 
 
 def _spend(sizes: list[int], noise: jax.Array, allowed: tuple[int, ...], budget: float) -> jax.Array:
@@ -126,3 +142,30 @@ def _spend(sizes: list[int], noise: jax.Array, allowed: tuple[int, ...], budget:
 
     start = (jnp.zeros(len(sizes), jnp.int32), jnp.asarray(min(left, 2**31 - 1), jnp.int32))
     return jax.lax.while_loop(lambda state: offers(state).any(), buy, start)[0]
+
+
+def _cheapest(reached: jax.Array, costs: list[list[float]]) -> jax.Array:
+    """The width or format of fewest bits that is reached, else the one of most; infinite bits are those of none."""
+    good = np.where(np.asarray(reached), costs, np.inf)
+    most = np.where(np.isfinite(costs), costs, -1.0).argmax(1)
+    return jnp.asarray(np.where(np.isfinite(good).any(1), good.argmin(1), most))
+
+
+def _spend_on_formats(sizes: list[int], noise: jax.Array, costs: list[list[float]], budget: float) -> jax.Array:
+    """The same where a candidate has bits of its own for each array, and more of them may leave more error."""
+    errors, stored = np.asarray(noise, np.float64), np.asarray(costs) * np.asarray(sizes)[:, None]
+    rows, level = np.arange(len(sizes)), stored.argmin(1)
+    least = stored[rows, level].sum() / sum(sizes)
+    left = sum(sizes) * (budget * (1 + 1e-12) - least)
+    remedy = f"The smallest ones that fit take {least:.6g} bits a weight."
+    arguments.require(left >= 0, "budget", "be at least the smallest widths of all leaves", budget, remedy)
+    while True:
+        price = stored - stored[rows, level][:, None]
+        lost = errors[rows, level][:, None] - errors
+        offered = (price > 0) & (price <= left) & (lost > 0)
+        if not offered.any():
+            return jnp.asarray(level)
+        gain = np.divide(lost, price, out=np.full_like(price, -np.inf), where=offered)
+        row, column = np.unravel_index(gain.argmax(), gain.shape)
+        left -= price[row, column]
+        level[row] = column

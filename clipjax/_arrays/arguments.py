@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax.typing import Count, PerLeaf
+from clipjax.typing import Count, Format, PerLeaf
 
 Value = TypeVar("Value")
 
@@ -166,6 +166,20 @@ def widths(values: Sequence[int], name: str) -> tuple[int, ...]:
     for width in values:
         bits(width, name)
     return tuple(sorted({int(width) for width in values}))
+
+
+def widths_or_formats(values: Sequence[int | Format], name: str) -> tuple[int | Format, ...]:
+    """The same with formats among them, rising by their bits a weight."""
+    known = isinstance(values, tuple | list | range)
+    formed = {width for width in values if isinstance(width, Format)} if known else set()
+    numbers = [width for width in values if not isinstance(width, Format)] if formed else values
+    checked: tuple[int, ...] = () if formed and not numbers else widths(numbers, name)  # type: ignore[arg-type]
+    return tuple(sorted({*checked, *formed}, key=nominal))
+
+
+def nominal(width: int | Format) -> float:
+    """Bits a weight of a width, or of a format; without its scales where the size of a block is that of the leaf."""
+    return width.bits if isinstance(width, Format) else width
 
 
 def choice(value: object, name: str, options: tuple[object, ...]) -> None:

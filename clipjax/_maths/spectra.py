@@ -51,17 +51,18 @@ def spectrum(
         found = levels.of(rule, x, bits, axes, max_level, dtype)
         code = intervals.limit(grids.codes(x, found.step, binary), found.low, found.high)
         nearest = jnp.where(x == 0, x, code * found.step)
-        return _weighted(jnp.square(nearest - x), sensitivity), found
+        return weighted(jnp.square(nearest - x), sensitivity), found
 
     # One bit has a step in closed form and no zero, so it is a program of its own.
     found = [jax.tree.map(lambda v: v[None], on_grid_of(1, binary=True))] if allowed[0] == 1 else []
     wider = jnp.asarray([b for b in allowed if b > 1], jnp.int32)
     found += [jax.lax.map(on_grid_of, wider)] if wider.size else []
     noise, grid = jax.tree.map(lambda *columns: jnp.concatenate(columns), *found)
-    return Spectrum(_weighted(jnp.square(x), sensitivity), noise, grid)
+    return Spectrum(weighted(jnp.square(x), sensitivity), noise, grid)
 
 
-def _weighted(squares: jax.Array, sensitivity: jax.Array | None) -> jax.Array:
+def weighted(squares: jax.Array, sensitivity: jax.Array | None) -> jax.Array:
+    """The sum of squared errors, each counted as much as its entry's sensitivity says."""
     return jnp.sum(squares if sensitivity is None else squares * sensitivity.astype(squares.dtype))
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clipjax import steps, widths
-from clipjax._arrays import arguments, picking, trees
-from clipjax._maths import levels, spectra, step_groups
-from clipjax.typing import Axis, PerLeaf, StepSize, Tree, Where
+from clipjax._arrays import arguments, dtypes, picking, trees
+from clipjax._maths import known_formats, levels, spectra, step_groups
+from clipjax._weights import leaf_format
+from clipjax._weights.leaf_format import FormatPlan
+from clipjax.typing import Axis, Format, PerLeaf, Step, StepSize, Tree, Where
 
 _compiled_spectrum = jax.jit(spectra.spectrum, static_argnames=("rule", "axes", "allowed"))
 
@@ -21,7 +25,7 @@ def choose_bits(
     *,
     target_db: float | None = None,
     budget: float | None = None,
-    allowed: Sequence[int] = widths.ALLOWED,
+    allowed: Sequence[int | Format] = widths.ALLOWED,
     step: StepSize | None = None,
     axis: Axis | PerLeaf = None,
     group: int | PerLeaf | None = None,
@@ -36,7 +40,8 @@ def choose_bits(
       params: a tree of concrete arrays; zeros and non-finite entries are ignored.
       target_db: the SQNR to reach, in decibels.
       budget: mean bits per picked weight.
-      allowed: the widths to choose from, each 1 to 16.
+      allowed: the widths to choose from, each 1 to 16, or formats; or both. A format counts with its scales, and is
+        left out for a leaf whose inputs its blocks do not divide; beside formats a width counts with its steps.
       step: a rule of `clipjax.steps`, `mse()` by default, or a number.
       axis: as in `fake_quantize`; may be `per_leaf`.
       group: as in `fake_quantize`; may be `per_leaf`.
@@ -46,17 +51,21 @@ def choose_bits(
         embeddings, see `prune_mask`.
 
     Returns:
-      A tree like `params` of Python ints, None for leaves not picked: pass it as `bits=`.
+      A tree like `params` of Python ints or formats, None for leaves not picked: pass it as `bits=`.
 
     Raises:
-      ValueError: for neither or both of target and budget, an empty `allowed`, widths outside 1 to 16, or a budget
-        below the smallest allowed width.
+      ValueError: for neither or both of target and budget, an empty `allowed`, widths outside 1 to 16, a budget below
+        the smallest allowed width, and a leaf that no allowed format fits.
 
     Example:
       >>> import jax
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": jax.numpy.zeros(64)}
       >>> choose_bits(params, target_db=20.0)
       {'bias': None, 'kernel': 5}
+      >>> from clipjax import formats
+      >>> found = choose_bits(params, budget=4.6, allowed=(formats.q4_0(), formats.q8_0()))
+      >>> found["kernel"].name
+      'q4_0'
 
     References:
       D4, section 2.2, steps 1 and 2.
@@ -68,22 +77,85 @@ def choose_bits(
     picks = picking.pick(picking.resolve(where, picking.layers), params)
     picked = trees.governed(picking.restrict(params, picks))
     counts_for = dict(trees.governed(sensitivity))
+    kinds = tuple(known_formats.register(k) if isinstance(k, Format) else k for k in width.allowed)
     found = []
     for path, leaf in picked:
-        groups = step_groups.resolve(axis, group, path, leaf)
         if sensitivity is not None:
             remedy = "Give a tree like the params."
             arguments.require(path in counts_for, "sensitivity", "name every picked leaf", path, remedy)
-        h = None if sensitivity is None else step_groups.view(jnp.broadcast_to(counts_for[path], leaf.shape), groups)
-        x = jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)).astype(jnp.float32)
-        view = step_groups.view(x, groups)
-        found.append(_compiled_spectrum(view, rule, groups.axes, width.allowed, sensitivity=h))
+        h = None if sensitivity is None else jnp.broadcast_to(counts_for[path], leaf.shape)
+        found.append(_candidates(path, leaf, h, kinds, rule, axis, group))
     chosen = {}
     if found:
-        energy, noise = (jnp.stack([getattr(s, name) for s in found]) for name in ("energy", "noise"))
-        index = np.asarray(width.choose([leaf.size for _, leaf in picked], energy, noise))
-        chosen = {path: width.allowed[i] for (path, _), i in zip(picked, index, strict=True)}
+        energy, noise = (jnp.stack([getattr(one, name) for one in found]) for name in ("energy", "noise"))
+        given = [leaf.size for _, leaf in picked], energy, noise
+        if any(isinstance(kind, Format) for kind in kinds):
+            assert width.choose_formats is not None
+            index = np.asarray(width.choose_formats(*given, [one.costs for one in found]))
+        else:
+            index = np.asarray(width.choose(*given))
+        chosen = {path: kinds[i] for (path, _), i in zip(picked, index, strict=True)}
     return trees.map_with_path(lambda path, leaf: chosen.get(path), params)
+
+
+class _Candidates(NamedTuple):
+    """One leaf on each allowed width or format.
+
+    Attributes:
+      energy: f32, its sum of squares.
+      noise: f32[widths], the squared error.
+      costs: bits a weight with scales and steps; infinite for a format that does not fit.
+    """
+
+    energy: jax.Array
+    noise: jax.Array
+    costs: list[float]
+
+
+def _candidates(
+    path: str,
+    leaf: jax.Array,
+    sensitivity: jax.Array | None,
+    kinds: tuple[int | Format, ...],
+    rule: Step,
+    axis: Axis | PerLeaf,
+    group: int | PerLeaf | None,
+) -> _Candidates:
+    """The errors and bits of one leaf."""
+    x = jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)).astype(jnp.float32)
+    energy = spectra.weighted(jnp.square(x), sensitivity)
+    noise: dict[int | Format, jax.Array] = {}
+    costs: dict[int | Format, float] = {}
+    numbers = tuple(kind for kind in kinds if not isinstance(kind, Format))
+    if numbers:
+        groups = step_groups.resolve(axis, group, path, leaf)
+        h = None if sensitivity is None else step_groups.view(sensitivity, groups)
+        found = _compiled_spectrum(step_groups.view(x, groups), rule, groups.axes, numbers, sensitivity=h)
+        energy, steps_of = found.energy, found.levels.step.size / len(numbers)
+        noise |= dict(zip(numbers, found.noise, strict=True))
+        costs |= {bits: bits + 32 * steps_of / leaf.size for bits in numbers}
+    refused = None
+    for form in (kind for kind in kinds if isinstance(kind, Format)):
+        try:
+            plan = leaf_format.plan(form, axis, path, leaf)
+        except ValueError as error:  # no blocks divide its inputs, or `axis` fits no format
+            refused = refused or error
+            noise[form], costs[form] = jnp.asarray(jnp.inf, jnp.float32), math.inf
+            continue
+        noise[form] = _compiled_error(x, plan, sensitivity)
+        costs[form] = form.code_bits + form.scale_bits * math.prod(plan.placed.counts) / leaf.size
+    if refused is not None and not any(map(math.isfinite, costs.values())):
+        raise refused
+    return _Candidates(energy, jnp.stack([noise[kind] for kind in kinds]), [costs[kind] for kind in kinds])
+
+
+def _error(x: jax.Array, plan: FormatPlan, sensitivity: jax.Array | None) -> jax.Array:
+    """The squared error of a leaf on a format, without bounds."""
+    level = dtypes.narrowed(leaf_format.once(plan, x), plan.dtype)
+    return spectra.weighted(jnp.square(level.astype(jnp.float32) - x), sensitivity)
+
+
+_compiled_error = jax.jit(_error, static_argnames=("plan",))
 
 
 def choose_step(

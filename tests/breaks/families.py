@@ -69,4 +69,7 @@ MUTANTS = (
     ),
     Mutant("steps.py", "high <= grids.top(bits) * common, common", "high < 0, common", "levels", "bit_for_bit"),
     Mutant("steps.py", "sides=lambda x: (-x, x)", "sides=lambda x: (x, x)", "leaf_grid", "affine"),
+    Mutant("widths.py", "(price <= left) & ", "", "choosing_formats", "loses_most"),
+    Mutant("widths.py", " & (lost > 0)", "", "choosing_formats", "passed_over"),
+    Mutant("widths.py", "np.isfinite(good).any(1)", "True", "choosing_formats", "fewest_bits"),
 )

@@ -128,6 +128,6 @@ MUTANTS = (
     Mutant("_programs/models.py", "slice(len(old) - len(several), None)", "slice(len(several))", "models", "heads"),
     Mutant("_programs/cutting.py", "(blocks == blocks[..., :1]).all()", "True", "cutting_formats", "splits"),
     Mutant("_programs/cutting.py", "x = _taken(x, axis, own)", "pass", "cutting_formats", "training_goes_on"),
-    Mutant("_programs/cutting.py", ".counts == x.shape", ".counts", "cutting_formats", "fixed_size"),
+    Mutant("_programs/cutting.py", ".counts == x.shape", ".counts", "cutting_formats", "several_axes"),
     Mutant("_programs/cutting.py", "own = Cut(blocks[..., 0], cut.layers)", "own = cut", "cutting_formats", "goes_on"),
 )

@@ -212,4 +212,9 @@ MUTANTS = (
     Mutant("_weights/holding.py", "given or constraint.once is None", "True", "formats_held", "once"),
     Mutant("_weights/leaf_levels.py", "any(fact.zeros for fact in of_leaf)", "False", "formats_held", "remedy"),
     Mutant("_weights/leaf_levels.py", "2.0**-22 if", "0.0 if", "formats_held", "nf4"),
+    Mutant("_weights/choosing.py", "bits + 32 * steps_of / leaf.size", "bits", "choosing_formats", "steps"),
+    Mutant(
+        "_weights/choosing.py", "form.scale_bits * math.prod(plan.placed.counts)", "0", "choosing_formats", "divides"
+    ),
+    Mutant("_weights/choosing.py", "raise refused", "pass", "choosing_formats", "divides"),
 )

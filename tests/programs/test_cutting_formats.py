@@ -104,6 +104,16 @@ def test_one_block_of_a_fixed_size_is_not_cut():
         clipjax.shrink(params, [{"a/kernel": -1, "b/kernel": -2}], state)
 
 
+def test_blocks_over_several_axes_are_not_made_others():
+    """32 inputs are 2 of 16; with 8 left they would be 4 of 8, which other scales belong to."""
+    params = {"a": {"kernel": jnp.ones((4, 16)).at[:, 8:].set(0)}, "b": {"kernel": jnp.ones((2, 2, 16, 5))}}
+    params["b"]["kernel"] = params["b"]["kernel"].at[:, :, 8:].set(0)
+    tx = clipjax.fake_quantize(formats.q4_0(), where=lambda path, leaf: path == "b/kernel")
+    _, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    with pytest.raises(ValueError, match=r"`b/kernel` must keep .*got \(2, 2, 8, 5\)"):
+        clipjax.shrink(params, [{"a/kernel": -1, "b/kernel": -2}], state)
+
+
 def test_round_to_leaves_whole_blocks():
     """Of 40 dead units 8 stay, those of the block that is not dead as a whole."""
     params, state, tx = trained(formats.q8_0(), [*range(8), *BLOCKS])
