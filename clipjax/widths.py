@@ -56,12 +56,15 @@ def sqnr(target_db: float, allowed: Sequence[int | Format] = ALLOWED) -> Width:
     allowed = arguments.widths_or_formats(allowed, "allowed")
     ratio = 10.0 ** (min(float(target_db), 380.0) / 10)  # beyond that no f32 noise but 0 would do
 
+    def reaching(energy: jax.Array, noise: jax.Array) -> jax.Array:
+        return energy[:, None] >= ratio * noise
+
     def choose(sizes: list[int], energy: jax.Array, noise: jax.Array) -> jax.Array:
-        reached = energy[:, None] >= ratio * noise
+        reached = reaching(energy, noise)
         return jnp.where(reached.any(1), jnp.argmax(reached, 1), len(allowed) - 1)
 
     def choose_formats(sizes: list[int], energy: jax.Array, noise: jax.Array, costs: list[list[float]]) -> jax.Array:
-        return _cheapest(energy[:, None] >= ratio * noise, costs)
+        return _cheapest(reaching(energy, noise), costs)
 
     return Width(allowed, choose, choose_formats)
 
