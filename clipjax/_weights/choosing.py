@@ -12,10 +12,10 @@ import numpy as np
 
 from clipjax import steps, widths
 from clipjax._arrays import arguments, dtypes, picking, trees
-from clipjax._maths import known_formats, levels, spectra, step_groups
+from clipjax._maths import format_blocks, known_formats, levels, spectra, step_groups
 from clipjax._weights import leaf_format
 from clipjax._weights.leaf_format import FormatPlan
-from clipjax.typing import Axis, Format, PerLeaf, Step, StepSize, Tree, Where
+from clipjax.typing import Axis, Format, PerLeaf, StepSize, Tree, Where
 
 _compiled_spectrum = jax.jit(spectra.spectrum, static_argnames=("rule", "axes", "allowed"))
 
@@ -42,7 +42,7 @@ def choose_bits(
       budget: mean bits per picked weight.
       allowed: the widths to choose from, each 1 to 16, or formats; or both. A format counts with its scales, and is
         left out for a leaf whose inputs its blocks do not divide; beside formats a width counts with its steps.
-      step: a rule of `clipjax.steps`, `mse()` by default, or a number.
+      step: a rule of `clipjax.steps`, `mse()` by default, or a number; with formats as in `fake_quantize`.
       axis: as in `fake_quantize`; may be `per_leaf`.
       group: as in `fake_quantize`; may be `per_leaf`.
       sensitivity: a tree like `params`, how much a squared error of each weight weighs, e.g. the mean of the squared
@@ -73,7 +73,6 @@ def choose_bits(
     one = (target_db is None) != (budget is None)
     arguments.require(one, "target_db", "be given, or else `budget`, not both", target_db, "Try 20.")
     width = widths.sqnr(target_db, allowed) if budget is None else widths.budget(budget, allowed)  # type: ignore[arg-type]
-    rule = levels.resolve(step, steps.mse())
     picks = picking.pick(picking.resolve(where, picking.layers), params)
     picked = trees.governed(picking.restrict(params, picks))
     counts_for = dict(trees.governed(sensitivity))
@@ -84,7 +83,7 @@ def choose_bits(
             remedy = "Give a tree like the params."
             arguments.require(path in counts_for, "sensitivity", "name every picked leaf", path, remedy)
         h = None if sensitivity is None else jnp.broadcast_to(counts_for[path], leaf.shape)
-        found.append(_candidates(path, leaf, h, kinds, rule, axis, group))
+        found.append(_candidates(path, leaf, h, kinds, step, axis, group))
     chosen = {}
     if found:
         energy, noise = (jnp.stack([getattr(one, name) for one in found]) for name in ("energy", "noise"))
@@ -117,7 +116,7 @@ def _candidates(
     leaf: jax.Array,
     sensitivity: jax.Array | None,
     kinds: tuple[int | Format, ...],
-    rule: Step,
+    step: StepSize | None,
     axis: Axis | PerLeaf,
     group: int | PerLeaf | None,
 ) -> _Candidates:
@@ -128,7 +127,7 @@ def _candidates(
     costs: dict[int | Format, float] = {}
     numbers = tuple(kind for kind in kinds if not isinstance(kind, Format))
     if numbers:
-        groups = step_groups.resolve(axis, group, path, leaf)
+        groups, rule = step_groups.resolve(axis, group, path, leaf), levels.resolve(step, steps.mse())
         h = None if sensitivity is None else step_groups.view(sensitivity, groups)
         found = _compiled_spectrum(step_groups.view(x, groups), rule, groups.axes, numbers, sensitivity=h)
         energy, steps_of = found.energy, found.levels.step.size / len(numbers)
@@ -137,11 +136,12 @@ def _candidates(
     refused = None
     for form in (kind for kind in kinds if isinstance(kind, Format)):
         try:
-            plan = leaf_format.plan(form, axis, path, leaf)
+            format_blocks.resolve(form, axis, path, leaf)
         except ValueError as error:  # no blocks divide its inputs, or `axis` fits no format
             refused = refused or error
             noise[form], costs[form] = jnp.asarray(jnp.inf, jnp.float32), math.inf
             continue
+        plan = leaf_format.plan(form, axis, step, path, leaf)
         noise[form] = _compiled_error(x, plan, sensitivity)
         costs[form] = form.code_bits + form.scale_bits * math.prod(plan.placed.counts) / leaf.size
     if refused is not None and not any(map(math.isfinite, costs.values())):
@@ -151,7 +151,13 @@ def _candidates(
 
 def _error(x: jax.Array, plan: FormatPlan, sensitivity: jax.Array | None) -> jax.Array:
     """The squared error of a leaf on a format, without bounds."""
-    level = dtypes.narrowed(leaf_format.once(plan, x), plan.dtype)
+    if plan.searched:
+        largest = jnp.asarray(jnp.finfo(jnp.float32).max)
+        own = leaf_format.fit(plan, format_blocks.view(x, plan.placed), (largest, largest))
+        level = leaf_format.level(plan, x, own)
+    else:
+        level = leaf_format.once(plan, x)
+    level = dtypes.narrowed(level, plan.dtype)
     return spectra.weighted(jnp.square(level.astype(jnp.float32) - x), sensitivity)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import clipjax
-from clipjax import formats
+from clipjax import formats, steps
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -103,6 +103,19 @@ def test_sensitivity_weighs_errors():
     quiet = {"a": {"kernel": jnp.asarray(1e4)}, "b": {"kernel": jnp.asarray(1.0)}}
     enough = 4.5 + 4 * (64 * 8) / (64 * 8 + 96 * 8)
     assert chosen(params, budget=enough, allowed=(Q4, Q8), sensitivity=quiet) == {"a": Q8, "b": Q4}
+
+
+def test_scales_that_are_searched_for_reach_more():
+    """Ternary codes of Gaussians: by the largest weight, or by the scale of least squared error."""
+    ternary, kernel = formats.tq2_0(), PARAMS["wide"]["kernel"]
+    found, _ = clipjax.hold_once(clipjax.fake_quantize(ternary, step=steps.mse()), {"kernel": kernel})
+    reached = 10 * np.log10(float(jnp.sum(kernel**2) / jnp.sum((found["kernel"] - kernel) ** 2)))
+    assert reached > sqnr(kernel, ternary) + 1
+    for target, form in ((reached - 0.01, ternary), (reached + 0.01, Q8)):
+        assert chosen(fitting("wide"), target_db=target, allowed=(ternary, Q8), step=steps.mse())["wide"] is form
+    assert chosen(fitting("wide"), target_db=reached - 0.01, allowed=(ternary, Q8))["wide"] is Q8
+    with pytest.raises(ValueError, match=r"`step` must be None or `steps\.mse"):
+        chosen(fitting("wide"), budget=9, allowed=(4, Q8), step=steps.absmax())
 
 
 def test_a_rule_among_formats_is_for_before_a_run():
