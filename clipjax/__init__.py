@@ -15,6 +15,7 @@ from clipjax._gradients.skipping import skip_spikes
 from clipjax._gradients.with_gradient import with_gradient
 from clipjax._maths.integers import Quantized, dequantize, quantize, round_to_step
 from clipjax._maths.intervals import clamp
+from clipjax._maths.products import dot
 from clipjax._maths.straight_through import fake_quant
 from clipjax._programs.analysis import Analysis, analyze
 from clipjax._programs.shrinking import Shrunk, shrink
@@ -59,6 +60,7 @@ __all__ = [
     "clip",
     "clip_norm",
     "dequantize",
+    "dot",
     "export_gguf",
     "export_onnx",
     "export_safetensors",

@@ -20,6 +20,10 @@ Pack: TypeAlias = Callable[[jax.typing.ArrayLike, tuple[jax.typing.ArrayLike, ..
 """`pack(codes, scales) -> arrays` of a file, in NumPy, from [..., blocks, block] and [..., blocks, 1]."""
 
 
+Factors: TypeAlias = Callable[[jax.Array, Scales], tuple[jax.Array, jax.Array, jax.Array | None]]
+"""`factors(codes, scales) -> (levels, scale, minimum)`: a value is level * scale + minimum; None stands for 0."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """A deployment format: blocks of codes with scales, and the rule by which its reference makes them.
@@ -49,6 +53,8 @@ class Format:
       gap: `gap(scales) -> f32`, the distance of 0 to the nearest other level, for a cheap answer to what is surely 0;
         None to have it encoded.
       pack: the bytes of a file, None for a format without one.
+      factors: what `decode` multiplies, for `clipjax.dot`: levels of the shape of the codes, in i8 or an fp8 dtype
+        where they fit, and a scale and a minimum of the shape of the scales. None to have `dot` decode the weights.
     """
 
     name: str
@@ -65,6 +71,7 @@ class Format:
     precision: Callable[[jax.typing.DTypeLike], int | None] = lambda dtype: None
     gap: Callable[[Scales], jax.Array] | None = None
     pack: Pack | None = None
+    factors: Factors | None = None
 
     @property
     def id(self) -> int:

@@ -26,7 +26,7 @@ LEVELS = (
     {
         "_maths": "blocks wide counts drawing ring_buffers intervals norms square_sums ranking grids step_groups"
         " float_codes block_bytes block_scales integer_blocks float_blocks known_formats free_formats format_blocks"
-        " integers fitting levels spectra landing straight_through",
+        " integers products fitting levels spectra landing straight_through",
     },
     {
         "_programs": "axes origins equations rules walking means exactness layers proving groups roles program"

@@ -39,6 +39,18 @@ def _coded(
     return float_codes.signed(size, negative, layout).astype(jnp.uint8)
 
 
+def _doubled(codes: jax.Array) -> jax.Array:
+    """Twice the numbers of E2M1 codes, i8: 0, 1, 2, 3, 4, 6, 8, 12 and their negatives."""
+    exponent, last = (codes >> 1) & 3, codes & 1
+    size = (last | (jnp.minimum(exponent, 1) << 1)) << (jnp.maximum(exponent, 1) - 1)
+    return size.astype(jnp.int8) * (1 - 2 * ((codes >> 3) & 1).astype(jnp.int8))
+
+
+def _read(codes: jax.Array, layout: Layout) -> jax.Array:
+    """FP8 codes as the floats of JAX that have these bits."""
+    return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn if layout is E4M3 else jnp.float8_e5m2)
+
+
 def _floor(size: jax.Array, layout: Layout) -> jax.Array:
     """OCP: floor(log2 max|x|) minus the exponent of the largest element."""
     return (float_codes.bits(size) >> 23).astype(jnp.int32) - int(math.log2(TOP[layout]))
@@ -109,6 +121,11 @@ def mx(name: str, layout: Layout, rule: str) -> Format:
     def decode(codes: jax.Array, scales: Scales) -> jax.Array:
         return float_codes.value(codes, layout) * float_codes.power_of_two(scales[0])
 
+    def factors(codes: jax.Array, scales: Scales) -> tuple[jax.Array, jax.Array, None]:
+        if layout is E2M1:  # half of the smallest scale would be subnormal: it is 0
+            return _doubled(codes), float_codes.power_of_two(jnp.maximum(scales[0], 1) - 1), None
+        return _read(codes, layout), float_codes.power_of_two(scales[0]), None
+
     return Format(
         name=name,
         fit=fit,
@@ -121,6 +138,7 @@ def mx(name: str, layout: Layout, rule: str) -> Format:
         precision=block_scales.precision(layout.mantissa + 1, layout.span, 1),
         gap=lambda scales: float_codes.power_of_two(scales[0]) * layout.smallest,
         pack=block_bytes.packing(packed),
+        factors=factors,
     )
 
 
@@ -148,6 +166,7 @@ def scaled(name: str, layout: Layout, block: int | None, across: int | None) -> 
         precision=block_scales.precision(layout.mantissa + 1, layout.span, 24),
         gap=lambda scales: scales[0] * layout.smallest,
         pack=block_bytes.packing(block_bytes.plain),
+        factors=lambda codes, scales: (_read(codes, layout), scales[0], None),
     )
 
 
@@ -188,6 +207,7 @@ def nvfp4(name: str, divisor: bool) -> Format:
         precision=block_scales.precision(2, E2M1.span, 24),
         gap=lambda scales: value(scales) * E2M1.smallest,
         pack=block_bytes.packing(block_bytes.pairs),
+        factors=lambda codes, scales: (_doubled(codes), value(scales) * 0.5, None),
     )
 
 
@@ -256,4 +276,5 @@ def normal(name: str, block: int) -> Format:
         scale_bits=32,
         block=block,
         gap=lambda scales: scales[0] * NF4[8],
+        factors=lambda codes, scales: (decode(codes, (jnp.ones((), jnp.float32),)), scales[0], None),
     )

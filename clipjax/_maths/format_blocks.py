@@ -44,10 +44,14 @@ class FormatBlocks(NamedTuple):
         return [i for i, (n, b) in enumerate(zip(self.shape, self.box, strict=True)) if 1 < b < n]
 
     @property
+    def first(self) -> list[int]:
+        """The axis of a view that each axis of the array is, or, where it is cut, the one along which blocks follow."""
+        return [i + sum(j < i for j in self.cut) for i in range(len(self.shape))]
+
+    @property
     def within(self) -> tuple[int, ...]:
         """The axes of a view that blocks lie along, in the order of the array."""
-        before = [i + sum(j < i for j in self.cut) for i in range(len(self.shape))]
-        return tuple(before[i] + (i in self.cut) for i, b in enumerate(self.box) if b > 1)
+        return tuple(self.first[i] + (i in self.cut) for i, b in enumerate(self.box) if b > 1)
 
 
 def resolve(form: Format, axis: Axis | PerLeaf, path: str, leaf: Leaf) -> FormatBlocks:

@@ -39,6 +39,11 @@ def _truncated(x: jax.Array, scale: jax.Array, n: int) -> jax.Array:
     return block_scales.within(jnp.floor(product + (n + 0.5)), 0, 2 * n - 1)
 
 
+def _whole(codes: jax.Array, zero: int) -> jax.Array:
+    """Codes (u8) minus the code of 0, i8; the difference of u8 has the bits of that of i8."""
+    return jax.lax.bitcast_convert_type(codes.astype(jnp.uint8) - jnp.uint8(zero), jnp.int8)
+
+
 def signed_extremum(name: str, n: int) -> Format:
     """q4_0 (n = 8) and q5_0 (n = 16): d = -extremum / n, value d (q - n)."""
 
@@ -72,6 +77,7 @@ def signed_extremum(name: str, n: int) -> Format:
         precision=block_scales.precision(digits, digits, 11),
         gap=lambda scales: jnp.abs(float_codes.half(scales[0])),
         pack=block_bytes.packing(block_bytes.gguf_4 if n == 8 else block_bytes.gguf_5),
+        factors=lambda codes, scales: (_whole(codes, n), float_codes.half(scales[0]), None),
     )
 
 
@@ -116,6 +122,7 @@ def absmax(
         precision=block_scales.precision(digits, digits, 11),
         gap=lambda scales: float_codes.half(scales[0]),
         pack=block_bytes.packing(pack),
+        factors=lambda codes, scales: (codes, float_codes.half(scales[0]), None),
     )
 
 
@@ -164,6 +171,7 @@ def affine(name: str, n: int) -> Format:
         zero=False,
         quantize=quantize,
         pack=block_bytes.packing(block_bytes.gguf_4 if n == 15 else block_bytes.gguf_5),
+        factors=lambda codes, scales: (_whole(codes, 0), float_codes.half(scales[0]), float_codes.half(scales[1])),
     )
 
 
@@ -203,6 +211,7 @@ def symmetric(name: str, bits: int, dtype: str, block: int | None, across: int |
         precision=block_scales.precision(bits - 1, bits - 1, own),
         gap=lambda scales: value(scales[0]),
         pack=block_bytes.packing(functools.partial(block_bytes.words, bits=bits)),
+        factors=lambda codes, scales: (codes, value(scales[0]), None),
     )
 
 
@@ -236,4 +245,5 @@ def zero_pointed(name: str, bits: int, block: int) -> Format:
         precision=block_scales.precision(bits - 1, bits - 1, 24),
         gap=lambda scales: jnp.abs(scales[0]),
         pack=block_bytes.packing(functools.partial(block_bytes.blobs, bits=bits)),
+        factors=lambda codes, scales: (_whole(codes, n), scales[0], None),
     )

@@ -3,6 +3,20 @@
 from breaks.mutant import Mutant
 
 MUTANTS = (
+    Mutant("_maths/products.py", "i - q.codes.ndim + 1", "0 * i", "products", "stacked"),
+    Mutant(
+        "_maths/products.py", "blocked and rows > math.prod(of_kernel.box)", "blocked", "products", "no_float_kernel"
+    ),
+    Mutant("_maths/products.py", "y + jnp.sum(each", "y - jnp.sum(each", "products", "grids or every_format"),
+    Mutant(
+        "_maths/products.py",
+        "order = [left.index(i) for",
+        "order = [i for i, _ in enumerate(left) for",
+        "products",
+        "several",
+    ),
+    Mutant("_maths/float_blocks.py", "jnp.minimum(exponent, 1) << 1", "exponent << 1", "products", "every_format"),
+    Mutant("_maths/integer_blocks.py", "- jnp.uint8(zero)", "- jnp.uint8(0)", "products", "every_format"),
     Mutant("_maths/step_groups.py", "i == others[0] or ", "", "leaf_grid", "bad_arguments"),
     Mutant("_maths/step_groups.py", "jnp.moveaxis(values, groups.at, 0)", "values", "step_groups", "inputs"),
     Mutant("_maths/step_groups.py", "part //= leaf.shape[i]", "pass", "step_groups", "inputs"),
