@@ -18,6 +18,7 @@ from clipjax._maths.intervals import clamp
 from clipjax._maths.products import dot
 from clipjax._maths.straight_through import fake_quant
 from clipjax._programs.analysis import Analysis, analyze
+from clipjax._programs.sensitivities import sensitivity
 from clipjax._programs.shrinking import Shrunk, shrink
 from clipjax._reports.reporting import report
 from clipjax._reports.summarizing import Summary, summarize
@@ -87,6 +88,7 @@ __all__ = [
     "save",
     "scores",
     "selections",
+    "sensitivity",
     "shrink",
     "skip_spikes",
     "snip",

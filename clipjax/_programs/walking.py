@@ -158,7 +158,7 @@ class Walk:
     def scan(self, equation: Any, operands: list[Value]) -> list[Value]:
         """One turn, with the slices of what is scanned; a carry is what it was before."""
         params, where = equation.params, self._source(equation)
-        consts, carries = _counts(params)
+        consts, carries = counts(params)
         before, stacked = operands[consts : consts + carries], operands[consts + carries :]
         turns = [value.axes[0] for value in stacked]
         for a, b in axes_.pairs(turns):
@@ -234,7 +234,7 @@ class Walk:
         return made
 
 
-def _counts(params: Any) -> tuple[int, int]:
+def counts(params: Any) -> tuple[int, int]:
     """How many constants and how many carries a scan has, which JAX 0.10 and 0.12 write differently."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]

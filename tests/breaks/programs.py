@@ -3,6 +3,23 @@
 from breaks.mutant import Mutant
 
 MUTANTS = (
+    Mutant("_programs/tapping.py", "total if part is None else total + part", "total", "sensitivities", "hidden"),
+    Mutant(
+        "_programs/tapping.py",
+        "sorted(range(len(kernel)), key=kernel.__getitem__)",
+        "range(len(kernel))",
+        "sensitivities",
+        "experts or way",
+    ),
+    Mutant(
+        "_programs/tapping.py",
+        "shape[out] // groups, axis=0",
+        "shape[out] // groups, axis=1",
+        "sensitivities",
+        "experts",
+    ),
+    Mutant("_programs/tapping.py", "jnp.sum(totals, axis=0)", "totals[0]", "sensitivities", "stacked"),
+    Mutant("_programs/sensitivities.py", "jnp.maximum(number, 1)", "1", "sensitivities", "twice"),
     Mutant("_programs/group_leaves.py", "has_score[found[0].position]", "has_score != []", "groups", "bad_groups"),
     Mutant("_programs/group_leaves.py", "ok = size == wanted and", "ok = size % units == 0 and", "groups", "chance"),
     Mutant("_programs/group_leaves.py", "units * times if last else units", "units * times", "groups", "chance"),
