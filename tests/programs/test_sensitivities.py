@@ -131,7 +131,7 @@ def test_linen_and_nnx():
     h = found(model.apply, variables, [x])
     close(h["layers_0"]["kernel"], square(x, 0)[:, None])
     assert h["layers_2"]["kernel"].shape == (4, 1) and h["layers_0"]["bias"] is None
-    weigh = lambda h, w: None if h is None else jnp.abs(w) * jnp.sqrt(h)  # noqa: E731
+    weigh = lambda h, w: None if h is None else jnp.abs(w) * jnp.sqrt(h)
     scores = jax.tree.map(weigh, h, variables["params"], is_leaf=lambda h: h is None)
     tx = clipjax.prune_mask(0.5, score=clipjax.scores.external(scores))
     pruned, _ = clipjax.hold_once(tx, variables["params"])
@@ -149,7 +149,7 @@ def test_linen_and_nnx():
 
 def test_bad_input_is_told():
     params, x = {"kernel": normal(4, 4)}, normal(3, 4)
-    model = lambda params, x: x @ params["kernel"]  # noqa: E731
+    model = lambda params, x: x @ params["kernel"]
     analysis = clipjax.analyze(model, params, x)
     with pytest.raises(TypeError, match="`apply_fn` must be a function"):
         clipjax.sensitivity(None, params, [x], analysis)
@@ -159,6 +159,6 @@ def test_bad_input_is_told():
         clipjax.sensitivity(model, params, iter([]), analysis)
     with pytest.raises(ValueError, match="`path` must be one that was analyzed, got 'other'"):
         clipjax.sensitivity(model, params | {"other": x}, [x], analysis)
-    loop = lambda params, x: jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ params["kernel"], x)  # noqa: E731
+    loop = lambda params, x: jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ params["kernel"], x)
     with pytest.raises(ValueError, match=r"must multiply every kernel where it can be read, got \['kernel'\]"):
         clipjax.sensitivity(loop, params, [x], analysis)
