@@ -1,7 +1,8 @@
-"""`python -m clipjax inspect FILE`, `compress IN OUT`, `expand IN OUT`: the small file from the command line.
+"""`python -m clipjax inspect FILE`, `compress`, `expand` or `export IN OUT`: the small file from the command line.
 
 Compressing takes a plain safetensors file or the folder of an Orbax checkpoint; expanding writes a plain safetensors
-file where OUT ends in .safetensors, else an Orbax checkpoint. Every bit survives both ways.
+file where OUT ends in .safetensors, else an Orbax checkpoint. Every bit survives both ways. Exporting writes what other
+tools read: a GGUF file where OUT ends in .gguf, else a folder of safetensors as compressed-tensors reads it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import os
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 
+from clipjax._exports import gguf_writing, safetensors_writing
 from clipjax._files import alphabets, atomic_file, container, layouts, leaf_entries, saving
+from clipjax._maths.integers import Quantized
 from clipjax._reports.summarizing import Summary
 from clipjax.typing import Tree
 
@@ -79,6 +83,22 @@ def expand(source: str, target: str, max_bytes: int | None = None) -> None:
             writer.write(out, {})
 
 
+def export(source: str, target: str, architecture: str = "llama", max_bytes: int | None = None) -> None:
+    """Write a small file as GGUF or safetensors, under its own names; a `Quantized` on a format as its bytes."""
+    if target.endswith(".safetensors"):
+        raise ValueError(
+            f"`OUT` must be a folder or end in .gguf, got {target}. `expand` writes a plain file of floats."
+        )
+    params = saving.load(source, dequantize=False, max_bytes=max_bytes)
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+    if not any(isinstance(x, Quantized) and x.format is not None for x in leaves):
+        params = saving.load(source, max_bytes=max_bytes)  # floats in their dtypes: nobody reads steps
+    if target.endswith(".gguf"):
+        gguf_writing.export_gguf(target, params, architecture=architecture)
+    else:
+        safetensors_writing.export_safetensors(target, params)
+
+
 def _checkpointer() -> Any:  # Orbax is an extra, so that no type of it can be named here
     try:
         import orbax.checkpoint
@@ -92,13 +112,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m clipjax", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("inspect", help="a table of the leaves of a file").add_argument("file")
-    for name, text in (("compress", "plain safetensors or Orbax -> small"), ("expand", "small -> plain")):
+    texts = {
+        "compress": "plain safetensors or Orbax -> small",
+        "expand": "small -> plain",
+        "export": "small -> GGUF, or a folder of safetensors for compressed-tensors",
+    }
+    for name, text in texts.items():
         command = commands.add_parser(name, help=text)
         command.add_argument("source", metavar="IN")
         command.add_argument("target", metavar="OUT")
-        if name == "expand":
+        if name != "compress":
             command.add_argument(
                 "--max-bytes", type=int, help="how many bytes the leaves may take, if you trust the file"
+            )
+        if name == "export":
+            command.add_argument(
+                "--architecture", default="llama", help="of a GGUF file, by llama.cpp's name; llama by default"
             )
     args = parser.parse_args(arguments)
     try:
@@ -106,6 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(inspect(args.file))
         elif args.command == "compress":
             compress(args.source, args.target)
+        elif args.command == "export":
+            export(args.source, args.target, args.architecture, args.max_bytes)
         else:
             expand(args.source, args.target, args.max_bytes)
     except (OSError, TypeError, ValueError, ImportError) as error:

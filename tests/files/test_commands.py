@@ -68,6 +68,38 @@ def test_orbax_there_and_back(tmp_path):
     same(orbax.checkpoint.PyTreeCheckpointer().restore(back), net)
 
 
+@pytest.mark.parametrize("bits", [None, 4], ids=["floats", "grid"])
+def test_a_small_file_of_floats_is_exported_in_their_dtypes(tmp_path, bits):
+    pytest.importorskip("gguf")
+    small, gguf, folder = (str(tmp_path / name) for name in ("small", "model.gguf", "folder"))
+    params = {"dense": {"kernel": jnp.asarray(SPARSE / 4, jnp.bfloat16), "bias": jnp.ones(100)}}
+    if bits is None:
+        clipjax.save(small, params)
+    else:
+        held = clipjax.hold_once(clipjax.fake_quantize(bits, step=0.25), params)
+        params = held[0] | {"dense": held[0]["dense"] | {"kernel": held[0]["dense"]["kernel"].astype(jnp.float32)}}
+        clipjax.save(small, clipjax.quantized(*held))
+    assert __main__.main(["export", small, gguf, "--architecture", "net"]) == 0
+    same(clipjax.import_gguf(gguf, like=params)["dense"]["bias"], params["dense"]["bias"])
+    assert __main__.main(["export", small, folder]) == 0
+    same(clipjax.import_safetensors(folder, like=params), params)
+
+
+@pytest.mark.parametrize(
+    ("form", "target"), [(clipjax.formats.q4_0(), "model.gguf"), (clipjax.formats.int4(32, "float32"), "folder")]
+)
+def test_a_leaf_on_a_format_is_exported_as_its_bytes(tmp_path, form, target):
+    pytest.importorskip("gguf")
+    params = {"dense": {"kernel": jnp.asarray(RNG.normal(size=(64, 8)), jnp.float32)}}
+    params, state = clipjax.hold_once(clipjax.fake_quantize(form), params)
+    small, target = str(tmp_path / "small"), str(tmp_path / target)
+    clipjax.save(small, clipjax.quantized(params, state))
+    assert __main__.main(["export", small, target]) == 0
+    read = clipjax.import_gguf if target.endswith("gguf") else clipjax.import_safetensors
+    back = read(target, like=params, dequantize=False)["dense"]["kernel"]
+    assert back.format == form.name and jnp.array_equal(clipjax.dequantize(back), params["dense"]["kernel"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -76,6 +108,8 @@ def test_orbax_there_and_back(tmp_path):
         (["expand", "int4", "out.safetensors"], "no name for int4"),
         (["expand", "net", "out.safetensors", "--max-bytes", "10"], "must allow for all leaves, got 10"),
         (["expand", "text", "out.safetensors"], "no safetensors file"),
+        (["export", "net", "out.safetensors"], "a folder or end in .gguf, got out.safetensors"),
+        (["export", "text", "out.gguf"], "no safetensors file"),
         (["expand", "plain.safetensors", "out.safetensors"], "clipjax compress"),
     ],
 )
