@@ -92,7 +92,12 @@ def test_a_kernel_that_is_multiplied_twice_and_ranges_of_a_fused_one():
 
 
 def test_experts_and_groups_of_a_convolution_keep_inputs_of_their_own():
-    params = {"experts": normal(3, 4, 5), "depthwise": normal(3, 1, 2), "conv": normal(3, 4, 6)}
+    params = {
+        "experts": normal(3, 4, 5),
+        "last": normal(4, 3, 5),
+        "depthwise": normal(3, 1, 2),
+        "conv": normal(3, 4, 6),
+    }
     numbers = ("NWC", "WIO", "NWC")
 
     def model(params, x, image):
@@ -103,11 +108,13 @@ def test_experts_and_groups_of_a_convolution_keep_inputs_of_their_own():
             ).sum()
             + y
         )
-        return jnp.einsum("ebi,eio->ebo", x, params["experts"]), y
+        last = jax.lax.dot_general(x, params["last"], (((2,), (0,)), ((0,), (1,))))
+        return jnp.einsum("ebi,eio->ebo", x, params["experts"]) + last, y
 
     x, image = normal(3, 8, 4), normal(2, 9, 4, seed=1)
     h = found(model, params, [(x, image)])
     close(h["experts"], square(x, 1)[:, :, None])
+    close(h["last"], square(x, 1).T[:, :, None])
     close(h["conv"], np.broadcast_to(square(image, (0, 1))[:, None], (3, 4, 1)))
     close(h["depthwise"], np.broadcast_to(square(image[..., :2], (0, 1)), (3, 1, 2)))
 
