@@ -99,10 +99,9 @@ class Taps:
             return self.branches(equation, operands)
         if name in walking.CALLS and name != "shard_map" and walking.CALLS[name] in equation.params:
             return self.program(equation.params[walking.CALLS[name]], operands)
-        bound = equation.primitive.get_bind_params(
-            equation.params
-        )  # a pair, or the params alone, by the version of JAX
-        inner, params = bound if isinstance(bound, tuple) else ((), bound)
+        # Of a primitive that calls functions some versions of JAX return these beside the params.
+        given = equation.primitive.get_bind_params(equation.params)
+        inner, params = given if isinstance(given, tuple) else ((), given)
         run = lambda values: equation.primitive.bind(*inner, *values, **params)  # noqa: E731
         found = run([seen.value for seen in operands])
         values = list(found) if equation.primitive.multiple_results else [found]
