@@ -47,7 +47,8 @@ def dot(
     dtypes, or converts one on its way in, makes none either. A CPU's converts all codes to f32 before a large
     contraction. Levels of NF4 and codes of more than 8 bits are f32 operands in any case. Blocks along the inputs take
     rows * outputs * blocks f32 for partial sums; where these are more than the weights, as in a prefill, the kernel is
-    decoded to f32 instead, unless `integers`. So is one of a format without `Format.factors`.
+    decoded to f32 instead, or, with `integers`, rows take turns. A
+    kernel on a format without `Format.factors` is always decoded.
 
     Args:
       x: f[..., inputs], the input axes of the kernel last, in its order: two axes for a kernel of f[heads, size, out].
@@ -164,7 +165,14 @@ def _of_integers(x: jax.Array, kernel: _Kernel, outputs: tuple[int, ...]) -> jax
     step = jnp.where(step == 0, jnp.ones_like(step), step)
     codes = jax.lax.round(grids.ratio(wide, step), jax.lax.RoundingMethod.TO_NEAREST_EVEN)
     codes = jnp.clip(codes, -127.0, 127.0).astype(jnp.int8)
-    y = _contracted(codes, kernel, outputs, jnp.dtype(jnp.int32), wide.dtype)
+    of_x, of_kernel = _blocks(codes, kernel, outputs)
+    rows, each = math.prod(x.shape[i] for i in of_x.outputs), math.prod(of_kernel.box)
+    fn = lambda x: _contracted(x, kernel, outputs, jnp.dtype(jnp.int32), wide.dtype)  # noqa: E731
+    if _counted(of_kernel) and rows > each:  # so many rows at once that there are no more partial sums than weights
+        flat = jax.lax.map(fn, jnp.reshape(codes, (rows, *x.shape[axes[0] :])), batch_size=each)
+        y = jnp.reshape(flat, (*x.shape[: axes[0]], *flat.shape[1:]))
+    else:
+        y = fn(codes)
     return (y * jnp.reshape(step, (*step.shape[: axes[0]], *(1,) * len(outputs)))).astype(x.dtype)
 
 

@@ -101,8 +101,9 @@ def test_the_gradient_of_x_is_that_of_the_floats(form, rows):
 
 
 @named([formats.int8(), formats.q8_0(), formats.q4_1(), formats.mxfp4("ocp")])
-def test_integers_are_the_product_of_the_rows_that_a_step_rounds(form):
-    q, x = on_format(form, normal(64, 6)), normal(2, 3, 64, seed=1).at[0, 0].set(0)
+@pytest.mark.parametrize("rows", [3, 45])
+def test_integers_are_the_product_of_the_rows_that_a_step_rounds(form, rows):
+    q, x = on_format(form, normal(64, 6)), normal(2, rows, 64, seed=1).at[0, 0].set(0)
     step = np.abs(x).max(-1, keepdims=True) / np.float32(127)
     rounded = np.float32(np.rint(x / np.where(step == 0, 1, step)) * step)
     found = jax.jit(dot, static_argnames="integers")(x, q, integers=True)
