@@ -47,8 +47,8 @@ def dot(
     dtypes, or converts one on its way in, makes none either. A CPU's converts all codes to f32 before a large
     contraction. Levels of NF4 and codes of more than 8 bits are f32 operands in any case. Blocks along the inputs take
     rows * outputs * blocks f32 for partial sums; where these are more than the weights, as in a prefill, the kernel is
-    decoded to f32 instead, or, with `integers`, rows take turns. A
-    kernel on a format without `Format.factors` is always decoded.
+    decoded to f32 instead, or, with `integers`, rows take turns. A kernel on a
+    format without `Format.factors` is always decoded.
 
     Args:
       x: f[..., inputs], the input axes of the kernel last, in its order: two axes for a kernel of f[heads, size, out].
