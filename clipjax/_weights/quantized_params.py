@@ -23,8 +23,8 @@ def quantized(params: Tree, opt_state: State) -> Tree:
       opt_state: any optimizer state with a `fake_quantize` in it.
 
     Returns:
-      A tree like `params`; `dequantize(q, dtype=leaf.dtype)` gives the leaf back bit for bit; on symmetric grids the
-      zero point is 0.
+      A tree like `params`; `dequantize(q, dtype=leaf.dtype)` gives the leaf back bit for bit, with a format up to the
+      sign of zeros; on symmetric grids the zero point is 0.
 
     Raises:
       ValueError: where the state holds no `fake_quantize` or belongs to other params, and where a finite weight is
@@ -32,8 +32,8 @@ def quantized(params: Tree, opt_state: State) -> Tree:
         behind the quantizer.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> tx = fake_quantize(bits=4, step=0.5)
+      >>> import clipjax, jax.numpy as jnp
+      >>> tx = clipjax.fake_quantize(bits=4, step=0.5)
       >>> params = {"kernel": jnp.array([[1.2, -0.4]])}
       >>> updates, state = tx.update({"kernel": jnp.zeros((1, 2))}, tx.init(params), params)
       >>> params = {"kernel": params["kernel"] + updates["kernel"]}
