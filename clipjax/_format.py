@@ -24,7 +24,7 @@ Factors: TypeAlias = Callable[[jax.Array, Scales], tuple[jax.Array, jax.Array, j
 """`factors(codes, scales) -> (levels, scale, minimum)`: a value is level * scale + minimum; None stands for 0."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Format:
     """A deployment format: blocks of codes with scales, and the rule by which its reference makes them.
 
@@ -72,6 +72,9 @@ class Format:
     gap: Callable[[Scales], jax.Array] | None = None
     pack: Pack | None = None
     factors: Factors | None = None
+
+    def __repr__(self) -> str:
+        return f"Format({self.name!r})"
 
     @property
     def id(self) -> int:

@@ -40,6 +40,11 @@ def embedding(path: str) -> bool:
     return any(part.startswith("embed") for part in parts) or parts[-1] in EMBEDDINGS
 
 
+def table(path: str) -> bool:
+    """True for an embedding that is looked up; what is named kernel or w is multiplied, whatever module it is in."""
+    return embedding(path) and path.rsplit("/", 1)[-1] not in ("kernel", "w")
+
+
 def why_not(path: str, leaf: Any) -> str:
     """Why pruning and quantizing leave a leaf out by default; "where" for one that they would pick."""
     name = path.rsplit("/", 1)[-1]

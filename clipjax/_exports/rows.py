@@ -57,7 +57,7 @@ def outputs(axis: Axis | PerLeaf, path: str, leaf: AnyLeaf) -> tuple[int, ...]:
     wanted = tuple(sorted({*(named or ())}))
     if isinstance(leaf, Quantized) and leaf.format is not None:
         own = own_outputs(leaf)
-        table = picking.weights(path, like) and picking.embedding(path)
+        table = picking.weights(path, like) and picking.table(path)
         wanted = wanted or (tuple(range(like.ndim - 1)) if table else own)
         remedy = (
             f"The blocks of leaf {path!r}, of shape {like.shape}, leave the axes {own} as outputs. Quantize it with"
@@ -69,7 +69,7 @@ def outputs(axis: Axis | PerLeaf, path: str, leaf: AnyLeaf) -> tuple[int, ...]:
         return wanted
     if not picking.weights(path, like):
         return tuple(range(like.ndim))
-    return tuple(range(like.ndim - 1)) if picking.embedding(path) else (like.ndim - 1,)
+    return tuple(range(like.ndim - 1)) if picking.table(path) else (like.ndim - 1,)
 
 
 def own_outputs(q: Quantized) -> tuple[int, ...]:

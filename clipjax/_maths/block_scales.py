@@ -87,11 +87,18 @@ def short(size: jax.Array, largest: float, precision: int | None) -> jax.Array:
     return elementwise.where(size * largest <= near * (largest - 0.5), grids.short(size, 24 - precision), near)
 
 
-def half(size: jax.Array, largest: float, limit: Limit) -> jax.Array:
-    """A scale >= 0 as the bits of f16, u32: the nearest, or the next lower one where largest * d exceeds the limit."""
-    near = float_codes.magnitude(size, float_codes.F16)
+def half(size: jax.Array, largest: float, limit: Limit, precision: int | None = None) -> jax.Array:
+    """A scale >= 0 as the bits of f16, u32: the nearest of few bits, lower where largest * d exceeds the limit.
+
+    The lower one is what `size` is truncated to, at the precision too, as one unit of f16 less would have all its bits.
+    """
+    near = float_codes.magnitude(short(size, largest, precision), float_codes.F16)
     near = jnp.minimum(near, jnp.uint32(float_codes.F16.largest + 1))  # infinity
-    return near - exceeds(float_codes.value(near, float_codes.F16) * largest, limit).astype(jnp.uint32)
+    cut = size if precision is None else grids.short(size, 24 - precision)
+    low = jnp.minimum(float_codes.magnitude(cut, float_codes.F16, "truncate"), jnp.uint32(float_codes.F16.largest))
+    over = exceeds(float_codes.value(low, float_codes.F16) * largest, limit) & (low > 0)
+    low -= over.astype(jnp.uint32)  # a quotient by a `largest` that is no power of two may be rounded up
+    return elementwise.where(exceeds(float_codes.value(near, float_codes.F16) * largest, limit), low, near)
 
 
 def single(size: jax.Array, largest: float, limit: Limit, precision: int | None, axes: Axes = LAST) -> jax.Array:

@@ -62,7 +62,7 @@ def resolve(form: Format, axis: Axis | PerLeaf, path: str, leaf: Leaf) -> Format
     """
     kept = leaf_axes.resolve(axis, path, leaf)
     if kept is None:  # a table is looked up by its first axes, and a runtime reads its rows
-        kept = tuple(range(leaf.ndim))[slice(0, -1) if picking.embedding(path) else slice(max(leaf.ndim - 1, 1), None)]
+        kept = tuple(range(leaf.ndim))[slice(0, -1) if picking.table(path) else slice(max(leaf.ndim - 1, 1), None)]
     outputs = tuple(sorted(kept))
     inputs = tuple(i for i in range(leaf.ndim) if i not in outputs)
     remedy = f"Leaf {path!r} has shape {leaf.shape}: name its output axes alone, or leave it out with `where`."

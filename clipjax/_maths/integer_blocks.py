@@ -50,7 +50,7 @@ def signed_extremum(name: str, n: int) -> Format:
     def quantize(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> tuple[jax.Array, Scales]:
         x = block_scales.entries(x, limit)
         d = block_scales.extremum(x, axes) * (-1 / n)
-        size = block_scales.half(block_scales.short(jnp.abs(d), n, precision), n, limit)
+        size = block_scales.half(jnp.abs(d), n, limit, precision)
         scale = float_codes.signed(size, float_codes.bits(d) >> 31, F16)
         code = _truncated(x, d if precision is None else float_codes.value(scale, F16), n)
         return code.astype(jnp.uint8), (scale.astype(jnp.uint16),)
@@ -97,7 +97,7 @@ def absmax(
     def quantize(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> tuple[jax.Array, Scales]:
         x = block_scales.entries(x, limit)
         d = grids.ratio(block_scales.absmax(x, axes), n) if n > 1 else block_scales.absmax(x, axes)
-        scale = block_scales.half(block_scales.short(d, n, precision), n, limit)
+        scale = block_scales.half(d, n, limit, precision)
         code = rounded(x, d if precision is None else float_codes.value(scale, F16))
         return code.astype(jnp.int8), (scale.astype(jnp.uint16),)
 

@@ -108,10 +108,11 @@ def once(plan: FormatPlan, values: jax.Array) -> jax.Array:
 
     A reference divides by a scale before it is rounded. An update cannot, as the state has it rounded.
     """
-    largest = jnp.finfo(jnp.float32).max
+    largest = dtypes.largest(plan.dtype)
     view = format_blocks.view(_clipped(plan, _finite(values), (largest, largest)), plan.placed)
     assert plan.form.quantize is not None
-    codes, scales = plan.form.quantize(view, jnp.inf, plan.precision, plan.placed.within)
+    limit = min(largest, float(jnp.finfo(jnp.float32).max))  # finite: no scale is infinite, where bytes would be NaN
+    codes, scales = plan.form.quantize(view, limit, plan.precision, plan.placed.within)
     return format_blocks.joined(plan.form.decode(codes, scales), plan.placed, values).astype(values.dtype)
 
 

@@ -222,10 +222,17 @@ MUTANTS = (
     ),
     Mutant(
         "_maths/block_scales.py",
-        "return near - exceeds(",
-        "return near - 0 * exceeds(",
-        "block_scales",
-        "exceeds and q5_0",
+        "cut = size if precision is None else grids.short(size, 24 - precision)",
+        "cut = size",
+        "formats_held",
+        "unit_of_its_own and Q4_0",
+    ),
+    Mutant(
+        "_maths/block_scales.py",
+        "float_codes.F16) * largest, limit), low, near)",
+        "float_codes.F16) * largest, limit), near, near)",
+        "formats_held",
+        "unit_of_its_own or infinite",
     ),
     Mutant(
         "_maths/block_scales.py",

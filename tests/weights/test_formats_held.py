@@ -114,6 +114,33 @@ def test_a_bound_that_binds_in_bf16_holds_for_wide_codes():
         assert float(jnp.abs(params["kernel"].astype(jnp.float32)).max()) <= np.float32(bound), form.name
 
 
+@pytest.mark.parametrize("bound", [0.07, 0.08, 0.7, 1.3])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "TQ2_0"])
+def test_a_short_scale_is_lowered_by_a_unit_of_its_own_where_a_bound_binds(kind, dtype, bound):
+    """All of it stays exact, the outermost code is kept, and the reference finds the same bytes."""
+    tx = optax.chain(optax.sgd(0.01), clipjax.clamp_weights(bound), clipjax.fake_quantize(KINDS[kind], every=1))
+    params, state = trained(tx, {"kernel": normal(0, dtype)}, 3)
+    w, q = params["kernel"], clipjax.quantized(params, state)["kernel"]
+    np.testing.assert_array_equal(clipjax.dequantize(q), w.astype(jnp.float32))
+    np.testing.assert_array_equal(packed(q), reference(w, kind))
+    assert bound * 0.8 <= float(jnp.abs(w.astype(jnp.float32)).max()) <= bound and float(jnp.mean(w != 0)) > 0.3
+
+
+def test_no_scale_is_infinite_for_finite_weights():
+    huge = normal(0, jnp.float32).at[3, 3].set(1e30)
+    for form in KINDS.values():
+        params, state = clipjax.hold_once(clipjax.fake_quantize(form), {"kernel": huge})
+        assert bool(jnp.all(jnp.isfinite(params["kernel"]))) and not clipjax.check(params, state), form.name
+
+
+def test_a_kernel_is_no_table_whatever_its_module_is_called():
+    params = {"embedding": {"kernel": normal(0, jnp.float32, (64, 64)), "embedding": normal(1, jnp.float32, (64, 64))}}
+    state = clipjax.fake_quantize(formats.q8_0(), where=lambda path, leaf: True).init(params)
+    found = state.projection.scales["embedding"]
+    assert found["kernel"]["0"].shape == (2, 64) and found["embedding"]["0"].shape == (64, 2)
+
+
 def test_a_bound_of_two_sides_holds_on_both_sides():
     for form in (formats.q4_0(), formats.q8_0(), formats.nvfp4(), formats.int4(32, "float32")):
         tx = optax.chain(optax.sgd(1.0), clipjax.clamp_weights((-0.11, 1.0)), clipjax.fake_quantize(form, every=1))
@@ -205,6 +232,15 @@ def test_reports_and_summaries_know_formats():
     assert [v.path for v in clipjax.check(moved, state)] == ["a/kernel"]
     with pytest.raises(ValueError, match="weights of 'a/kernel' are between its levels"):
         clipjax.quantized(moved, state)
+
+
+def test_a_writer_refuses_weights_that_are_not_finite(tmp_path):
+    params, state = clipjax.hold_once(
+        clipjax.fake_quantize(formats.q8_0()), {"kernel": normal(0, jnp.float32).at[3, 3].set(jnp.nan)}
+    )
+    with pytest.raises(ValueError, match=r"be finite where they are quantized, got \['kernel'\]"):
+        clipjax.export_gguf(tmp_path / "net.gguf", params, state)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_fit_is_refused_with_a_remedy():
