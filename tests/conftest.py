@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zlib
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -22,6 +23,10 @@ COMPILED = pytest.StashKey[str]()
 KEPT = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of each test's cases every N-th alone")
+
+
 def pytest_configure(config):
     """One folder of compiled programs for the workers, and for the processes that tests start, of this run alone.
 
@@ -35,12 +40,40 @@ def pytest_configure(config):
         jax.config.update(name, value)
     compiling.install()
     config.pluginmanager.register(Programs())
+    config.pluginmanager.register(Sample(config.getoption("--one-in")))
 
 
 def pytest_unconfigure(config):
     if COMPILED in config.stash:
         shutil.rmtree(config.stash[COMPILED], ignore_errors=True)
         del os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+class Sample:
+    """Every N-th case of each test that has several, so that each test runs, and all but few of its kinds of case.
+
+    Where the counting begins depends on the test's name: else all would leave out the same column of a table.
+    """
+
+    def __init__(self, one_in):
+        self.one_in = one_in
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config, items):
+        """Behind `-m`, which leaves out slow cases."""
+        cases, kept, left = {}, [], []
+        for item in items:
+            if hasattr(item, "callspec"):
+                cases.setdefault((item.path, item.originalname), []).append(item)
+        chosen = set()
+        for (_, name), group in cases.items():
+            first = zlib.crc32(name.encode()) % min(self.one_in, len(group))
+            chosen.update(group[first :: self.one_in])
+        for item in items:
+            (left if hasattr(item, "callspec") and item not in chosen else kept).append(item)
+        items[:] = kept
+        if left:
+            config.hook.pytest_deselected(items=left)
 
 
 class Programs:
