@@ -17,7 +17,7 @@ import pytest
 
 MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
 HELD = 600  # programs in memory before they are dropped
-TRAINING = ("clipping.md", "pruning.md", "quantizing.md", "shrinking.md")
+TRAINING = ("clipping.md", "formats.md", "pruning.md", "quantizing.md", "shrinking.md")
 COMPILED = pytest.StashKey[str]()
 # Every program, however small, is kept: reading one takes a fifth of the time of compiling it.
 KEPT = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1}

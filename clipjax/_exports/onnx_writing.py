@@ -51,7 +51,7 @@ def export_onnx(
     The values that the new graph computes with are the decoded bytes exactly, rounded once where its weights are not
     f32. onnxruntime fuses DequantizeLinear with MatMul, and then rounds activations to 8 bits, unless its session
     option ``session.qdq_matmulnbits_accuracy_level`` is "0". It has no FP4; OpenVINO reads all of them but 2-bit
-    integers.
+    integers of DequantizeLinear.
 
     Args:
       model_in: the graph, a file or a `ModelProto`, which is not changed.
