@@ -82,6 +82,10 @@ def q4_1() -> Format:
 
     0 is no level in general, so that pruned weights do not stay zeros.
 
+    A level has more digits than f32, so that params + updates may not be it: a weight that `fake_quantize` holds may be
+    a unit or two in the last place beside the decode of its bytes, until an update lands on it. `quantized` and the
+    writers give it the code of that level, and who reads the file has the level itself.
+
     Returns:
       A `Format`.
 
@@ -93,7 +97,7 @@ def q4_1() -> Format:
 
 
 def q5_1() -> Format:
-    """GGUF's Q5_1: as `q4_1`, with 5-bit codes; 6 bits a weight.
+    """GGUF's Q5_1: as `q4_1`, with 5-bit codes; 6 bits a weight. Held weights are as close to their levels.
 
     Returns:
       A `Format`.

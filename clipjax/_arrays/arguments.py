@@ -155,8 +155,11 @@ def axes(value: object) -> tuple[int, ...]:
 def bits(value: object, name: str = "bits") -> None:
     """Check a bit width: a static whole number between 1 and 16."""
     static(value, name)
+    called(value, name, "a width or a format")
+    named = isinstance(value, str)
+    remedy = "A format comes from its factory: `formats.q4_0()`." if named else "2 is ternary, 4 and 8 are usual."
     ok = isinstance(value, int | np.integer) and not isinstance(value, bool) and 1 <= value <= 16
-    require(ok, name, "be between 1 and 16", value, "2 is ternary, 4 and 8 are usual.")
+    require(ok, name, "be between 1 and 16", value, remedy)
 
 
 def widths(values: Sequence[int], name: str) -> tuple[int, ...]:
@@ -201,7 +204,8 @@ def called(value: object, name: str, kinds: str) -> None:
     """Refuse a factory of this library that was not called: no function of its modules is a schedule."""
     module = str(getattr(value, "__module__", ""))
     if inspect.isfunction(value) and module.split(".")[0] == "clipjax" and "<" not in value.__qualname__:
-        factory = value.__name__ if "._" in module else f"{module.removeprefix('clipjax.')}.{value.__name__}"
+        family = module.removeprefix("clipjax.") if "._" not in module else module.rpartition("_")[2]
+        factory = f"{family}.{value.__name__}" if "._" not in module or family == "formats" else value.__name__
         raise TypeError(f"`{name}` must be {kinds}, got the function `{factory}`. Call it: `{factory}()`.")
 
 

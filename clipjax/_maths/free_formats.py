@@ -175,7 +175,8 @@ def nf4(block: int = 64) -> Format:
 
     .. math:: s = \max|x|,\quad q = \arg\min_i |x / s - v_i|,\quad x \approx s v_q
 
-    the lower of two levels that are as near.
+    the lower of two levels that are as near. The levels are products that f32 rounds: a weight that `fake_quantize`
+    holds may be a unit or two in the last place beside the decode of its codes, as with `q4_1`.
 
     Args:
       block: how many entries share a scale. Static.

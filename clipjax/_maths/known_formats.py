@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from clipjax._arrays import arguments
 from clipjax.typing import Format, Quantize, Scales
@@ -68,10 +67,3 @@ def named(name: str) -> Format:
     arguments.require(found is not None, "format", "be known", name, remedy)
     assert found is not None
     return found
-
-
-def bits(number: jax.Array) -> jax.Array:
-    """`Format.bits` of a traced id, f32; 0 for one that is not known."""
-    ids = jnp.asarray(list(_known), jnp.uint32)
-    each = jnp.asarray([form.bits for form in _known.values()], jnp.float32)
-    return jnp.sum(jnp.where(ids == number, each, 0.0))

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes
 from clipjax._maths import fitting, grids
-from clipjax.typing import Levels, Number, Sides, Step
+from clipjax.typing import Format, Levels, Number, Sides, Step
 
 Bits: TypeAlias = int | jax.Array
 
@@ -30,10 +30,10 @@ def resolve(step: Number | Step | None, default: Step) -> Step:
     if step is None:
         return default
     arguments.called(step, "step", "a number or a rule of `clipjax.steps`")
-    if callable(step) or isinstance(step, str):
-        raise TypeError(
-            f"`step` must be a number or a rule from `clipjax.steps`, got {step!r}. Call the factory: `steps.mse()`."
-        )
+    if callable(step) or isinstance(step, str | Format):
+        formed = isinstance(step, Format)
+        remedy = "Give the format in the place of `bits`." if formed else "Call the factory: `steps.mse()`."
+        raise TypeError(f"`step` must be a number or a rule from `clipjax.steps`, got {step!r}. {remedy}")
     arguments.scalar(step, "step", "Give one step; steps of units and groups follow from `axis` and `group`.")
     return given(step)
 

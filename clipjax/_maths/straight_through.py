@@ -60,7 +60,7 @@ def fake_quant(
     Raises:
       ValueError: for bits outside 1 to 16, a step that is not positive and finite, an unknown rounding or gradient, or
         "lsq" without bits; for what a format says itself, and inputs that its blocks do not divide.
-      TypeError: for complex numbers.
+      TypeError: for complex numbers, for whole ones on a format, and for a step that is neither number nor format.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,6 +84,9 @@ def fake_quant(
         arguments.require(own, "step", "be given without more than `axis` where it is a format", step.name, remedy)
         return _formed(arguments.real(x, "x"), known_formats.register(step), axis)
     arguments.require(axis is None, "axis", "be given with a format alone", axis, "A step broadcasts to `x`.")
+    if callable(step) or isinstance(step, str):
+        arguments.called(step, "step", "a number or a format")
+        raise TypeError(f"`step` must be a number or a format, got {step!r}. Call a factory: `formats.q4_0()`.")
     arguments.check_step(step)
     grids.check_rounding(rounding, key)
     arguments.choice(gradient, "gradient", GRADIENTS)
@@ -113,6 +116,8 @@ def fake_quant(
 
 def _formed(x: jax.Array, form: Format, axis: Axis) -> jax.Array:
     """The values of a format as its reference makes them, with the derivative of the identity."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be a float array for a format, got {x.dtype}. Convert it: `x.astype(jnp.float32)`.")
     wide = x.astype(jnp.float32)
     fixed = jax.lax.stop_gradient(wide)
     placed = format_blocks.resolve(form, axis, "x", x)

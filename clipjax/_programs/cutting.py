@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -114,12 +115,21 @@ def state(opt_state: State, found: Tails, kept: Mapping[str, Cuts], units: Units
 
     Scales of formats have an entry for each block, and are cut by blocks.
     """
-    formed = _formats(opt_state)
+    formed, scales, bits = _formats(opt_state), {}, {}
+    for path, x in trees.governed(opt_state):
+        if path in formed:
+            of = formed[path]
+            name, shape = next(iter(_candidates(of.leaf, found)), ("", ()))
+            cuts = kept.get(name, {})
+            scales[path] = _scales(x, of, name, shape, cuts)
+            size = math.prod(cuts[i].size if i in cuts else shape[i] for i in range(-len(shape), 0))
+            bits[of.bits] = bits.get(of.bits, of.form.code_bits) + 8 * scales[path].nbytes / max(size, 1)
 
     def cut(path: str, x: Any) -> Any:
-        if path in formed:
-            name, shape = next(iter(_candidates(formed[path].leaf, found)), ("", ()))
-            return _scales(x, formed[path], name, shape, kept.get(name, {}))
+        if path in scales:
+            return scales[path]
+        if path in bits:
+            return jnp.full_like(x, bits[path])
         candidates = _candidates(path, found)
         if not hasattr(x, "shape") or not any(name in kept for name, _ in candidates):
             return x
@@ -139,9 +149,10 @@ def state(opt_state: State, found: Tails, kept: Mapping[str, Cuts], units: Units
 
 
 class _Formed(NamedTuple):
-    """A leaf on a format: its path as the optimizer sees it, and the axes that keep scales of their own."""
+    """A leaf on a format: its path as the optimizer sees it, that of its bits in the state, and its output axes."""
 
     leaf: str
+    bits: str
     form: Format
     outputs: tuple[int, ...]
 
@@ -156,7 +167,9 @@ def _formats(opt_state: State) -> dict[str, _Formed]:
             number, outputs = (named.get("/".join([*parts[:i], field, leaf])) for field in ("format", "outputs"))
             if number is not None and outputs is not None:
                 axes = tuple(axis for axis in range(32) if int(outputs) >> axis & 1)
-                formed[path] = _Formed(leaf, known_formats.find(int(number)), axes)
+                formed[path] = _Formed(
+                    leaf, "/".join([*parts[:i], "bits", leaf]), known_formats.find(int(number)), axes
+                )
     return formed
 
 

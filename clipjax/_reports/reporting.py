@@ -13,7 +13,6 @@ from clipjax._gradients import threshold_state
 from clipjax._gradients.clipping import ClipState
 from clipjax._gradients.norm_clipping import ClipNormState
 from clipjax._gradients.skipping import SkipState
-from clipjax._maths import known_formats
 from clipjax._weights import quantize_state
 from clipjax._weights.clamping import ClampState
 from clipjax._weights.projecting import ProjectState
@@ -30,7 +29,8 @@ def report(opt_state: State, per_leaf: bool = False) -> Metrics:
     A key has the name of the transformation and that of the metric: `prune_mask/sparsity`, `clip_norm/norm_pre`. A
     second transformation of the same name is `prune_mask_1/…`. Transformations in an `inner=` come before the one
     around them. `report` works in jit and scan. It reads the state alone: a sparsity is that of the mask, bits and step
-    are those of the grid, 0 before there is one. Whether the params keep to them is what `check` finds out.
+    are those of the grid, `format_bits` those of formats with their scales, 0 before there is one. Whether the params
+    keep to them is what `check` finds out.
 
     Args:
       opt_state: any optimizer state, that of an `nnx.Optimizer` included.
@@ -133,20 +133,15 @@ def _prune(state: PruneState, per_leaf: bool) -> Metrics:
 def _quantize(state: QuantizeState, per_leaf: bool) -> Metrics:
     """The mean over the leaves, each of which counts once; 0 before the first refresh.
 
-    Leaves on a grid have `bits` and `step`, those on a format `format_bits`, of a weight and its share of the scales
-    where blocks have one size.
+    Leaves on a grid have `bits` and `step`, those on a format `format_bits`, of a weight and its share of the scales.
     """
     fitted = quantize_state.fitted(state)
-    formed = {path: jnp.where(fitted, known_formats.bits(n), 0) for path, n in _by_path(state.format).items()}
     bits = {path: jnp.where(fitted, b, 0).astype(jnp.float32) for path, b in _by_path(state.bits).items()}
+    formed = {path: bits.pop(path) for path in _by_path(state.format)}
     steps = {path: jnp.where(fitted, s.mean(), 0) for path, s in _by_path(state.step).items()}
-    count = max(len(bits), 1)
-    metrics = {
-        "bits": sum(bits.values(), jnp.zeros(())) / count,
-        "step": sum(steps.values(), jnp.zeros(())) / count,
-    }
-    if formed:
-        metrics["format_bits"] = sum(formed.values(), jnp.zeros(())) / len(formed)
+    kinds = {"bits": bits, "step": steps} if steps or not formed else {}
+    kinds |= {"format_bits": formed} if formed else {}
+    metrics = {key: sum(of.values(), jnp.zeros(())) / max(len(of), 1) for key, of in kinds.items()}
     if per_leaf:
         metrics |= {f"format_bits/{path}": b for path, b in formed.items()}
         metrics |= {f"bits/{path}": b for path, b in bits.items()}

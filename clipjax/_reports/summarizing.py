@@ -247,8 +247,8 @@ def _levels(path: str, leaf: Any, state: QuantizeState | None) -> Row:
     if own is None:
         grid = leaf_grid.at(state, path)
         return {"bits": int(grid.bits) or None, "format": None, "step": float(np.mean(grid.step)), "off_grid": off}
-    form = leaf_format.form_of(own)
-    return {"bits": leaf_format.bits(own, leaf.size), "format": form.name, "step": None, "off_grid": off}
+    bits = float(trees.look_up(state.bits, path))
+    return {"bits": bits, "format": leaf_format.form_of(own).name, "step": None, "off_grid": off}
 
 
 def _surviving(leaf: Any, masks: list[jax.Array]) -> np.ndarray | None:

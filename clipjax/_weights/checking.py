@@ -139,6 +139,7 @@ def _of_optimizer(params: Tree, opt_state: State, tx: optax.GradientTransformati
         return [(row.entries, row.distance) for row in rows]
 
     try:
+        visiting.require_fit(tx, trees.pure(params), trees.pure(opt_state), {})
         found = arrays(trees.pure(params), trees.pure(opt_state))
     except jax.errors.UnexpectedTracerError:  # a wrapper calls its transformation in a branch of its own
         visits[0] = -1

@@ -30,6 +30,8 @@ class Constraint(NamedTuple):
       refits: True where every update fits the state to its target.
       once: `once(target, state, context) -> params`, what `hold_once` makes of the values to which the state was just
         fitted, where that is not what an update makes of them.
+      check_fits: `check_fits(params, state, exact)` raises where the state is of other params or options; with `exact`
+        also where an update would refresh it for that.
       tolerance: the relative difference up to which params count as the projection of the latent weights; 0 where
         projected values are exact in floating point, so that two compiled programs agree on them.
       tolerances: `tolerances(params) -> floats`, the same leaf by leaf, where it differs.
@@ -45,6 +47,7 @@ class Constraint(NamedTuple):
     facts: Callable[[Tree, State, State, Context], list[Fact]] | None = None
     refits: bool = False
     once: Callable[[Tree, State, Context], Tree] | None = None
+    check_fits: Callable[[Tree, State, bool], object] = lambda params, state, exact: None
     tolerance: float = 0.0
     tolerances: Callable[[Tree], Tree] | None = None
 

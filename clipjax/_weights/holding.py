@@ -77,6 +77,8 @@ def hold_once(
 
     state = opt_state if given else tx.init(params)
     try:
+        if given:
+            visiting.require_fit(tx, trees.pure(params), trees.pure(state), extra)
         held = jax.jit(hold)(trees.pure(params), trees.pure(state))
         return trees.with_boxes(held[0], params), trees.with_boxes(held[1], state)
     except jax.errors.UnexpectedTracerError:

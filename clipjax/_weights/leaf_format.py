@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -56,18 +59,40 @@ def plan(form: Format, axis: Axis | PerLeaf, step: StepSize | None, path: str, l
 
 def begin(plan: FormatPlan, leaf: Leaf) -> LeafScales:
     """The scales before the first refresh: zeros."""
-    like = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
-    found = jax.eval_shape(lambda x: _fitted(plan, format_blocks.view(x, plan.placed), jnp.asarray(0.0)), like)
     largest = jnp.finfo(jnp.float32).max
-    return _kept(plan, tuple(jnp.zeros(s.shape, s.dtype) for s in found), (largest, largest))
+    return _kept(plan, tuple(jnp.zeros(s.shape, s.dtype) for s in _layout(plan)), (largest, largest))
 
 
-def check_shape(plan: FormatPlan, path: str, own: LeafScales) -> None:
-    """Raise for scales of another format, or of other blocks."""
-    want = plan.placed.counts
-    shapes = [s.shape for s in own.scales if s.ndim]
-    got = f"scales of shape {shapes} at {path!r}, where {plan.form.name} should have {want}"
-    trees.check_state(all(shape == want for shape in shapes), got)
+@functools.cache
+def _layout(plan: FormatPlan) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shape and dtype of the scales that a leaf has in the state."""
+    like = jax.ShapeDtypeStruct(plan.placed.shape, jnp.float32)
+    return jax.eval_shape(lambda x: _fitted(plan, format_blocks.view(x, plan.placed), jnp.asarray(0.0)), like)
+
+
+def bits(plan: FormatPlan) -> float:
+    """Bits a weight, with its share of all scales."""
+    stored = sum(8 * s.dtype.itemsize * s.size for s in _layout(plan))
+    return plan.form.code_bits + stored / max(math.prod(plan.placed.shape), 1)
+
+
+def check_fits(plan: FormatPlan, path: str, own: LeafScales, exact: bool) -> None:
+    """Raise for scales that are laid as another format or other blocks have them.
+
+    With `exact` also for those of another format, or of other axes, that are laid alike; known outside of jit alone.
+    """
+    want, known = _layout(plan), not arguments.traced(own.id)
+    fits = _shown(own.scales) == _shown(want)
+    if fits and exact and known:
+        fits = int(own.id) == plan.form.id and outputs_of(own) == plan.placed.outputs
+    if not fits:
+        kind = f"{form_of(own).name!r} with outputs {outputs_of(own)}" if known else "a format"
+        asked = f"{plan.form.name!r} with outputs {plan.placed.outputs} has {_shown(want)}"
+        trees.check_state(False, f"scales of shape {_shown(own.scales)} of {kind} at {path!r}, where {asked}")
+
+
+def _shown(scales: Sequence[jax.Array | jax.ShapeDtypeStruct]) -> str:
+    return ", ".join(f"{s.dtype}{list(s.shape)}" for s in scales)
 
 
 def measure(plan: FormatPlan, x: jax.Array, known: facts.Facts) -> jax.Array:
@@ -206,19 +231,25 @@ def form_of(own: LeafScales) -> Format:
     return known_formats.find(int(own.id))
 
 
-def bits(own: LeafScales, size: int) -> float:
-    """Bits a weight of a leaf of this size, with its share of the scales; outside of jit."""
-    return form_of(own).code_bits + sum(8 * s.nbytes for s in own.scales) / size
-
-
 def outputs_of(own: LeafScales) -> tuple[int, ...]:
     """The axes that keep scales of their own; outside of jit."""
     return tuple(axis for axis in range(32) if int(own.outputs) >> axis & 1)
 
 
-def nearest(own: LeafScales, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The code, and the level rounded to the dtype of the leaf, that are nearest to every weight; outside of jit."""
+def nearest(path: str, own: LeafScales, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The code, and the level rounded to the dtype of the leaf, that are nearest to every weight; outside of jit.
+
+    Raises:
+      ValueError: for a leaf of another shape than that whose scales these are.
+    """
     form, wide = form_of(own), dtypes.widened(leaf)
+    try:
+        placed = format_blocks.resolve(form, outputs_of(own), path, leaf)
+    except ValueError:
+        placed = None
+    fits = placed is not None and _shown(own.scales) == _shown(_layout(FormatPlan(form, placed, leaf.dtype, False)))
+    got = f"scales of shape {_shown(own.scales)} of {form.name!r} at {path!r}, which has shape {leaf.shape}"
+    trees.check_state(fits, got)
     scales = format_blocks.spread(own.scales, wide)
     codes = form.encode(_finite(wide.astype(jnp.float32)), scales, jnp.inf)
     return codes, dtypes.narrowed(form.decode(codes, scales).astype(wide.dtype), leaf.dtype)

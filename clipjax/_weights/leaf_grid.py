@@ -202,7 +202,6 @@ def _in_view(plan: Plan, grid: LeafGrid) -> LeafGrid:
 
 def level(plan: Plan, x: jax.Array, grid: LeafGrid, key: jax.Array | None, since: jax.Array) -> jax.Array:
     """The level of every weight: code * s, the codes limited to those of the grid."""
-    check_shape(plan, x, grid)
     w, grid = step_groups.view(x, plan.groups), _in_view(plan, grid)
     binary = plan.binary(grid)
     code = grids.codes(w, grid.step, binary, rounding=plan.rounding, key=key)

@@ -38,9 +38,15 @@ def plan(
     return Plan(kinds, step_groups.resolve(axis, group, path, leaf), rule, *rounding)
 
 
-def widest(plans: dict[str, LeafPlan]) -> dict[str, jax.Array]:
-    """The width of every leaf on a grid, the largest one before a rule has chosen."""
-    return {path: jnp.asarray(plan.widest, jnp.int32) for path, plan in plans.items() if isinstance(plan, Plan)}
+def bits(plans: dict[str, LeafPlan]) -> dict[str, jax.Array]:
+    """The width of every leaf, the largest one before a rule has chosen; with a format the bits of a weight."""
+
+    def of(plan: LeafPlan) -> jax.Array:
+        if isinstance(plan, FormatPlan):
+            return jnp.asarray(leaf_format.bits(plan), jnp.float32)
+        return jnp.asarray(plan.widest, jnp.int32)
+
+    return {path: of(plan) for path, plan in plans.items()}
 
 
 def begin(plan: LeafPlan, path: str, leaf: Leaf) -> Fitted:
@@ -51,29 +57,38 @@ def begin(plan: LeafPlan, path: str, leaf: Leaf) -> Fitted:
     return leaf_grid.begin(plan, leaf)
 
 
-def outdated(plans: dict[str, LeafPlan], target: Tree, state: QuantizeState) -> jax.Array:
-    """True where levels were made for other widths than they may have now, or for another number as their step.
+def check_fits(plans: dict[str, LeafPlan], params: Tree, state: QuantizeState, exact: bool) -> None:
+    """Refuse a state of other step groups, other blocks or another format, naming the leaf and both.
 
-    Raises:
-      ValueError: for steps of other step groups, and scales of other blocks.
+    An update fits new scales where those of another format are laid alike; `exact` refuses these too.
     """
+    for path, leaf in trees.governed(params):
+        plan, own = plans[path], quantize_state.leaf_scales(state, path)
+        if isinstance(plan, FormatPlan):
+            trees.check_state(own is not None, f"no scales of a format at {path!r}, where {plan.form.name!r} has some")
+            assert own is not None
+            leaf_format.check_fits(plan, path, own, exact)
+        else:
+            trees.check_state(own is None, f"scales of a format at {path!r}, where a grid has steps")
+            leaf_grid.check_shape(plan, leaf, leaf_grid.at(state, path))
+
+
+def outdated(plans: dict[str, LeafPlan], target: Tree, state: QuantizeState) -> jax.Array:
+    """True where levels were made for other widths than they may have now, or for another number as their step."""
     number: jax.Array | None = None
     for path, x in trees.governed(target):
         plan = plans[path]
-        if isinstance(plan, FormatPlan):
-            leaf_format.check_shape(plan, path, _scales(state, path))
-            continue
-        grid = leaf_grid.at(state, path)
-        leaf_grid.check_shape(plan, x, grid)
-        if number is None:  # one rule, and so the same number, for all leaves
-            number = leaf_grid.other_step(plan, x, grid)
+        if isinstance(plan, Plan) and number is None:  # one rule, and so the same number, for all leaves
+            number = leaf_grid.other_step(plan, x, leaf_grid.at(state, path))
     other = state.asked != fingerprint(plans)
     return quantize_state.fitted(state) & (other if number is None else other | number)
 
 
 def fingerprint(plans: dict[str, LeafPlan]) -> int:
     """A number that differs where a run goes on with other widths, so that the grids are fitted anew."""
-    kinds = [(path, p.form.name if isinstance(p, FormatPlan) else p.allowed) for path, p in plans.items()]
+    kinds = [
+        (path, (p.form.name, p.placed.outputs) if isinstance(p, FormatPlan) else p.allowed) for path, p in plans.items()
+    ]
     return zlib.crc32(repr(kinds).encode()) >> 1
 
 
@@ -124,12 +139,14 @@ def check_zeros(plans: dict[str, LeafPlan], known: list[facts.Facts]) -> None:
 def missed(state: QuantizeState, path: str, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     """How many weights of a leaf are between its levels, and the largest gap; outside of jit."""
     own = quantize_state.leaf_scales(state, path)
-    level = leaf_grid.nearest(leaf_grid.at(state, path), leaf)[1] if own is None else leaf_format.nearest(own, leaf)[1]
+    if own is None:
+        level = leaf_grid.nearest(leaf_grid.at(state, path), leaf)[1]
+    else:
+        level = leaf_format.nearest(path, own, leaf)[1]
     return landing.missed(leaf, level, landing.late(leaf, level.dtype))
 
 
 def _scales(state: QuantizeState, path: str) -> LeafScales:
     own = quantize_state.leaf_scales(state, path)
-    trees.check_state(own is not None, f"no scales for {path!r}")
-    assert own is not None
+    assert own is not None  # see `check_fits`
     return own

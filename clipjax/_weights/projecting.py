@@ -156,8 +156,9 @@ def constrain(
         trees.check_state(carry or latent_free, "latent weights although `carry` is False")
         picks = picking.pick(where, params)
         narrow = picking.restrict(params, picks)
-        weights = jax.tree.map(dtypes.widened, narrow)
         visit = visiting.of(extra)
+        constraint.check_fits(narrow, state.projection, visit is not None)
+        weights = jax.tree.map(dtypes.widened, narrow)
         # What arrives at `inner` is the gradient, but in a visit nothing is.
         grad = extra.get("grad", updates if inner and visit is None else None)
         context = _context(state.count, narrow, grad, key, _refresh(extra))

@@ -21,7 +21,7 @@ class QuantizeState(NamedTuple):
       low: f32 per step group, the smallest multiple of the step that is a level; 0 for unbounded codes. With a format a
         scalar, below which there is no level.
       high: the largest one; likewise.
-      bits: i32, the width; 0 for unbounded codes.
+      bits: i32, the width; 0 for unbounded codes. With a format f32, bits a weight with its share of the scales.
       asked: i32, a number that stands for the widths that the grids were made for; -1 before the first refresh.
       format: u32, the id of the format.
       outputs: u32, the axes that keep scales of their own, those counted from 0 by the bits that are set.

@@ -24,7 +24,8 @@ def quantized(params: Tree, opt_state: State) -> Tree:
 
     Returns:
       A tree like `params`; `dequantize(q, dtype=leaf.dtype)` gives the leaf back bit for bit, with a format up to the
-      sign of zeros; on symmetric grids the zero point is 0.
+      sign of zeros. On symmetric grids the zero point is 0. The levels of `formats.q4_1`, `q5_1` and `nf4` have more
+      digits than f32: a weight may be a unit or two in the last place beside its level, and a file holds the level.
 
     Raises:
       ValueError: where the state holds no `fake_quantize` or belongs to other params, and where a finite weight is
@@ -71,7 +72,7 @@ def _require_on_levels(path: str, leaf: jax.Array, level: jax.Array, late: jax.A
 def _formed(path: str, leaf: jax.Array, own: LeafScales) -> integers.Quantized:
     """The codes of a leaf on a format."""
     form = leaf_format.form_of(own)
-    codes, level = leaf_format.nearest(own, leaf)
+    codes, level = leaf_format.nearest(path, own, leaf)
     _require_on_levels(path, leaf, level, landing.late(leaf, level.dtype))
     return integers.formed(form, codes, own.scales, leaf_format.outputs_of(own))
 

@@ -80,9 +80,10 @@ def fake_quantize(
       bits: the width b, 1 to 16. Or ``clipjax.per_leaf(lambda path, leaf: b)``; or a tree from `choose_bits`, whose
         None leaves are left out; or a rule of `clipjax.widths`, which chooses the width of each leaf from its weights
         at every refresh; or None, the default, for codes of any size, for which `step` must be a number (the formula
-        of D4). In the place of a width a format of `clipjax.formats`: params are then the decode of its bytes, with
-        scales for blocks along the inputs, and `group` and `rounding` are its own. Static. A width, and a number as
-        `step`, may change between runs: a state whose grid was made for another refreshes at once.
+        of D4). In the place of a width a format of `clipjax.formats`: params are then the decode of its bytes (but see
+        `formats.q4_1`), with scales for blocks along the inputs, and `group` and `rounding` are its own. Static. A
+        width, a number as `step`, and a format among those of the same blocks and scales may change between runs: a
+        state that was made for another refreshes at once.
       step: how s follows from the weights: a rule of `clipjax.steps`, `mse()` by default, or a number, which may be
         traced. With a number, a weight that jumps over several levels in one update may land one unit in the last place
         beside its level. The next update corrects this, and its latent weight starts again at the param. With a format
@@ -144,6 +145,7 @@ def fake_quantize(
     cycle = refreshing.cycle(start, every, stop)
     where = widths.picks(picking.resolve(where, widths.default))
     _warn_if_it_shrinks(rule, cycle, carry)
+    _warn_if_it_searches(widths.form is not None and step is not None and rule == steps.mse(), cycle)
 
     def plans(tree: Tree) -> dict[str, LeafPlan]:
         """The static part of the levels of every governed leaf, of params in their own dtype."""
@@ -156,8 +158,11 @@ def fake_quantize(
 
     def init_fn(params: Tree) -> QuantizeState:
         leaves, by_path = dict(trees.governed(params)), plans(params)
+        if widths.form is None:  # which leaves are on a format shows here
+            searched = [plan for plan in by_path.values() if isinstance(plan, leaf_format.FormatPlan) and plan.searched]
+            _warn_if_it_searches(bool(searched), cycle)
         begun = {path: leaf_levels.begin(plan, path, leaves[path]) for path, plan in by_path.items()}
-        return quantize_state.gathered(begun, leaf_levels.widest(by_path), quantize_state.NEVER)
+        return quantize_state.gathered(begun, leaf_levels.bits(by_path), quantize_state.NEVER)
 
     @refreshing.compiled
     def refresh(weights: Tree, known: Tree, inputs: refreshing.Inputs) -> QuantizeState:
@@ -170,7 +175,7 @@ def fake_quantize(
         measured = [leaf_levels.measure(*row) for row in rows]
         names, static = list(by_path), list(by_path.values())
         if widths.choose is None:
-            found, width = stacks.mapped(leaf_levels.fit, names, static, measured), leaf_levels.widest(by_path)
+            found, width = stacks.mapped(leaf_levels.fit, names, static, measured), leaf_levels.bits(by_path)
         else:
             found, width = _chosen(widths.choose, by_path, measured)
         return quantize_state.gathered(dict(zip(names, found, strict=True)), width, leaf_levels.fingerprint(by_path))
@@ -212,6 +217,9 @@ def fake_quantize(
         }
         return trees.map_with_path(lambda path, x: own.get(path, x), frozen_fn(target, state, context))
 
+    def check_fits(params: Tree, state: QuantizeState, exact: bool) -> None:
+        leaf_levels.check_fits(plans(params), params, state, exact)
+
     def tolerances(tree: Tree) -> Tree:
         by_path = plans(tree)
         return trees.map_with_path(lambda path, x: leaf_levels.tolerance(by_path[path], tolerance), tree)
@@ -227,6 +235,7 @@ def fake_quantize(
         surely_zero=surely_zero,
         refits=refreshing.always(cycle),
         once=once,
+        check_fits=check_fits,
         tolerance=tolerance,
         tolerances=tolerances,
     )
@@ -248,6 +257,16 @@ def _warn_if_it_shrinks(rule: Step, cycle: refreshing.Cycle, carry: bool) -> Non
         " Use `carry=True`, `every=None`, or `steps.mse()`.",
         stacklevel=3,
     )
+
+
+def _warn_if_it_searches(searched: bool, cycle: refreshing.Cycle) -> None:
+    """Warn of scales that are searched for at every update."""
+    if searched and refreshing.repeated(cycle) and arguments.known(cycle.every) and cycle.every == 1:
+        warnings.warn(
+            "`step=steps.mse()` searches for the scales of a format at every refresh, in 32 passes over the weights,"
+            " and `every=1` refreshes at every update. Use `every=100`, or leave `step` out.",
+            stacklevel=3,
+        )
 
 
 def _rounding(rounding: RoundingMode) -> tuple[str, leaf_grid.Soften | None]:

@@ -53,6 +53,11 @@ def of(extra: dict[str, object]) -> Visit | None:
     return visit
 
 
+def require_fit(tx: optax.GradientTransformation, params: Tree, opt_state: State, extra: dict[str, object]) -> None:
+    """Refuse the state of other options. It is known here: inside of the jit of a visit, only its shapes are."""
+    jax.eval_shape(lambda: visit(tx, lambda visited: visited.state, params, opt_state, extra))
+
+
 def visit(
     tx: optax.GradientTransformation, visit: Visit, params: Tree, opt_state: State, extra: dict[str, object]
 ) -> State:

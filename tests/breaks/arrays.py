@@ -77,4 +77,7 @@ MUTANTS = (
     Mutant("_arrays/stacks.py", "x.size > LARGEST", "x.size > 2 * LARGEST", "stacks", "large"),
     Mutant("_arrays/picking.py", "or parts[-1] in EMBEDDINGS", "", "choosing", "embeddings"),
     Mutant("_arrays/picking.py", "part.startswith(", "not part.startswith(", "choosing", "embeddings"),
+    Mutant(
+        "_arrays/arguments.py", 'called(value, name, "a width or a format")', "pass", "quantizing_formats", "refused"
+    ),
 )

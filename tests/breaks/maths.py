@@ -324,4 +324,7 @@ MUTANTS = (
     ),
     Mutant("_maths/block_bytes.py", "np.uint16(242)", "np.uint16(0)", "formats", "gguf and TQ1_0"),
     Mutant("_maths/known_formats.py", "_told(other) == _told(form)", "True", "formats", "ones_own"),
+    Mutant(
+        "_maths/straight_through.py", "if not jnp.issubdtype(x.dtype", "if jnp.issubdtype(x.dtype", "quantizing_formats"
+    ),
 )

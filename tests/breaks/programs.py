@@ -147,4 +147,5 @@ MUTANTS = (
     Mutant("_programs/cutting.py", "x = _taken(x, axis, own)", "pass", "cutting_formats", "training_goes_on"),
     Mutant("_programs/cutting.py", ".counts == x.shape", ".counts", "cutting_formats", "several_axes"),
     Mutant("_programs/cutting.py", "own = Cut(blocks[..., 0], cut.layers)", "own = cut", "cutting_formats", "goes_on"),
+    Mutant("_programs/cutting.py", "return jnp.full_like(x, bits[path])", "return x", "cutting_formats", "goes_on"),
 )

@@ -24,4 +24,5 @@ MUTANTS = (
         "summarizing",
         "quantized",
     ),
+    Mutant("_reports/reporting.py", "if steps or not formed else {}", "", "quantizing_formats", "same_bits"),
 )

@@ -76,6 +76,11 @@ def test_scales_are_cut_with_their_blocks_and_training_goes_on(name, dtype):
     np.testing.assert_array_equal(after["a"]["kernel"].codes, before["a"]["kernel"].codes[:, left])
     np.testing.assert_array_equal(after["b"]["kernel"].codes, before["b"]["kernel"].codes[left])
     assert not clipjax.check(small, small_state, tx)
+    bits = clipjax.report(small_state, per_leaf=True)
+    for leaf in ("a", "b"):
+        q = after[leaf]["kernel"]
+        true = np.float32(form.code_bits + 8 * sum(scale.nbytes for scale in q.scales) / q.codes.size)
+        assert bits[f"fake_quantize/format_bits/{leaf}/kernel"] == true
     params, state = _step(tx, params, state)
     small, small_state = _step(tx, small, small_state)
     chex.assert_trees_all_equal(small["a"]["kernel"], params["a"]["kernel"][:, left])
