@@ -1,4 +1,4 @@
-"""Weights on formats in ensembles, in stacks of layers, and behind gradients that are accumulated: as they are alone."""
+"""Weights on formats in ensembles, in stacks of layers, behind accumulated gradients: they are as they are alone."""
 
 import functools
 
