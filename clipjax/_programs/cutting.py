@@ -113,9 +113,10 @@ def outputs(tree: Tree, found: Tails, kept: Mapping[str, Cuts]) -> Tree:
 def state(opt_state: State, found: Tails, kept: Mapping[str, Cuts], units: Units) -> State:
     """The optimizer state, every array of it cut as the leaf is that its path ends with, or as the leaf's units are.
 
-    Scales of formats have an entry for each block, and are cut by blocks.
+    Scales of formats have an entry for each block, and are cut by blocks; bits a weight follow from what is left.
     """
-    formed, scales, bits = _formats(opt_state), {}, {}
+    formed, scales = _formats(opt_state), {}
+    bits: dict[str, float] = {}
     for path, x in trees.governed(opt_state):
         if path in formed:
             of = formed[path]
