@@ -65,8 +65,8 @@ def export_gguf(
         `llama_metadata` has those of Llama's shape; a file that llama.cpp runs has a tokenizer too.
       architecture: llama.cpp's name of the architecture, "general.architecture".
       axis: which axes of a leaf are outputs, as in `fake_quantize`: ``analysis.outputs``, or `per_leaf`. By default the
-        last one; of an embedding all others; of vectors, and of what is named bias, b, scale or offset, all. A leaf on
-        a format says so itself.
+        last one; of an embedding, and of a weight of which none is named, all but the last; of vectors, and of what is
+        named bias, b, scale or offset, all. A leaf on a format says so itself.
       float_type: of the floats: "f32", "f16" or "bf16".
 
     Raises:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from clipjax._arrays import arguments, leaf_axes, picking
+from clipjax._maths import format_blocks, known_formats
 from clipjax._maths.integers import Quantized
 from clipjax.typing import Axis, Format, Index, Leaf, PerLeaf
 
@@ -44,32 +45,46 @@ class Pick(NamedTuple):
 
 
 def outputs(axis: Axis | PerLeaf, path: str, leaf: AnyLeaf) -> tuple[int, ...]:
-    """The output axes of a leaf: of one that is on a format those that its blocks leave, else those that `axis` names.
+    """The output axes of a leaf, whose rows a file has: those that `axis` names.
 
     By default the last axis is the output; of an embedding the last axis alone is none, as its blocks run along what is
-    looked up; all axes are where nothing is contracted: of biases and scales, and of vectors.
+    looked up; of a leaf that is on a format those are outputs that its blocks leave. All axes are where nothing is
+    contracted: of biases and scales, and of vectors. Where `axis` names none of a weight, as an analysis does for what
+    is looked up, all but the last are.
 
     Raises:
       ValueError: for an axis that does not exist, and for blocks that run along another one than the file needs.
     """
     like = described(leaf)
     named = leaf_axes.resolve(axis, path, like) if like.ndim else ()
-    wanted = tuple(sorted({*(named or ())}))
-    if isinstance(leaf, Quantized) and leaf.format is not None:
-        own = own_outputs(leaf)
+    coded = isinstance(leaf, Quantized) and leaf.format is not None
+    last, others = (like.ndim - 1,), tuple(range(like.ndim - 1))
+    if not (coded or picking.weights(path, like)):
+        return tuple(sorted({*named})) if named else tuple(range(like.ndim))
+    if named is None:
         table = picking.weights(path, like) and picking.table(path)
-        wanted = wanted or (tuple(range(like.ndim - 1)) if table else own)
+        wanted = others if table else (own_outputs(leaf) or last) if coded else last
+    else:
+        wanted = tuple(sorted({*named})) or others
+    if coded:
+        own = own_outputs(leaf)
         remedy = (
             f"The blocks of leaf {path!r}, of shape {like.shape}, leave the axes {own} as outputs. Quantize it with"
-            f" `axis={wanted}`, as a file has it, or name {own} by `axis` here."
+            f" `axis={wanted}`, as a file has it, or name its outputs by `axis` here."
         )
-        arguments.require(wanted == own, "axis", "name the outputs of every leaf on a format", wanted, remedy)
-        return own
-    if wanted:
-        return wanted
-    if not picking.weights(path, like):
-        return tuple(range(like.ndim))
-    return tuple(range(like.ndim - 1)) if picking.table(path) else (like.ndim - 1,)
+        same = wanted == own or _in_blocks(leaf, wanted, path)
+        arguments.require(same, "axis", "name the outputs of every leaf on a format", wanted, remedy)
+    return wanted
+
+
+def _in_blocks(q: Quantized, outputs: tuple[int, ...], path: str) -> bool:
+    """True where the blocks of a leaf are those that it would have with these outputs."""
+    assert q.format is not None
+    try:
+        counts = format_blocks.resolve(known_formats.named(q.format), outputs, path, described(q)).counts
+    except ValueError:  # no whole blocks along these inputs
+        return False
+    return all(scale.shape in ((), counts) for scale in q.scales)
 
 
 def own_outputs(q: Quantized) -> tuple[int, ...]:

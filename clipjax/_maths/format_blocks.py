@@ -57,12 +57,14 @@ class FormatBlocks(NamedTuple):
 def resolve(form: Format, axis: Axis | PerLeaf, path: str, leaf: Leaf) -> FormatBlocks:
     """Read `axis` for one leaf that is on a format: by default the last axis is the output, of embeddings all others.
 
+    An analysis names no outputs of an embedding, as nothing is contracted there; its rows are blocks all the same.
+
     Raises:
       ValueError: for an axis that does not exist, and for inputs that no whole blocks make up.
     """
-    kept = leaf_axes.resolve(axis, path, leaf)
-    if kept is None:  # a table is looked up by its first axes, and a runtime reads its rows
-        kept = tuple(range(leaf.ndim))[slice(0, -1) if picking.table(path) else slice(max(leaf.ndim - 1, 1), None)]
+    kept, table = leaf_axes.resolve(axis, path, leaf), picking.table(path)
+    if kept is None or (table and not kept):  # a table is looked up by its first axes, and a runtime reads its rows
+        kept = tuple(range(leaf.ndim))[slice(0, -1) if table else slice(max(leaf.ndim - 1, 1), None)]
     outputs = tuple(sorted(kept))
     inputs = tuple(i for i in range(leaf.ndim) if i not in outputs)
     remedy = f"Leaf {path!r} has shape {leaf.shape}: name its output axes alone, or leave it out with `where`."

@@ -327,4 +327,5 @@ MUTANTS = (
     Mutant(
         "_maths/straight_through.py", "if not jnp.issubdtype(x.dtype", "if jnp.issubdtype(x.dtype", "quantizing_formats"
     ),
+    Mutant("_maths/format_blocks.py", "or (table and not kept)", "", "rows", "no_outputs"),
 )

@@ -8,6 +8,7 @@ from on_format import on_format
 
 from clipjax import dequantize, formats
 from clipjax._exports import rows
+from clipjax._maths import format_blocks
 
 RNG = np.random.default_rng(0)
 LAYERS, HEADS, SIZE, WIDTH = 3, 4, 16, 64
@@ -114,6 +115,20 @@ def test_blocks_along_another_axis_than_the_file_needs_are_refused():
     for path, axis in (("dense/kernel", 0), ("embed/embedding", None)):
         with pytest.raises(ValueError, match=r"`axis` must name the outputs of every leaf on a format, got \(0,\)"):
             rows.outputs(axis, path, q)
+
+
+def test_an_axis_that_names_no_outputs_is_that_of_a_table():
+    """So an analysis says of what is looked up, and of biases; a file has the rows of the one, all of the others."""
+    for path, shape, want in (("wte", (96, 64), (0,)), ("embed/embedding", (96, 64), (0,)), ("q/bias", (4, 8), (0, 1))):
+        assert rows.outputs((), path, jax.ShapeDtypeStruct(shape, jnp.float32)) == want
+    assert format_blocks.resolve(formats.int8(None), (), "embed/embedding", jnp.zeros((96, 64))).counts == (96, 1)
+    assert format_blocks.resolve(formats.int8(None), (), "wte", jnp.zeros((96, 64))).counts == (1, 1)
+    q = on_format(formats.q8_0(), jnp.zeros((96, 64)), axis=(), path="wte")
+    assert rows.own_outputs(q) == () and rows.outputs((), "wte", q) == rows.outputs(0, "wte", q) == (0,)
+    across = on_format(formats.q8_0(), jnp.zeros((96, 16)), axis=(), path="wte")
+    for leaf, axis, want in ((q, None, r"\(1,\)"), (q, 1, r"\(1,\)"), (across, (), r"\(0,\)")):
+        with pytest.raises(ValueError, match=rf"outputs of every leaf on a format, got {want}.*leave the axes \(\)"):
+            rows.outputs(axis, "wte", leaf)
 
 
 def test_vectors_of_layers_and_scalars():
