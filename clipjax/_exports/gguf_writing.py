@@ -58,9 +58,10 @@ def export_gguf(
       rename: `rename(path, leaf)` returns the name of a leaf in the file; or a list of (name, index, permutation); or
         None, which leaves the leaf out. A path reads "layers/0/attn/q/kernel", and `leaf` has its shape and dtype. An
         index is None for all of the leaf; a number for one layer of a stack, along the first axis; a slice for a range
-        of the outputs, flattened in order; or a pair (layer, slice). A permutation has the numbers of the rows that the
-        index picks, in the order that the file shall have; codes and scales are permuted, and never quantized again.
-        `llama_names` makes one for Llama. By default a path is the name, with "." between its keys.
+        of the outputs, flattened in order; or a pair (layer, slice). Slices that divide a leaf have all of its rows;
+        a single one may cut some off, such as those that pad a vocabulary. A permutation has the numbers of the rows
+        that the index picks, in the order that the file shall have; codes and scales are permuted, and never quantized
+        again. `llama_names` makes one for Llama. By default a path is the name, with "." between its keys.
       metadata: keys and values of the file: str, bool, int, float, NumPy's numbers, or lists and arrays of one kind.
         `llama_metadata` has those of Llama's shape; a file that llama.cpp runs has a tokenizer too.
       architecture: llama.cpp's name of the architecture, "general.architecture".

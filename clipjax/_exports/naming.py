@@ -150,13 +150,14 @@ def _tensors(rename: Rename, axis: Axis | PerLeaf, path: str, leaf: Any) -> list
     """What one leaf becomes."""
     form = known_formats.named(leaf.format) if isinstance(leaf, Quantized) and leaf.format else None
     like, found = rows.described(leaf), []
+    where = f"Leaf {path!r} of shape {like.shape}"
     for name, index, permutation in entries(rename(path, like), path):
         _check_real(path, like)
-        where = f"Leaf {path!r} of shape {like.shape}"
         picked = rows.pick(like, rows.outputs(axis, path, leaf), index, permutation, where)
         if form is not None:
             picked = rows.with_blocks(picked, leaf, form, where)
         found.append(Tensor(name, path, leaf, form, picked))
+    rows.require_whole([one.picked for one in found], where)
     return found
 
 

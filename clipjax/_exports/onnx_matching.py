@@ -16,7 +16,7 @@ from clipjax._exports.onnx_layouts import Order
 from clipjax._exports.onnx_weights import Weight
 from clipjax._maths import integers, known_formats
 from clipjax._maths.integers import Quantized
-from clipjax.typing import Index, Rename
+from clipjax.typing import Rename
 
 Fingerprint = tuple[str, int, int, int]
 
@@ -63,9 +63,7 @@ def by_name(wanted: list[Wanted], found: list[Weight], rename: Rename) -> list[M
       TypeError: for what is no name.
     """
     matches = []
-    listed = ((one, naming.entries(rename(one.path, rows.described(one.leaf)), one.path)) for one in wanted)
-    for one, name, index, permutation in ((one, *entry) for one, entries in listed for entry in entries):
-        one = one if index is None and permutation is None else _part(one, index, permutation)
+    for one, name in (part for leaf in wanted for part in _parts(leaf, rename)):
         named = [weight for weight in found if weight.name == name]
         near = difflib.get_close_matches(name, [weight.name for weight in found], 8, 0.3)
         remedy = f"Leaf {one.path!r} is to replace it. The graph has {len(found)} of them, such as {near}."
@@ -75,10 +73,21 @@ def by_name(wanted: list[Wanted], found: list[Weight], rename: Rename) -> list[M
     return matches
 
 
-def _part(one: Wanted, index: Index, permutation: Any) -> Wanted:
+def _parts(one: Wanted, rename: Rename) -> list[tuple[Wanted, str]]:
+    """What a leaf becomes, with the names; it is whole where neither index nor permutation say otherwise."""
+    like, where = rows.described(one.leaf), f"Leaf {one.path!r} of shape {one.source.shape}"
+    entries = naming.entries(rename(one.path, like), one.path)
+    picks = [rows.pick(like, one.outputs, index, permutation, where) for _, index, permutation in entries]
+    rows.require_whole(picks, where)
+    whole = [index is None and permutation is None for _, index, permutation in entries]
+    return [
+        (one if all_of_it else _part(one, picked, where), name)
+        for (name, *_), picked, all_of_it in zip(entries, picks, whole, strict=True)
+    ]
+
+
+def _part(one: Wanted, picked: rows.Pick, where: str) -> Wanted:
     """Some rows of a leaf as one output axis, where the first output was, with the inputs behind or before it."""
-    where = f"Leaf {one.path!r} of shape {one.source.shape}"
-    picked = rows.pick(rows.described(one.leaf), one.outputs, index, permutation, where)
     own = slice(None) if picked.layer is None else slice(1, None)  # the axes of one layer
     inputs = [i for i in range(len(one.source.shape[own])) if i not in picked.outputs]
     first = not inputs or bool(picked.outputs and picked.outputs[0] < inputs[0])

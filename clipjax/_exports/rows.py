@@ -8,6 +8,7 @@ outputs, blocks of inputs].
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from clipjax.typing import Axis, Format, Index, Leaf, PerLeaf
 AnyLeaf = Any  # an array, its shape and dtype, or a `Quantized`
 
 INDEX = "Give None, the number of a layer, a slice of the outputs flattened in order, or a pair (layer, slice)."
-PERMUTATION = "Give each number of the rows that are picked once, or None."
+PERMUTATION = "Give each number of the rows that are picked once, as integers, or None."
 
 
 class Pick(NamedTuple):
@@ -155,12 +156,26 @@ def _rows(
     rows: slice | np.ndarray = span
     if permutation is not None:
         order = np.asarray(permutation)
-        own = kept and order.shape == (number,) and np.array_equal(np.sort(order), np.arange(number))
+        whole = order.dtype.kind in "iu"  # a mask of bools, too, has each number once
+        own = kept and whole and order.shape == (number,) and np.array_equal(np.sort(order), np.arange(number))
         remedy = f"{where} {number} rows are picked. {PERMUTATION}"
         shown = f"{order.dtype}{list(order.shape)}"
         arguments.require(own, "rename", "return a permutation of the rows that it picks", shown, remedy)
         rows = np.arange(n)[span][order]
     return rows, number
+
+
+def require_whole(picks: Sequence[Pick], where: str) -> None:
+    """Raise where several picks divide a leaf, or a layer of it, and leave rows out; one alone may cut some off."""
+    for layer in {picked.layer for picked in picks}:
+        parts = [picked for picked in picks if picked.layer == layer]
+        there = np.zeros(math.prod(parts[0].sizes), bool)
+        for picked in parts:
+            there[picked.rows] = True
+        of = "" if layer is None else f" of layer {layer}"
+        remedy = f"{where} has {there.size} rows{of}, which {len(parts)} names divide: none may be left out."
+        whole = len(parts) == 1 or there.all()
+        arguments.require(whole, "rename", "name every row that it divides", int(there.sum()), remedy)
 
 
 def with_blocks(picked: Pick, q: Quantized, form: Format, where: str) -> Pick:

@@ -47,6 +47,19 @@ def test_rename_sees_shapes_and_gives_names_or_parts():
     np.testing.assert_array_equal(found[1].codes()[0], np.asarray(params["gate_up"]["kernel"].codes).T[16:])
 
 
+def test_names_that_divide_a_leaf_leave_no_row_out():
+    """One name may cut rows off, as those that pad a vocabulary, and layers may be left out."""
+    x = jnp.zeros((3, 64, 32))
+    for listed, error in (
+        ([("a", slice(0, 16), None), ("b", slice(16, 24), None)], r"every row that it divides, got 24. Leaf 'k' of .*"),
+        ([("a", (1, slice(0, 8)), None), ("b", (1, slice(16, None)), None)], "got 24.* has 32 rows of layer 1, which"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            tensors({"k": x}, lambda path, leaf, listed=listed: listed)
+    parts = [("a", (1, slice(None, None, 2)), None), ("b", (1, slice(1, None, 2)), None), ("c", (2, slice(0, 8)), None)]
+    assert [t.shape for t in tensors({"k": x}, lambda path, leaf: parts)] == [(16, 64), (16, 64), (8, 64)]
+
+
 def test_boxes_of_nnx_and_axes_by_leaf():
     model = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
     state = nnx.state(model, nnx.Param)

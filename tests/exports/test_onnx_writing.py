@@ -266,6 +266,10 @@ W = random(64, 64)
 ERRORS = [
     ({"source": {"w": W + 1}}, "`model_in` must have an initializer for every leaf, got 'w'. No float initializer"),
     ({"rename": lambda path, leaf: "v"}, "`rename` must name a float initializer of the graph, got 'v'. Leaf 'w' is"),
+    (
+        {"rename": lambda path, leaf: [("a", slice(0, 8), None), ("b", slice(9, 64), None)]},
+        "name every row that it divides, got 63. Leaf 'w' of shape",
+    ),
     ({"rename": lambda path, leaf: "s"}, "must name an initializer of the shape of the leaf, got 's'. Leaf 'w' has"),
     (
         {"params": {"w": W, "v": W}, "rename": lambda path, leaf: "w"},

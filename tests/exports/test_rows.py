@@ -154,6 +154,8 @@ def test_vectors_of_layers_and_scalars():
         (None, [0, 1], r"a permutation of the rows that it picks, got 'int64\[2\]'. .* 192 rows"),
         (0, [0] * 64, "a permutation"),
         (0, np.arange(64) + 0.5, "a permutation"),
+        (0, np.arange(64.0), "a permutation.* as integers, or None"),
+        (slice(0, 2), [False, True], r"a permutation of the rows that it picks, got 'bool\[2\]'"),
         (True, None, "must be one, got True"),
         ("0", None, "must be one, got '0'"),
         ((0, 1), None, r"must be one, got \(0, 1\)"),
