@@ -4,7 +4,8 @@ from clipjax import formats, projections, roundings, scores, selections, steps, 
 from clipjax._arrays.arguments import per_leaf
 from clipjax._exports.gguf_reading import import_gguf
 from clipjax._exports.gguf_writing import export_gguf
-from clipjax._exports.llama import llama_metadata, llama_names
+from clipjax._exports.llama import llama_names
+from clipjax._exports.llama_sizes import llama_metadata
 from clipjax._exports.onnx_writing import export_onnx
 from clipjax._exports.safetensors_reading import import_safetensors
 from clipjax._exports.safetensors_writing import export_safetensors

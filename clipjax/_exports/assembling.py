@@ -58,6 +58,7 @@ def assemble(
     separator: str,
     dequantize: bool,
     partial: bool,
+    spare: Iterable[str] = (),
 ) -> Tree:
     """The tree `like` with the leaves of a file.
 
@@ -70,6 +71,7 @@ def assemble(
       separator: of the keys in a name.
       dequantize: False for `Quantized` where all of a leaf is on one format.
       partial: True where tensors may be left unread.
+      spare: names that may be left unread anyway.
 
     Raises:
       ValueError: for names that one side lacks, shapes that differ, leaves of which the file has a part, and formats
@@ -81,7 +83,7 @@ def assemble(
     plan = {path: _parts(rename, axis, path, leaf) for path, leaf in naming.whole_leaves(like)}
     missing = sorted({part.name for parts in plan.values() for part in parts} - known)
     arguments.require(not missing, "like", "have the tensors of the file", missing[:8], "The file lacks these.")
-    unread -= {part.name for parts in plan.values() for part in parts}
+    unread -= {part.name for parts in plan.values() for part in parts} | {*spare}
     remedy = "`like` has no leaf for these: give it one, or leave them unread by `partial=True`."
     arguments.require(partial or not unread, "like", "have the tensors of the file", sorted(unread)[:8], remedy)
 

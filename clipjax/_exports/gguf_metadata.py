@@ -11,6 +11,9 @@ import numpy as np
 from clipjax._arrays import arguments
 
 VALUES = "Values are str, bool, int, float, NumPy's numbers, or lists and arrays of one kind of these."
+FACTORS = "rope_freqs.weight"
+"""The tensor of what llama.cpp divides the frequencies of RoPE by, which are no parameters and follow from a config."""
+
 OWN = ("general.architecture", "general.alignment", "general.quantization_version")
 
 
@@ -29,7 +32,7 @@ class Value(NamedTuple):
 
 
 def read(metadata: Mapping[str, Any] | None) -> dict[str, Value]:
-    """The values of all keys with their types.
+    """The values of all keys with their types, but `FACTORS`.
 
     A Python int takes the narrowest of u32, i32, u64 and i64, in a list i32 before i64; a float is f32, and f64 beyond
     its range. NumPy's numbers
@@ -44,7 +47,8 @@ def read(metadata: Mapping[str, Any] | None) -> dict[str, Value]:
         if not isinstance(key, str) or not key:
             raise TypeError(f"`metadata` must have strings as keys, got {key!r}. Try 'llama.block_count'.")
         arguments.require(key not in OWN, "metadata", "leave out what is written anyway", key, "Drop this key.")
-        found[key] = _value(key, value)
+        if key != FACTORS:
+            found[key] = _value(key, value)
     return found
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._exports import assembling, gguf_blocks
+from clipjax._exports import assembling, gguf_blocks, gguf_metadata
 from clipjax._exports.assembling import Stored
 from clipjax.typing import Axis, PerLeaf, Rename, Tree
 
@@ -39,7 +39,7 @@ def import_gguf(
       dequantize: True returns arrays. False returns a `Quantized` for each leaf whose tensors are of one type that is a
         format of `clipjax.formats`: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TQ1_0, TQ2_0, MXFP4. Of other types, K-quants among
         them, the values come back either way.
-      partial: True leaves tensors unread that no leaf of `like` names.
+      partial: True leaves tensors unread that no leaf of `like` names. The factors of a scaled RoPE are anyway.
 
     Returns:
       The tree, or the dict.
@@ -78,6 +78,7 @@ def import_gguf(
         separator=".",
         dequantize=dequantize,
         partial=partial,
+        spare=(gguf_metadata.FACTORS,),
     )
 
 

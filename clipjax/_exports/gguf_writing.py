@@ -63,7 +63,8 @@ def export_gguf(
         that the index picks, in the order that the file shall have; codes and scales are permuted, and never quantized
         again. `llama_names` makes one for Llama. By default a path is the name, with "." between its keys.
       metadata: keys and values of the file: str, bool, int, float, NumPy's numbers, or lists and arrays of one kind.
-        `llama_metadata` has those of Llama's shape; a file that llama.cpp runs has a tokenizer too.
+        `llama_metadata` has those of Llama's shape; a file that llama.cpp runs has a tokenizer too. The factors of a
+        scaled RoPE stand here as an array, "rope_freqs.weight", and become the tensor that llama.cpp reads.
       architecture: llama.cpp's name of the architecture, "general.architecture".
       axis: which axes of a leaf are outputs, as in `fake_quantize`: ``analysis.outputs``, or `per_leaf`. By default the
         last one; of an embedding, and of a weight of which none is named, all but the last; of vectors, and of what is
@@ -95,6 +96,9 @@ def export_gguf(
     arguments.require(named, "architecture", "be a name", architecture, "llama.cpp's is 'llama'.")
     values = gguf_metadata.read(metadata)
     found = [one for one in naming.tensors(params, opt_state, rename, axis, ".") if math.prod(one.shape)]
+    if metadata and gguf_metadata.FACTORS in metadata:
+        found += naming.tensors({gguf_metadata.FACTORS: metadata[gguf_metadata.FACTORS]}, None, None, None, ".")
+        naming.check_once((one.name, one.path) for one in found)
     stored = [_Stored(one, _type(one, float_type), _shape(one)) for one in found]
     for one in stored:
         _check(one)

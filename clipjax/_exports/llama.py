@@ -1,7 +1,8 @@
-"""Llama in llama.cpp: its names for the tensors of a Flax model, and the metadata that say its shape."""
+"""Llama in llama.cpp: its names for the tensors of a Flax model."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -9,13 +10,15 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from clipjax._arrays import arguments
+from clipjax._exports import llama_sizes
+from clipjax._exports.llama_sizes import Sizes
 from clipjax.typing import Leaf, Rename
 
 Target: TypeAlias = str | Sequence[str] | None
 """llama.cpp's name of a module, several for one whose outputs lie side by side, or None to leave it out."""
 
 MODEL = {
-    "token_embd": "embed_tokens tok_embeddings embed embedder embedding wte token_embd",
+    "token_embd": "embed_tokens tok_embeddings embed embedder embedding input_embedding wte token_embd",
     "output_norm": "norm final_norm ln_f output_norm",
     "output": "lm_head head unembed output",
 }
@@ -34,8 +37,7 @@ LAYER = {
 }
 ARRAYS = ("kernel", "weight", "w", "embedding", "scale", "bias", "b")
 LAYERS = ("layers", "layer", "blocks", "block", "h")
-
-CONFIG = "`config` is a dict or an object with the names of Hugging Face's LlamaConfig."
+"""What layers are called; a class of Linen whose name ends so, as DecoderBlock_1, is a layer too."""
 
 
 def llama_names(
@@ -49,7 +51,7 @@ def llama_names(
     ================  ==========================================
     llama.cpp         modules that are known
     ================  ==========================================
-    token_embd        embed_tokens, tok_embeddings, embed, embedder, embedding, wte
+    token_embd        embed_tokens, tok_embeddings, embed, embedder, embedding, input_embedding, wte
     output_norm       norm, final_norm, ln_f
     output            lm_head, head, unembed
     attn_norm         input_layernorm, attention_norm, pre_attention_norm, norm1, ln_1
@@ -60,9 +62,9 @@ def llama_names(
     ffn_down          down_proj, w2, down
     ================  ==========================================
 
-    The number of a layer is a key of the path ("layers/3", "layers_3"). Without one the layers are stacked along the
-    first axis of each array. A kernel f32[in, heads, size] has two axes of outputs, which `axis=` of the exporter
-    names; of f32[in, heads * size] it knows.
+    The number of a layer is a key of the path ("layers/3", "layers_3", "Block_3"). Without one, and where an array has
+    the size of all, the layers are stacked along the first axis of each array. A kernel f32[in, heads, size] has two
+    axes of outputs, which `axis=` of the exporter names; of f32[in, heads * size] it knows.
 
     llama.cpp rotates neighbouring rows of q and k, (2i, 2i + 1), in its architecture "llama", where Flax and Hugging
     Face rotate halves, (i, i + size / 2). The rows of q and k are therefore permuted, head by head: row 2i + j of a
@@ -81,8 +83,9 @@ def llama_names(
       `rename(path, leaf)`.
 
     Raises:
-      ValueError: for a config without these numbers; when called, for a module that has no name, a layer beyond
-        num_hidden_layers, and an array without a layer's number that is no stack of layers.
+      ValueError: for a config without these numbers, and with heads that do not fit; when called, for a module that has
+        no name, a layer beyond num_hidden_layers, an array without a layer's number that is no stack of layers, and
+        outputs side by side that have another size than the config says.
 
     Example:
       >>> import jax.numpy as jnp
@@ -99,115 +102,75 @@ def llama_names(
     References:
       llama.cpp, convert_hf_to_gguf.py. Su et al., RoFormer, 2021, https://arxiv.org/abs/2104.09864.
     """
-    layers, sizes, orders = _number(config, "num_hidden_layers"), _rows(config), _orders(config) if permute else {}
-    own = _own(modules)
+    size, own = llama_sizes.sizes(config), _own(modules)
+    orders = _orders(size) if permute else {}
 
     def rename(path: str, leaf: Leaf) -> Any:
         keys = path.split("/")
-        name = "bias" if keys[-1] in ("bias", "b") else "weight"
+        bias = keys[-1] in ("bias", "b")
         at, targets = _found(own, keys)
+        name = "bias" if bias else "weight"
         if not targets:
             return None
         if set(targets) <= MODEL.keys():
             return f"{targets[0]}.{name}"
-        number = _layer(keys[:at])
-        if number is None:
-            stacked = leaf.shape[:1] == (layers,)
-            remedy = f"{path!r} has no number of a layer: stack all {layers} of them along the first axis."
-            arguments.require(stacked, "config", "have as many layers as an array", leaf.shape, remedy)
-        else:
-            remedy = f"The path is {path!r}."
-            arguments.require(number < layers, "config", "have the layers of the params", layers, remedy)
+        number = _number_of(path, leaf, _layer(keys[:at]), targets, bias, size)
         found, start = [], 0
         for target in targets:
-            part = slice(start, start := start + sizes.get(target, 0)) if len(targets) > 1 else None
+            part = slice(start, start := start + _shapes(size)[target][0]) if len(targets) > 1 else None
             found.append((target, part, orders.get(target)))
         return [
             (f"blk.{i}.{target}.{name}", _index(i if number is None else None, part), order)
-            for i in (range(layers) if number is None else (number,))
+            for i in (range(size.layers) if number is None else (number,))
             for target, part, order in found
         ]
 
     return lambda path, leaf: _plain(rename(path, leaf))
 
 
-def llama_metadata(config: Mapping[str, object] | object, architecture: str = "llama") -> dict[str, object]:
-    """The metadata with which llama.cpp builds the model; what is missing to run it is a tokenizer.
-
-    Args:
-      config: as for `llama_names`, with max_position_embeddings, vocab_size, rms_norm_eps and rope_theta beside.
-      architecture: the argument of `export_gguf`, which begins the keys.
-
-    Returns:
-      A dict for `metadata=` of `export_gguf`.
-
-    Raises:
-      ValueError: for a config without these numbers, and with a scaled RoPE, whose keys differ by kind.
-
-    Example:
-      >>> config = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=256,
-      ...               intermediate_size=512, max_position_embeddings=128, vocab_size=259, rms_norm_eps=1e-5)
-      >>> found = llama_metadata(config)
-      >>> found["llama.block_count"], found["llama.rope.dimension_count"], found["llama.rope.freq_base"]
-      (2, 64, 10000.0)
-    """
-    rope = _get(config, "rope_parameters") or _get(config, "rope_scaling") or {}
-    kind = _get(rope, "rope_type") or _get(rope, "type") or "default"
-    remedy = "Give the config without it, and the keys `rope.scaling.…` of llama.cpp beside these metadata."
-    arguments.require(kind == "default", "config", "have a RoPE that is not scaled", kind, remedy)
-    theta = _get(config, "rope_theta") or _get(rope, "rope_theta") or 10000.0
-    size = _head_size(config)
-    found = {
-        "block_count": _number(config, "num_hidden_layers"),
-        "context_length": _number(config, "max_position_embeddings"),
-        "embedding_length": _number(config, "hidden_size"),
-        "feed_forward_length": _number(config, "intermediate_size"),
-        "attention.head_count": _number(config, "num_attention_heads"),
-        "attention.head_count_kv": _kv_heads(config),
-        "attention.key_length": size,
-        "attention.value_length": size,
-        "attention.layer_norm_rms_epsilon": _number(config, "rms_norm_eps", float),
-        "rope.dimension_count": size,
-        "rope.freq_base": float(theta),
-        "vocab_size": _number(config, "vocab_size"),
+def _shapes(size: Sizes) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the modules of a layer."""
+    heads, kv = size.heads * size.head, size.kv_heads * size.head
+    return {
+        "attn_q": (heads, size.width),
+        "attn_k": (kv, size.width),
+        "attn_v": (kv, size.width),
+        "attn_output": (size.width, heads),
+        "ffn_gate": (size.hidden, size.width),
+        "ffn_up": (size.hidden, size.width),
+        "ffn_down": (size.width, size.hidden),
+        "attn_norm": (size.width, 1),
+        "ffn_norm": (size.width, 1),
     }
-    return {f"{architecture}.{key}": value for key, value in found.items()}
 
 
-def _get(config: Any, name: str) -> Any:
-    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+def _number_of(
+    path: str, leaf: Leaf, number: int | None, targets: tuple[str, ...], bias: bool, size: Sizes
+) -> int | None:
+    """The number of the layer that an array belongs to, None for a stack of all.
+
+    The key of a path may count something else: Mlp_0 of a scanned layer. So an array of the size of a stack is one.
+    """
+    shapes = [_shapes(size).get(target, (0, 0)) for target in targets]
+    one, entries = sum(rows * (1 if bias else inputs) for rows, inputs in shapes), math.prod(leaf.shape)
+    stacked = leaf.shape[:1] == (size.layers,) and (number is None or 0 < size.layers * one == entries > one)
+    if number is None:
+        remedy = f"{path!r} has no number of a layer: stack all {size.layers} of them along the first axis."
+        arguments.require(stacked, "config", "have as many layers as an array", leaf.shape, remedy)
+    elif not stacked:
+        remedy = f"The path is {path!r}."
+        arguments.require(number < size.layers, "config", "have the layers of the params", size.layers, remedy)
+    if len(targets) > 1:
+        rows = " + ".join(str(n) for n, _ in shapes)
+        remedy = f"{path!r} has the shape {leaf.shape}, and {' and '.join(targets)} {rows} outputs by the config."
+        fits = entries == one * (size.layers if stacked else 1)
+        arguments.require(fits, "config", "have the sizes of what lies side by side", rows, remedy)
+    return None if stacked else number
 
 
-def _number(config: Any, name: str, kind: type = int) -> Any:
-    value = _get(config, name)
-    fits = arguments.is_number(value) and value > 0 and kind(value) == value
-    arguments.require(fits, "config", f"have a positive number {name}", value, CONFIG)
-    return kind(value)
-
-
-def _kv_heads(config: Any) -> int:
-    given = _get(config, "num_key_value_heads") is not None
-    return int(_number(config, "num_key_value_heads" if given else "num_attention_heads"))
-
-
-def _head_size(config: Any) -> int:
-    if _get(config, "head_dim") is not None:
-        return int(_number(config, "head_dim"))
-    return int(_number(config, "hidden_size") // _number(config, "num_attention_heads"))
-
-
-def _rows(config: Any) -> dict[str, int]:
-    """How many outputs the parts of a module have whose outputs may lie side by side."""
-    size = _head_size(config)
-    heads, kv = _number(config, "num_attention_heads") * size, _kv_heads(config) * size
-    hidden = _number(config, "intermediate_size")
-    return {"attn_q": heads, "attn_k": kv, "attn_v": kv, "ffn_gate": hidden, "ffn_up": hidden}
-
-
-def _orders(config: Any) -> dict[str, np.ndarray]:
+def _orders(size: Sizes) -> dict[str, np.ndarray]:
     """Which row of q and k stands where in the file: the two halves of each head, interleaved."""
-    rows, size = _rows(config), _head_size(config)
-    return {name: _interleaved(rows[name], size) for name in ("attn_q", "attn_k")}
+    return {name: _interleaved(_shapes(size)[name][0], size.head) for name in ("attn_q", "attn_k")}
 
 
 def _interleaved(rows: int, size: int) -> np.ndarray:
@@ -242,18 +205,22 @@ def _found(own: Mapping[tuple[str, ...], tuple[str, ...]], keys: list[str]) -> t
             for target, known in table.items():
                 if keys[end - 1] in known.split():
                     return end - 1, tuple(target.split())
-    path, example = "/".join(keys), {"/".join(keys[:-1][-2:]) or keys[-1]: "attn_q"}
-    remedy = f"Say which one it is, `modules={example}`, or None instead of a name to leave it out."
+    module = "/".join(key for key in keys[: ends[0]][-2:] if _layer([key]) is None)  # a layer's number stays outside
+    path, example = "/".join(keys), {module: "attn_q"}
+    remedy = f"Say which one it is, `modules={example}` if it is q, or None instead of a name to leave it out."
     arguments.require(False, "modules", "name every module that is not usual", path, remedy)
     return 0, ()
 
 
 def _layer(keys: Sequence[str]) -> int | None:
-    """The number of a layer in the keys before a module: a number alone, else one behind a name."""
-    for pattern in (r"(\d+)", r".*_(\d+)"):
-        for key in keys:
-            if number := re.fullmatch(pattern, key):
-                return int(number[1])
+    """The number of a layer in the keys before a module: a number alone, else the one behind a name of layers."""
+    for key in keys:
+        if key.isdecimal():
+            return int(key)
+    for key in keys:
+        numbered = re.fullmatch(r"(.*)_(\d+)", key)
+        if numbered and (numbered[1] in LAYERS or numbered[1].lower().endswith(LAYERS[:-1])):
+            return int(numbered[2])
     return None
 
 

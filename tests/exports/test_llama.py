@@ -85,6 +85,48 @@ def test_rows_are_permuted_as_llama_cpp_does():
     )
 
 
+def test_numbers_that_count_something_else_than_layers():
+    """Linen numbers its modules by class: inside a scanned layer Mlp_0 is the one of every layer."""
+    rename = clipjax.llama_names(CONFIG | {"num_hidden_layers": 3})
+    for path in ("layers/Mlp_0/up_proj/kernel", "layers/Block_0/up_proj/kernel", "Llama_1/blocks/up_proj/kernel"):
+        found = rename(path, jnp.zeros((3, 32, 48)))
+        assert [(name, index) for name, index, _ in found] == [(f"blk.{i}.ffn_up.weight", i) for i in range(3)]
+    for path in ("Llama_0/Block_1/up_proj/bias", "h_1/up_proj/bias", "layers_1/Mlp_2/up_proj/bias", "1/up_proj/bias"):
+        assert rename(path, jnp.zeros(48)) == "blk.1.ffn_up.bias"
+    assert rename("Llama_0/norm/scale", jnp.zeros(32)) == "output_norm.weight"
+    with pytest.raises(ValueError, match=r"'layers/Mlp_0/up_proj/kernel' has no number of a layer: stack all 3"):
+        rename("layers/Mlp_0/up_proj/kernel", jnp.zeros((32, 48)))
+
+
+def test_the_frequencies_of_llama_3_are_divided(tmp_path):
+    """The loop of convert_hf_to_gguf.py; the tensor goes into the file, and is no leaf on the way back."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = CONFIG | {"head_dim": 64, "rope_scaling": rope | {"original_max_position_embeddings": 8192}}
+    want = []
+    for freq in 1.0 / (5e5 ** (np.arange(0, 64, 2) / 64)):
+        wavelen = 2 * np.pi / freq
+        if wavelen < 8192 / 4:
+            want.append(1)
+        elif wavelen > 8192 / 1:
+            want.append(8)
+        else:
+            smooth = (8192 / wavelen - 1) / (4 - 1)
+            want.append(1 / ((1 - smooth) / 8 + smooth))
+    assert len({*want}) > 4
+    metadata = clipjax.llama_metadata(config)
+    params = {"norm": {"scale": jnp.ones(32)}}
+    clipjax.export_gguf(tmp_path / "net", params, rename=clipjax.llama_names(config), metadata=metadata)
+    found = clipjax.import_gguf(tmp_path / "net")["rope_freqs.weight"]
+    assert found.dtype == np.float32 and "llama.rope.freq_base" in metadata
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    back = clipjax.import_gguf(tmp_path / "net", like=params, rename=clipjax.llama_names(config))
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    with pytest.raises(ValueError, match=r"each name once, got 'rope_freqs.weight'"):
+        clipjax.export_gguf(tmp_path / "net", params, rename=lambda *_: "rope_freqs.weight", metadata=metadata)
+    with pytest.raises(ValueError, match=r"`config` must have a high_freq_factor above the low one, got 1\.0"):
+        clipjax.llama_metadata(config | {"rope_scaling": config["rope_scaling"] | {"high_freq_factor": 1}})
+
+
 def test_modules_of_ones_own():
     modules = {"mixer/in": ("attn_q", "attn_k", "attn_v"), "Norm_1": "ffn_norm", "q_norm": "attn_q_norm", "extra": None}
     rename = clipjax.llama_names(CONFIG, modules | {"wte": "output"})
@@ -92,6 +134,7 @@ def test_modules_of_ones_own():
     assert named(rename, "layers_1/Norm_1/scale") == ["blk.1.ffn_norm.weight"]
     assert named(rename, "layers/0/attn/q_norm/scale") == ["blk.0.attn_q_norm.weight"]
     assert named(rename, "wte/embedding") == ["output.weight"]
+    assert named(rename, "embedder/input_embedding") == ["token_embd.weight"]
     assert rename("layers/0/extra/kernel", jnp.zeros((2, 2))) is None
 
 
@@ -156,6 +199,28 @@ def test_what_is_not_known():
         (lambda: clipjax.llama_names(CONFIG, {"a": 3}), "`modules` must name modules"),
         (lambda: clipjax.llama_names(CONFIG, {"a": ("attn_q", "ffn_down")}), "`modules` must join q, k and v"),
         (lambda: clipjax.llama_metadata(CONFIG | {"rope_scaling": {"type": "linear"}}), "RoPE that is not scaled"),
+        (
+            lambda: rename("embedder/table", leaf),
+            r"got 'embedder/table'. .* `modules=\{'embedder/table': 'attn_q'\}` if",
+        ),
+        (
+            lambda: rename("layers/1/gate_up/kernel", jnp.zeros((32, 80))),
+            r"lies side by side, got '48 \+ 48'. .*32, 80",
+        ),
+        (
+            lambda: rename("layers/qkv/bias", jnp.zeros((2, 80))),
+            r"got '32 \+ 16 \+ 16'. 'layers/qkv/bias' has the shape",
+        ),
+        (
+            lambda: clipjax.llama_names(CONFIG | {"num_attention_heads": 64}),
+            "that divide it, got 64. hidden_size is 32",
+        ),
+        (lambda: clipjax.llama_names(CONFIG | {"num_attention_heads": 5}), "num_attention_heads that divide it, got 5"),
+        (
+            lambda: clipjax.llama_names(CONFIG | {"num_key_value_heads": 3}),
+            "that divide them, got 3. num_attention_hea",
+        ),
+        (lambda: clipjax.llama_names(CONFIG | {"head_dim": 3}), "heads of an even size, got 3"),
     ):
         with pytest.raises(ValueError, match=error):
             call()

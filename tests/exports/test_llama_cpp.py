@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -84,6 +85,26 @@ def test_floats(trained, tmp_path):
     unpermuted = clipjax.llama_names(CONFIG, permute=False)
     clipjax.export_gguf(tmp_path / "net.gguf", params, rename=unpermuted, metadata=METADATA)
     assert distance(model, tmp_path / "net.gguf")[0] > 0.01
+
+
+def test_the_rope_of_llama_3(trained, tmp_path, monkeypatch):
+    """The same model with the frequencies that the tensor of the file divides."""
+    rope = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+    config = CONFIG | {"rope_scaling": rope | {"original_max_position_embeddings": 32}}
+    metadata = clipjax.llama_metadata(config) | text_llama.TOKENIZER
+
+    def rotated(x, theta=CONFIG["rope_theta"]):
+        frequencies = theta ** -(np.arange(0, x.shape[-1], 2) / x.shape[-1]) / metadata["rope_freqs.weight"]
+        angle = (np.arange(x.shape[1])[:, None] * frequencies)[:, None].astype(np.float32)
+        a, b = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
+
+    model = nnx.merge(*trained)
+    monkeypatch.setattr(text_llama, "rotated", rotated)
+    for written, near in ((metadata, True), (METADATA, False)):
+        clipjax.export_gguf(tmp_path / "net.gguf", nnx.state(model, nnx.Param), rename=NAMES, metadata=written)
+        worst, _ = distance(model, tmp_path / "net.gguf")
+        assert (worst < 1e-3) == near and (worst > 0.01) != near
 
 
 @named([formats.q8_0(), formats.q4_0(), formats.mxfp4(), formats.tq2_0()])
