@@ -43,8 +43,8 @@ LEVELS = (
         " saving",
     },
     {
-        "_exports": "rows naming assembling gguf_blocks gguf_metadata gguf_writing gguf_reading llama_sizes llama"
-        " onnx_weights onnx_layouts onnx_codes onnx_editing onnx_nodes onnx_matching onnx_writing"
+        "_exports": "rows casting naming assembling gguf_blocks gguf_metadata gguf_writing gguf_reading"
+        " llama_sizes llama onnx_weights onnx_layouts onnx_codes onnx_editing onnx_nodes onnx_matching onnx_writing"
         " compressed_tensors safetensors_writing safetensors_reading",
         "_reports": "distributions reporting summarizing",
     },

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments, leaf_axes
-from clipjax._exports import naming, rows
+from clipjax._exports import casting, naming, rows
 from clipjax._maths import format_blocks, integers
 from clipjax._maths.integers import Quantized
 from clipjax.typing import Axis, Format, PerLeaf, Rename, Tree
@@ -74,8 +74,8 @@ def assemble(
       spare: names that may be left unread anyway.
 
     Raises:
-      ValueError: for names that one side lacks, shapes that differ, leaves of which the file has a part, and formats
-        whose blocks do not fit a leaf.
+      ValueError: for names that one side lacks, shapes that differ, leaves of which the file has a part, numbers that
+        the dtype of a leaf does not have, and formats whose blocks do not fit a leaf.
     """
     leaf_axes.check(axis)
     rename, unread = naming.resolve(rename, separator), set(names)
@@ -124,7 +124,11 @@ def _leaf(path: str, template: Any, found: list[tuple[Part, Stored]], axis: Axis
         remedy = f"The file has {list(have)} as {name!r}: another model, or `axis` or `rename` differ."
         arguments.require(fits, "like", f"have the shapes of the file at {path!r}", list(picked.shape), remedy)
         rows.put(there, picked, np.ones(picked.shape, bool))
-        rows.put(values, picked, stored.values if form else _floats(stored))
+        part = stored.values if form else _floats(stored)
+        lost = casting.lost(part, values.dtype)
+        remedy = f"Tensor {name!r} has {lost}, which would be another number: give leaf {path!r} another dtype."
+        arguments.require(lost is None, "like", "have dtypes that hold the file", values.dtype.name, remedy)
+        rows.put(values, picked, part)
     remedy = "The names that `rename` returns for it have a part of its rows: name all of them, or leave the leaf out."
     arguments.require(there.all(), "rename", "find all of a leaf in the file", path, remedy)
     if form is None:

@@ -46,7 +46,8 @@ def import_gguf(
 
     Raises:
       ValueError: for a file that is no GGUF file or is cut; tensors that `like` or the file lacks; shapes that differ;
-        a leaf of which the names have a part; a type whose values `gguf` cannot compute.
+        a leaf of which the names have a part; numbers that the dtype of a leaf does not have; a type whose values
+        `gguf` cannot compute.
       ImportError: without `gguf`: ``pip install 'clipjax[export]'``.
 
     Example:

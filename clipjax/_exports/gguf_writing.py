@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._exports import gguf_blocks, gguf_metadata, naming
+from clipjax._exports import casting, gguf_blocks, gguf_metadata, naming
 from clipjax._exports.naming import Tensor
 from clipjax._files import atomic_file
 from clipjax.typing import Axis, PerLeaf, Rename, State, Tree
 
 FLOATS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+KINDS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 EXPERTS = "_exps."  # in llama.cpp's names of arrays with an axis of experts
 LONGEST = 63  # bytes of a name, GGML_MAX_NAME without the zero at the end
 
@@ -74,7 +75,7 @@ def export_gguf(
     Raises:
       ValueError: for a leaf on a format that GGUF does not have, or whose blocks run along another axis than the file
         needs; weights off their grid; a name that is used twice or has more than 63 bytes; an index or permutation that
-        does not fit; weights beyond the range of f16. Nothing is written then.
+        does not fit; weights beyond the range of their type. Nothing is written then.
       TypeError: for leaves that GGUF has no type for, and for metadata of another kind.
       ImportError: without `gguf`: ``pip install 'clipjax[export]'``.
 
@@ -153,11 +154,10 @@ def _check(one: _Stored) -> None:
     tensor, size = one.tensor, len(one.tensor.name.encode())
     remedy = f"It names leaf {tensor.path!r}. Give it a shorter one by `rename`."
     arguments.require(size <= LONGEST, "rename", f"return names of at most {LONGEST} bytes", tensor.name, remedy)
-    if one.type == "F16" and tensor.dtype != np.float16:
-        x = np.abs(tensor.values())
-        largest = float(x[np.isfinite(x)].max(initial=0))
-        remedy = f"Leaf {tensor.path!r} has {largest:.6g}, which f16 does not: use 'bf16' or 'f32'."
-        arguments.require(largest < 65520, "float_type", "hold every weight", "f16", remedy)
+    if one.type in KINDS and tensor.dtype != KINDS[one.type]:
+        lost = casting.lost(tensor.values(), KINDS[one.type])
+        remedy = f"Leaf {tensor.path!r} has {lost}. 'bf16' and 'f32' reach to 3.4e38."
+        arguments.require(lost is None, "float_type", "hold every weight", one.type.lower(), remedy)
 
 
 def _write(gguf: Any, writer: Any, stored: list[_Stored]) -> None:
@@ -178,7 +178,6 @@ def _write(gguf: Any, writer: Any, stored: list[_Stored]) -> None:
 def _bytes(tensor: Tensor, name: str) -> np.ndarray:
     if tensor.form is not None:
         return np.ascontiguousarray(gguf_blocks.packed(name, *tensor.codes()))
-    kinds = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
     x = tensor.values()
-    kind = kinds.get(name, x.dtype)
+    kind = KINDS.get(name, x.dtype)
     return np.ascontiguousarray(x.astype(kind)).reshape(-1).view(np.uint8)

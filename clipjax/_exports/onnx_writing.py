@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipjax._arrays import arguments, leaf_axes, picking
-from clipjax._exports import naming, onnx_codes, onnx_layouts, onnx_matching, onnx_nodes, onnx_weights, rows
+from clipjax._exports import casting, naming, onnx_codes, onnx_layouts, onnx_matching, onnx_nodes, onnx_weights, rows
 from clipjax._exports.onnx_editing import Editor
 from clipjax._exports.onnx_matching import Match, Wanted
 from clipjax._files import atomic_file
@@ -69,9 +69,10 @@ def export_onnx(
 
     Raises:
       ValueError: for a leaf that the graph does not have, or that `source` finds in several initializers; a name that
-        is used twice; a leaf off its grid; a format that is no code times a scale, as `q4_1` and `nf4`; and an opset
-        that does not have what the codes need: 21 for blocks and 4 bits, 19 for FP8, 23 for FP4, 24 for its scales as
-        bytes (else they are written as f32), 25 for 2 bits. Nothing is written then.
+        is used twice; a leaf off its grid, or beyond the range of its initializer; a format that is no code times a
+        scale, as `q4_1` and `nf4`; and an opset that does not have what the codes need: 21 for blocks and 4 bits, 19
+        for FP8, 23 for FP4, 24 for its scales as bytes (else they are written as f32), 25 for 2 bits. Nothing is
+        written then.
       TypeError: for a `rename` that returns something else.
       ImportError: where `onnx` is missing: `pip install 'clipjax[export]'`.
 
@@ -126,6 +127,9 @@ def _put(editor: Editor, match: Match, contrib: bool) -> None:
         onnx_nodes.put(editor, weight, found, wanted.path, contrib)
         return
     values = onnx_layouts.laid(np.asarray(wanted.leaf), order, weight.shape)
+    lost = casting.lost(values, weight.dtype)
+    remedy = f"Leaf {wanted.path!r} has {lost}, and its initializer {weight.name!r} is {weight.dtype}."
+    arguments.require(lost is None, "model_in", "have dtypes that hold the params", weight.dtype.name, remedy)
     editor.change(weight, values.astype(weight.dtype))
 
 

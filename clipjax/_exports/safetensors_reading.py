@@ -43,7 +43,8 @@ def import_safetensors(
 
     Raises:
       ValueError: for files that are damaged or no safetensors files; names that `like` or the files lack; shapes that
-        differ; a leaf of which the names have a part; a scheme with zero points, or of other bits.
+        differ; a leaf of which the names have a part; numbers that the dtype of a leaf does not have; a scheme with
+        zero points, or of other bits.
 
     Example:
       >>> import jax.numpy as jnp, tempfile

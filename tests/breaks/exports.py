@@ -25,7 +25,11 @@ MUTANTS = (
     Mutant(
         "_exports/gguf_writing.py", 'FLOATS[float_type] if len(one.shape) > 1 else "F32"', "FLOATS[float_type]", "gguf"
     ),
-    Mutant("_exports/gguf_writing.py", "largest < 65520", "True", "gguf", "bad_input"),
+    Mutant("_exports/gguf_writing.py", '(lost is None, "float_type"', '(True, "float_type"', "gguf", "bad_input"),
+    Mutant("_exports/assembling.py", "(lost is None, ", "(True, ", "gguf", "dtypes"),
+    Mutant("_exports/onnx_writing.py", "(lost is None, ", "(True, ", "onnx_writing", "cannot"),
+    Mutant("_exports/casting.py", "x != np.trunc(x)", "x != x", "gguf", "dtypes"),
+    Mutant("_exports/casting.py", "low <= end <= high and", "", "gguf", "dtypes"),
     Mutant("_exports/gguf_writing.py", "size <= LONGEST", "True", "gguf", "bad_input"),
     Mutant("_exports/gguf_writing.py", "(sizes[0], math.prod(sizes[1:]),", "(math.prod(sizes), 1,", "gguf", "expert"),
     Mutant("_exports/gguf_metadata.py", '("UINT32", "INT32"))', '("INT32",))', "gguf", "metadata"),

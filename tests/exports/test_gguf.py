@@ -232,6 +232,12 @@ def test_metadata_has_the_types_of_llama_cpp(tmp_path):
         ({"k": random(8, 4), "a": {"k": random(2)}}, {"rename": lambda path, leaf: "x"}, "each name once"),
         ({"k" * 64: random(2)}, {}, "names of at most 63 bytes"),
         ({"k": random(8, 4) * 1e6}, {"float_type": "f16"}, "`float_type` must hold every weight, got 'f16'.*bf16"),
+        ({"k": np.full((8, 4), 3.4e38, np.float32)}, {"float_type": "bf16"}, "got 'bf16'. Leaf 'k' has 3.39"),
+        (
+            {"k": np.full(4, -1e300)},
+            {"float_type": "bf16"},
+            "got 'f32'. Leaf 'k' has -1e[+]300. 'bf16' and 'f32' reach",
+        ),
         ({"k": random(8, 4)}, {"float_type": "f64"}, "`float_type` must be one of"),
         ({"k": jnp.ones(3, bool)}, {}, "Leaves must be floats or signed integers in GGUF, got bool at 'k'"),
         ({"k": random(2)}, {"architecture": ""}, "`architecture` must be a name"),
@@ -286,6 +292,21 @@ def test_what_does_not_fit_the_file(tmp_path):
     same(clipjax.import_gguf(path, like={"a": shape}, partial=True), {"a": kernel})
     assert clipjax.import_gguf(path, like={"a": shape, "k": 3}, rename=alone, partial=True)["k"] == 3
     assert clipjax.import_gguf(path, like={"a": shape, "k": cut})["k"].shape == (4, 24, 4)
+
+
+def test_numbers_that_the_dtypes_of_leaves_do_not_have(tmp_path):
+    """Rounding to another float is what a leaf of it asks for; truncation and infinities are not."""
+    values = jnp.array([[0.0, 1.0], [1e5, 1.0]])
+    clipjax.export_gguf(tmp_path / "net", {"a": values, "b": values[:1] / 2, "c": values[:1]})
+    like = {"a": jnp.zeros((2, 2), jnp.bfloat16), "b": jnp.zeros((1, 2), jnp.float16), "c": jnp.zeros((1, 2), bool)}
+    found = clipjax.import_gguf(tmp_path / "net", like=like)
+    assert [found[k].tolist() for k in "abc"] == [[[0, 1], [99840, 1]], [[0, 0.5]], [[False, True]]]
+    for key, dtype, lost in (("a", jnp.float16, 100000.0), ("b", jnp.int32, 0.5), ("a", jnp.int8, 100000.0)):
+        wrong = like | {key: like[key].astype(dtype)}
+        with pytest.raises(
+            ValueError, match=rf"dtypes that hold the file, got '{dtype.dtype}'. Tensor '{key}' has {lost},"
+        ):
+            clipjax.import_gguf(tmp_path / "net", like=wrong)
 
 
 def test_damaged_files_raise(tmp_path):

@@ -279,6 +279,7 @@ ERRORS = [
         {"params": {"w": on_format(formats.nf4(), W)}},
         r"on formats that ONNX has, got 'nf4\(block=64\)'. Leaf 'w' has v",
     ),
+    ({"params": {"w": np.full((64, 64), 1e39)}}, "hold the params, got 'float32'. Leaf 'w' has 1e[+]39, and its init"),
     ({"params": {"w": on_format(formats.q4_1(), W)}}, "be on formats that ONNX has, got 'q4_1'. Leaf 'w' has values"),
     (
         {"params": {"w": on_format(formats.int4(32), W)}, "opset": 20},
