@@ -18,6 +18,9 @@ from clipjax._maths import integers, known_formats
 from clipjax._maths.integers import Quantized
 from clipjax.typing import Rename
 
+ONE_WAY = ("Gather", "Add", "Sub", "Mul", "Div")
+"""Operators that take an array as the leaf has it, as an output of the graph does."""
+
 Fingerprint = tuple[str, int, int, int]
 
 
@@ -111,11 +114,27 @@ def _part(one: Wanted, picked: rows.Pick, where: str) -> Wanted:
 
 
 def _order(one: Wanted, weight: Weight) -> Order:
-    """How a leaf lies in an initializer: as its values tell, else as the operator takes them."""
+    """How a leaf lies in an initializer: as its values tell, else as the operator takes them.
+
+    Raises:
+      ValueError: for an initializer of another shape, and a matrix that may be transposed, where nothing tells.
+    """
     orders = list(onnx_layouts.orders(one.source.shape, one.outputs, weight))
     remedy = f"Leaf {one.path!r} has shape {one.source.shape}, and the initializer {weight.name!r} {weight.shape}."
     arguments.require(orders, "rename", "name an initializer of the shape of the leaf", weight.name, remedy)
-    return next((order for order in orders if _equal(one.source, order, weight)), orders[0])
+    equal = next((order for order in orders if _equal(one.source, order, weight)), None)
+    if equal is not None:
+        return equal
+    ways = {tuple(i for i in order if one.source.shape[i] > 1) for order in orders}
+    told = weight.outputs is not None or any(use.node is None or use.kind in ONE_WAY for use, _ in weight.ends)
+    if len(ways) > 1 and len(weight.shape) == 2 and weight.ends and not told:
+        use, _ = weight.ends[0]
+        remedy = (
+            f"Leaf {one.path!r} may be it or its transpose, and {use.named} does not tell: give `source=`, the params"
+            " that the graph was made from."
+        )
+        arguments.require(False, "rename", "name an initializer whose axes are known", weight.name, remedy)
+    return orders[0]
 
 
 def by_values(wanted: list[Wanted], found: list[Weight]) -> list[Match]:

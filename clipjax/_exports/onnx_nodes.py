@@ -122,9 +122,12 @@ def _takes(weight: Weight, found: Coded, block: int) -> bool:
 
 def _contracted(weight: Weight, found: Coded) -> int | None:
     """The contracted axis of a weight that MatMulNBits can multiply with wherever it is used; else None."""
-    if len(weight.shape) != 2:
+    if len(weight.shape) != 2 or any(use.kind == "Cast" for use in weight.between):
         return None
-    axes = {use.contracted if use.kind != "Gemm" or _plain_gemm(use) else None for use in weight.uses}
+    known = ((use, order, use.contracted) for use, order in weight.ends)
+    axes = {
+        None if i is None or (use.kind == "Gemm" and not _plain_gemm(use)) else order[i] for use, order, i in known
+    } or {None}
     axis = axes.pop()
     return axis if not axes and axis is not None and _takes(weight, found, found.box[axis]) else None
 
@@ -141,7 +144,7 @@ def _added(use: Use) -> str:
 
 
 def _multiply(editor: Editor, weight: Weight, found: Coded, axis: int) -> None:
-    """MatMulNBits in the place of each MatMul and Gemm, followed by the addition of the Gemm."""
+    """MatMulNBits in the place of each MatMul and Gemm, and of its Transpose, followed by the addition of the Gemm."""
     bits, block = found.bits or 8, found.box[axis]
     codes, scale = (np.moveaxis(x, axis, -1) for x in (found.codes, onnx_codes.spread(found.scale, found, axis)))
     outputs, inputs = codes.shape
@@ -152,7 +155,9 @@ def _multiply(editor: Editor, weight: Weight, found: Coded, axis: int) -> None:
         editor.constant(weight.graph, f"{weight.name}_scale", scale.astype(weight.dtype)),
     ]
     sizes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}
-    for use in weight.uses:
+    for use in weight.between:
+        editor.replace(use, [])
+    for use, _ in weight.ends:
         output, added = use.node.output[0], _added(use) if use.kind == "Gemm" else ""
         product = editor.fresh(f"{output}_product") if added else output
         nodes = [editor.node("MatMulNBits", [use.node.input[0], *given], product, domain=MICROSOFT, **sizes)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,11 @@ class Use(NamedTuple):
         """The operator, "" for one that is not ONNX's own."""
         own = self.node is not None and self.node.domain in ("", "ai.onnx")
         return self.node.op_type if own else ""
+
+    @property
+    def named(self) -> str:
+        """The node in words."""
+        return f"node {self.node.name or self.node.output[0]!r}"
 
     def attribute(self, name: str, default: Any) -> Any:
         """An attribute of the node."""
@@ -70,11 +75,15 @@ class Weight(NamedTuple):
       graph: the graph that has it.
       proto: the TensorProto.
       uses: where it is used, in subgraphs too.
+      between: those that only hand it on, transposed or cast, and what so uses what they hand on.
+      ends: all others behind these, each with the weight's axes in the order in which the use has them.
     """
 
     graph: Proto
     proto: Proto
     uses: tuple[Use, ...]
+    between: tuple[Use, ...]
+    ends: tuple[tuple[Use, tuple[int, ...]], ...]
 
     @property
     def name(self) -> str:
@@ -107,8 +116,8 @@ class Weight(NamedTuple):
     @property
     def outputs(self) -> tuple[int, ...] | None:
         """The axes that a contraction keeps; None where no use tells."""
-        found = (_outputs(use, len(self.shape)) for use in self.uses)
-        return next((axes for axes in found if axes is not None), None)
+        found = ((_outputs(use, len(self.shape)), order) for use, order in self.ends)
+        return next((tuple(sorted(order[i] for i in axes)) for axes, order in found if axes is not None), None)
 
 
 def _outputs(use: Use, ndim: int) -> tuple[int, ...] | None:
@@ -137,8 +146,25 @@ def weights(model: Proto) -> list[Weight]:
             for output in inner.output:
                 uses.setdefault(output.name, []).append(Use(inner, None, 0))
         held = (proto for proto in graph.initializer if proto.data_type in FLOATS and proto.name in uses)
-        found += [Weight(graph, proto, tuple(uses[proto.name])) for proto in held]
+        found += [_weight(graph, proto, uses) for proto in held]
     return found
+
+
+def _weight(graph: Proto, proto: Proto, uses: Mapping[str, list[Use]]) -> Weight:
+    between, ends = [], []
+
+    def follow(name: str, order: tuple[int, ...]) -> None:
+        for use in uses.get(name, ()):
+            if use.kind in ("Transpose", "Identity", "Cast"):
+                between.append(use)
+                kept = range(len(order))
+                moved = use.attribute("perm", kept[::-1]) if use.kind == "Transpose" else kept
+                follow(use.node.output[0], tuple(order[i] for i in moved))
+            else:
+                ends.append((use, order))
+
+    follow(proto.name, tuple(range(len(proto.dims))))
+    return Weight(graph, proto, tuple(uses[proto.name]), tuple(between), tuple(ends))
 
 
 def graphs(graph: Proto) -> Iterator[Proto]:

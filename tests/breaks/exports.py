@@ -53,6 +53,11 @@ MUTANTS = (
     Mutant("_exports/llama_sizes.py", "(1 - t) / factor", "(1 - t) * factor", "llama", "frequencies"),
     Mutant("_exports/gguf_reading.py", "spare=(gguf_metadata.FACTORS,)", "spare=()", "llama", "frequencies"),
     Mutant("_exports/onnx_layouts.py", "(*outputs, *inputs[-1:], *inputs[:-1])", "first", "onnx_writing", "lies"),
+    Mutant("_exports/onnx_weights.py", "tuple(sorted(order[i] for i in axes))", "axes", "onnx_weights"),
+    Mutant("_exports/onnx_weights.py", "kept[::-1]", "kept", "onnx_weights"),
+    Mutant("_exports/onnx_nodes.py", 'any(use.kind == "Cast" for use in weight.between)', "False", "onnx_weights"),
+    Mutant("_exports/onnx_nodes.py", "else order[i] for use,", "else i for use,", "onnx_weights"),
+    Mutant("_exports/onnx_matching.py", "weight.ends and not told", "False", "onnx_weights"),
     Mutant("_exports/onnx_weights.py", "(1 - use.contracted,)", "(1,)", "onnx_writing", "lies"),
     Mutant("_exports/onnx_weights.py", "kept + pair[1 - i] == out", "True", "onnx_writing", "operator"),
     Mutant("_exports/onnx_codes.py", "math.gcd(n, *(int(end) for end in ends))", "n", "onnx_writing", "bytes"),
@@ -81,4 +86,9 @@ MUTANTS = (
     Mutant("_exports/safetensors_writing.py", 'key != "quantization_config"', "True", "safetensors", "plain_params"),
     Mutant("_exports/safetensors_writing.py", "q if known else leaf", "q", "safetensors", "other_formats"),
     Mutant("_exports/safetensors_reading.py", "named and not ignored and", "named and", "safetensors", "regular"),
+    Mutant("_exports/safetensors_reading.py", "(ordered, ", "(True, ", "safetensors", "another_order"),
+    Mutant("_exports/safetensors_reading.py", "names(how), ORDER)", "names(how),)", "safetensors", "another_order"),
+    Mutant(
+        "_exports/safetensors_reading.py", "if name in self._modules else", "if False else", "safetensors", "without"
+    ),
 )
