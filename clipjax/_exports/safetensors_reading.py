@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._exports import assembling, compressed_tensors, safetensors_writing
+from clipjax._exports import assembling, compressed_tensors, naming, safetensors_writing
 from clipjax._exports.assembling import Stored
 from clipjax._exports.compressed_tensors import Scheme
 from clipjax._files import container
 from clipjax.typing import Axis, PerLeaf, Rename, Tree
+
+ORDER = "weight_g_idx"
+"""The array of a module whose groups are no neighbours, as GPTQ's `actorder="group"` made them."""
 
 
 def import_safetensors(
@@ -33,7 +36,8 @@ def import_safetensors(
       like: a tree of arrays or of their shapes and dtypes, as ``jax.eval_shape`` gives it, whose structure the result
         takes; leaves take the dtypes and shardings that stand here. None for a dict of all by their names, as the files
         have them: contracted axes last.
-      rename: see `export_safetensors`; leaves that it leaves out stay as they are in `like`.
+      rename: see `export_safetensors`, what is quantized with or without ".weight"; leaves that it leaves out stay as
+        they are in `like`.
       axis: see `export_gguf`.
       dequantize: True returns arrays. False returns a `Quantized` for each leaf that is quantized in the files.
       partial: True leaves arrays unread that no leaf of `like` names.
@@ -44,7 +48,7 @@ def import_safetensors(
     Raises:
       ValueError: for files that are damaged or no safetensors files; names that `like` or the files lack; shapes that
         differ; a leaf of which the names have a part; numbers that the dtype of a leaf does not have; a scheme with
-        zero points, or of other bits.
+        zero points, with groups in another order (``weight_g_idx``), or of other bits.
 
     Example:
       >>> import jax.numpy as jnp, tempfile
@@ -63,7 +67,7 @@ def import_safetensors(
         like,
         files.names,
         files.read,
-        rename=safetensors_writing.resolve(rename),
+        rename=files.whole(safetensors_writing.resolve(rename)),
         axis=axis,
         separator=".",
         dequantize=dequantize,
@@ -88,8 +92,17 @@ class _Files:
                 self._arrays[name] = values
         config = safetensors_writing.read_config(os.path.join(folder, safetensors_writing.CONFIG)) or {}
         self._modules = _modules(config.get("quantization_config") or {}, self._arrays)
-        parts = {f"{m}.{last}" for m, how in self._modules.items() for last in compressed_tensors.names(how)}
+        parts = {f"{m}.{last}" for m, how in self._modules.items() for last in (*compressed_tensors.names(how), ORDER)}
         self.names = [n for n in self._arrays if n not in parts] + [f"{module}.weight" for module in self._modules]
+
+    def whole(self, rename: Rename) -> Rename:
+        """The same where a quantized module may be named without ".weight", which the writer puts behind any name."""
+
+        def named(path: str, leaf: Any) -> Any:
+            found = naming.entries(rename(path, leaf), path)
+            return [(f"{name}.weight" if name in self._modules else name, *picked) for name, *picked in found]
+
+        return named
 
     def read(self, name: str) -> Stored:
         """Codes and scales, or numbers."""
@@ -97,6 +110,11 @@ class _Files:
         how = self._modules.get(module) if name != module else None
         if how is None:
             return Stored(np.asarray(self._arrays[name]))
+        remedy = (
+            f"Module {module!r} has its inputs in groups of another order: decode it by its own package, as floats."
+        )
+        ordered = f"{module}.{ORDER}" not in self._arrays
+        arguments.require(ordered, "path", "hold groups of neighbours", ORDER, remedy)
         found = {last: np.asarray(self._arrays[f"{module}.{last}"]) for last in compressed_tensors.names(how)}
         return compressed_tensors.stored(module, how, found)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from on_format import on_format
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import clipjax
 from clipjax import Quantized, dequantize, export_safetensors, formats, import_safetensors
@@ -156,6 +157,32 @@ def test_layers_of_a_stack_become_modules_and_come_back(tmp_path):
     np.testing.assert_array_equal(import_safetensors(tmp_path)[names[1]], last[:, ::-1].T)
     back = import_safetensors(tmp_path, like=params, rename=rename, dequantize=False)
     np.testing.assert_array_equal(dequantize(back["layers"]["kernel"]), dequantize(params["layers"]["kernel"]))
+
+
+def test_names_without_weight_come_back(tmp_path):
+    """What is quantized is a module in the files, whatever its array is called in the tree."""
+    q = on_format(formats.int4(32), random(64, 32))
+    params = {"kernel": q, "linear": {"w": q}, "dense": {"kernel": q, "w": random(4, 4)}}
+    for rename in (None, lambda path, leaf: f"model.{path}"):
+        export_safetensors(tmp_path, params, rename=rename)
+        back = import_safetensors(tmp_path, like=params, rename=rename, dequantize=False)
+        assert jax.tree.structure(back) == jax.tree.structure(params)
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), back, params))
+
+
+def test_groups_in_another_order_are_refused(tmp_path):
+    """Their scales belong to inputs that are no neighbours, so that the values would be others."""
+    params = {"dense": {"kernel": on_format(formats.int4(32), random(64, 8))}, "norm": {"scale": jnp.ones(8)}}
+    export_safetensors(tmp_path, params)
+    arrays = load_file(tmp_path / "model.safetensors")
+    save_file(arrays | {"dense.weight_g_idx": np.arange(64, dtype=np.int32) % 2}, tmp_path / "model.safetensors")
+    for like in (None, params):
+        with pytest.raises(
+            ValueError, match=r"`path` must hold groups of neighbours, got 'weight_g_idx'. Module 'dense'"
+        ):
+            import_safetensors(tmp_path, like=like)
+    found = import_safetensors(tmp_path, like={"norm": params["norm"]}, partial=True)
+    assert found["norm"]["scale"].tolist() == [1.0] * 8
 
 
 def test_shards_are_read_together(tmp_path):
