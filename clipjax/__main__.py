@@ -84,7 +84,10 @@ def expand(source: str, target: str, max_bytes: int | None = None) -> None:
 
 
 def export(source: str, target: str, architecture: str = "llama", max_bytes: int | None = None) -> None:
-    """Write a small file as GGUF or safetensors, under its own names; a `Quantized` on a format as its bytes."""
+    """Write a small file as GGUF or safetensors, under its own names; a `Quantized` on a format as its bytes.
+
+    A note on stderr says where there is none.
+    """
     if target.endswith(".safetensors"):
         raise ValueError(
             f"`OUT` must be a folder or end in .gguf, got {target}. `expand` writes a plain file of floats."
@@ -93,6 +96,8 @@ def export(source: str, target: str, architecture: str = "llama", max_bytes: int
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
     if not any(isinstance(x, Quantized) and x.format is not None for x in leaves):
         params = saving.load(source, max_bytes=max_bytes)  # floats in their dtypes: nobody reads steps
+        note = "has no leaf on a format, so that OUT has floats. Save `clipjax.quantized(params, opt_state)` for codes."
+        print(f"clipjax: {source} {note}", file=sys.stderr)
     if target.endswith(".gguf"):
         gguf_writing.export_gguf(target, params, architecture=architecture)
     else:

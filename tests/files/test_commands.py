@@ -69,7 +69,7 @@ def test_orbax_there_and_back(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [None, 4], ids=["floats", "grid"])
-def test_a_small_file_of_floats_is_exported_in_their_dtypes(tmp_path, bits):
+def test_a_small_file_of_floats_is_exported_in_their_dtypes_with_a_note(tmp_path, capsys, bits):
     pytest.importorskip("gguf")
     small, gguf, folder = (str(tmp_path / name) for name in ("small", "model.gguf", "folder"))
     params = {"dense": {"kernel": jnp.asarray(SPARSE / 4, jnp.bfloat16), "bias": jnp.ones(100)}}
@@ -83,18 +83,20 @@ def test_a_small_file_of_floats_is_exported_in_their_dtypes(tmp_path, bits):
     same(clipjax.import_gguf(gguf, like=params)["dense"]["bias"], params["dense"]["bias"])
     assert __main__.main(["export", small, folder]) == 0
     same(clipjax.import_safetensors(folder, like=params), params)
+    note = "has no leaf on a format, so that OUT has floats. Save `clipjax.quantized(params, opt_state)` for codes."
+    assert capsys.readouterr().err == f"clipjax: {small} {note}\n" * 2
 
 
 @pytest.mark.parametrize(
     ("form", "target"), [(clipjax.formats.q4_0(), "model.gguf"), (clipjax.formats.int4(32, "float32"), "folder")]
 )
-def test_a_leaf_on_a_format_is_exported_as_its_bytes(tmp_path, form, target):
+def test_a_leaf_on_a_format_is_exported_as_its_bytes(tmp_path, capsys, form, target):
     pytest.importorskip("gguf")
     params = {"dense": {"kernel": jnp.asarray(RNG.normal(size=(64, 8)), jnp.float32)}}
     params, state = clipjax.hold_once(clipjax.fake_quantize(form), params)
     small, target = str(tmp_path / "small"), str(tmp_path / target)
     clipjax.save(small, clipjax.quantized(params, state))
-    assert __main__.main(["export", small, target]) == 0
+    assert __main__.main(["export", small, target]) == 0 and not capsys.readouterr().err
     read = clipjax.import_gguf if target.endswith("gguf") else clipjax.import_safetensors
     back = read(target, like=params, dequantize=False)["dense"]["kernel"]
     assert back.format == form.name and jnp.array_equal(clipjax.dequantize(back), params["dense"]["kernel"])
