@@ -75,8 +75,8 @@ class Weight(NamedTuple):
       graph: the graph that has it.
       proto: the TensorProto.
       uses: where it is used, in subgraphs too.
-      between: those that only hand it on, transposed or cast, and what so uses what they hand on.
-      ends: all others behind these, each with the weight's axes in the order in which the use has them.
+      between: the nodes that only hand it on, one behind another: transposed, cast or as it is.
+      ends: where it is used behind those, and its other uses, each with the order in which it has the weight's axes.
     """
 
     graph: Proto

@@ -297,10 +297,10 @@ def test_what_does_not_fit_the_file(tmp_path):
 def test_numbers_that_the_dtypes_of_leaves_do_not_have(tmp_path):
     """Rounding to another float is what a leaf of it asks for; truncation and infinities are not."""
     values = jnp.array([[0.0, 1.0], [1e5, 1.0]])
-    clipjax.export_gguf(tmp_path / "net", {"a": values, "b": values[:1] / 2, "c": values[:1]})
-    like = {"a": jnp.zeros((2, 2), jnp.bfloat16), "b": jnp.zeros((1, 2), jnp.float16), "c": jnp.zeros((1, 2), bool)}
+    clipjax.export_gguf(tmp_path / "net", {"a": values, "b": jnp.array([[0.0, 0.5, 2.0]]), "c": values[:1]})
+    like = {"a": jnp.zeros((2, 2), jnp.bfloat16), "b": jnp.zeros((1, 3), jnp.float16), "c": jnp.zeros((1, 2), bool)}
     found = clipjax.import_gguf(tmp_path / "net", like=like)
-    assert [found[k].tolist() for k in "abc"] == [[[0, 1], [99840, 1]], [[0, 0.5]], [[False, True]]]
+    assert [found[k].tolist() for k in "abc"] == [[[0, 1], [99840, 1]], [[0, 0.5, 2]], [[False, True]]]
     for key, dtype, lost in (("a", jnp.float16, 100000.0), ("b", jnp.int32, 0.5), ("a", jnp.int8, 100000.0)):
         wrong = like | {key: like[key].astype(dtype)}
         with pytest.raises(

@@ -203,6 +203,7 @@ def test_what_is_not_known():
             lambda: rename("embedder/table", leaf),
             r"got 'embedder/table'. .* `modules=\{'embedder/table': 'attn_q'\}` if",
         ),
+        (lambda: rename("layers/1/norm/scale", leaf), r"`modules=\{'norm': 'attn_q'\}`"),
         (
             lambda: rename("layers/1/gate_up/kernel", jnp.zeros((32, 80))),
             r"lies side by side, got '48 \+ 48'. .*32, 80",
