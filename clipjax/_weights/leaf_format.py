@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from clipjax import steps
@@ -139,6 +140,19 @@ def once(plan: FormatPlan, values: jax.Array) -> jax.Array:
     limit = min(largest, float(jnp.finfo(jnp.float32).max))  # finite: no scale is infinite, where bytes would be NaN
     codes, scales = plan.form.quantize(view, limit, plan.precision, plan.placed.within)
     return format_blocks.joined(plan.form.decode(codes, scales), plan.placed, values).astype(values.dtype)
+
+
+def empty(plan: FormatPlan, own: LeafScales) -> jax.Array:
+    """True where all scales are those of zeros."""
+    none = _of_zeros(plan.form, plan.precision)
+    return functools.reduce(jnp.logical_and, [jnp.all(s == z) for s, z in zip(own.scales, none, strict=True)])
+
+
+@functools.cache
+def _of_zeros(form: Format, precision: int | None) -> tuple[int | float, ...]:
+    """The scales of a block of zeros."""
+    with jax.ensure_compile_time_eval():
+        return tuple(np.asarray(s).item() for s in form.fit(jnp.zeros(1), jnp.inf, precision, (0,)))
 
 
 def _limits(plan: FormatPlan, max_level: Sides) -> Sides:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from typing import TypeAlias
 
@@ -73,23 +74,49 @@ def check_fits(plans: dict[str, LeafPlan], params: Tree, state: QuantizeState, e
             leaf_grid.check_shape(plan, leaf, leaf_grid.at(state, path))
 
 
-def outdated(plans: dict[str, LeafPlan], target: Tree, state: QuantizeState) -> jax.Array:
-    """True where levels were made for other widths than they may have now, or for another number as their step."""
+def outdated(plans: dict[str, LeafPlan], target: Tree, state: QuantizeState, again: jax.Array) -> jax.Array:
+    """True where levels were made for other widths than they may have now, or for another number as their step.
+
+    Args:
+      plans: of all leaves.
+      target: the values that are projected.
+      state: the levels.
+      again: True at the updates at which all scales are fitted again where a leaf had zeros alone.
+    """
     number: jax.Array | None = None
     for path, x in trees.governed(target):
         plan = plans[path]
         if isinstance(plan, Plan) and number is None:  # one rule, and so the same number, for all leaves
             number = leaf_grid.other_step(plan, x, leaf_grid.at(state, path))
-    other = state.asked != fingerprint(plans)
+    mark = state.asked - fingerprint(plans)
+    other = (mark != 0) & ((mark != 1) | again)
     return quantize_state.fitted(state) & (other if number is None else other | number)
 
 
+def asked(plans: dict[str, LeafPlan], found: dict[str, Fitted], before: jax.Array) -> jax.Array:
+    """The number that stands for the widths of levels that were just fitted, with a mark where a leaf had zeros alone.
+
+    Args:
+      plans: of all leaves.
+      found: their levels.
+      before: the number of the state before, whose mark stays.
+    """
+    empty = [
+        leaf_format.empty(plans[path], own)  # type: ignore[arg-type]
+        for path, own in found.items()
+        if isinstance(own, LeafScales)
+    ]
+    number = fingerprint(plans)
+    marked = functools.reduce(jnp.logical_or, empty, before == number + 1)
+    return number + marked.astype(jnp.int32)
+
+
 def fingerprint(plans: dict[str, LeafPlan]) -> int:
-    """A number that differs where a run goes on with other widths, so that the grids are fitted anew."""
+    """An even number that differs where a run goes on with other widths, so that the grids are fitted anew."""
     kinds = [
         (path, (p.form.name, p.placed.outputs) if isinstance(p, FormatPlan) else p.allowed) for path, p in plans.items()
     ]
-    return zlib.crc32(repr(kinds).encode()) >> 1
+    return zlib.crc32(repr(kinds).encode()) >> 2 << 1
 
 
 def measure(plan: LeafPlan, x: jax.Array, known: facts.Facts, max_level: Sides, dtype: DTypeLike) -> Measured:

@@ -22,7 +22,8 @@ class QuantizeState(NamedTuple):
         scalar, below which there is no level.
       high: the largest one; likewise.
       bits: i32, the width; 0 for unbounded codes. With a format f32, bits a weight with its share of the scales.
-      asked: i32, a number that stands for the widths that the grids were made for; -1 before the first refresh.
+      asked: i32, an even number that stands for the widths that the grids were made for, one more where a leaf on a
+        format had nothing but zeros; -1 before the first refresh.
       format: u32, the id of the format.
       outputs: u32, the axes that keep scales of their own, those counted from 0 by the bits that are set.
       scales: of the format as it stores them, by path and number, an entry for each block along the axes of the leaf.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from clipjax import steps
-from clipjax._arrays import arguments, picking, stacks, trees
+from clipjax._arrays import arguments, elementwise, picking, stacks, trees
 from clipjax._maths import grids, levels, spectra, step_groups
 from clipjax._weights import (
     bit_widths,
@@ -104,7 +105,8 @@ def fake_quantize(
         which `per_leaf` gives a width are quantized. With a tree of bits, `where` is ignored.
       start: the first update that quantizes, counted from 0; may be traced.
       every: the number of updates between two refreshes of the steps; may be traced. With None, refreshes are at
-        `start`, and at `stop` if that is given.
+        `start`, and at `stop` if that is given. Where a leaf on a format had nothing but zeros, scales are fitted again
+        1, 2, 4, 8, … updates after `start` too, up to `stop`.
       stop: the update of the last refresh; may be traced. Weights are rounded after it too, with the last step. None
         sets no end.
       carry: keep latent weights, 4 bytes a weight. False rounds in place, which loses small updates. Static.
@@ -167,7 +169,7 @@ def fake_quantize(
     @refreshing.compiled
     def refresh(weights: Tree, known: Tree, inputs: refreshing.Inputs) -> QuantizeState:
         """The grids that are fitted to the weights as the transformations before leave them."""
-        (params,), values = inputs, jax.tree.leaves(weights)
+        (params, asked), values = inputs, jax.tree.leaves(weights)
         by_path, kinds = plans(params), [p.dtype for p in jax.tree.leaves(params)]
         of_leaves = facts.governed(weights, known)
         limits = facts.shared(leaf_grid.max_level, of_leaves, kinds)
@@ -175,19 +177,25 @@ def fake_quantize(
         measured = [leaf_levels.measure(*row) for row in rows]
         names, static = list(by_path), list(by_path.values())
         if widths.choose is None:
-            found, width = stacks.mapped(leaf_levels.fit, names, static, measured), leaf_levels.bits(by_path)
+            fitted, width = stacks.mapped(leaf_levels.fit, names, static, measured), leaf_levels.bits(by_path)
         else:
-            found, width = _chosen(widths.choose, by_path, measured)
-        return quantize_state.gathered(dict(zip(names, found, strict=True)), width, leaf_levels.fingerprint(by_path))
+            fitted, width = _chosen(widths.choose, by_path, measured)
+        found = dict(zip(names, fitted, strict=True))
+        return quantize_state.gathered(found, width, leaf_levels.asked(by_path, found, asked))
 
     def apply_fn(target: Tree, state: QuantizeState, context: Context) -> tuple[Tree, QuantizeState]:
         by_path = plans(context.params)
         if not by_path:
             return target, state
         leaf_levels.check_zeros(by_path, facts.governed(target, context.known))
-        outdated = leaf_levels.outdated(by_path, target, state)
-        new = refreshing.refreshed(cycle, context, refresh, (context.params,), state, target, outdated)
+        outdated = leaf_levels.outdated(by_path, target, state, refreshing.doubling(cycle, context.count))
+        inputs = context.params, state.asked
+        new = refreshing.refreshed(cycle, context, refresh, inputs, state, target, outdated)
         return frozen_fn(target, new, context), new
+
+    def ready(state: QuantizeState) -> jax.Array | None:
+        """False before the first refresh, when weights stay as they are; None where every update makes levels."""
+        return None if refreshing.always(cycle) else quantize_state.fitted(state)
 
     def frozen_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
         by_path = plans(context.params)
@@ -198,13 +206,20 @@ def fake_quantize(
             key = jax.random.fold_in(context.key, index[path]) if mode == "stochastic" else None
             return leaf_levels.level(by_path[path], path, x, state, key, since)
 
-        shown = trees.map_with_path(level, target)
+        shown = jax.tree.map(
+            functools.partial(elementwise.keep, ready(state)), trees.map_with_path(level, target), target
+        )
         # A weight that is not on its level yet may lie beyond the bound that levels keep.
         return shown if soften is None else facts.settled_tree(shown, context.known)
 
     def surely_zero(target: Tree, state: QuantizeState, context: Context) -> Tree:
-        by_path = plans(context.params)
-        return trees.map_with_path(lambda path, x: leaf_levels.surely_zero(by_path[path], path, x, state), target)
+        by_path, begun = plans(context.params), ready(state)
+
+        def zero(path: str, x: jax.Array) -> jax.Array:
+            found = leaf_levels.surely_zero(by_path[path], path, x, state)
+            return found if begun is None else found & begun
+
+        return trees.map_with_path(zero, target)
 
     def once(target: Tree, state: QuantizeState, context: Context) -> Tree:
         """The levels as the references of formats have them, where nothing bounds a leaf."""

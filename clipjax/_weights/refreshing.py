@@ -128,6 +128,13 @@ def refreshed(
     return jax.lax.cond(due, lambda: fresh(memory()), lambda: old)
 
 
+def doubling(cycle: Cycle, count: jax.Array) -> jax.Array:
+    """True 1, 2, 4, 8, … updates after `start`, before `stop`: scales that are fitted then follow weights that grow."""
+    since = count - cycle.start
+    power = (since > 0) & (since & (since - 1) == 0)
+    return power if cycle.stop is None else power & (count < cycle.stop)
+
+
 def _constant(tree: Tree) -> Tree:
     """The same with arrays that are constants in derivatives; leaves that are one array stay one.
 

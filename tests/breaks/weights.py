@@ -263,4 +263,13 @@ MUTANTS = (
         "search",
     ),
     Mutant("_weights/quantizing.py", "bool(searched), cycle", "False, cycle", "quantizing_formats", "search"),
+    Mutant("_weights/leaf_levels.py", "(mark != 1) | again", "(mark != 1)", "formats_begun", "zeros_learns and q8_0"),
+    Mutant(
+        "_weights/leaf_levels.py", "before == number + 1)", "before == 0)", "formats_begun", "zeros_learns and q8_0"
+    ),
+    Mutant("_weights/refreshing.py", "power & (count < cycle.stop)", "power", "formats_begun", "stay_between"),
+    Mutant(
+        "_weights/quantizing.py", "elementwise.keep, ready(state)", "elementwise.keep, None", "formats_begun", "stay_as"
+    ),
+    Mutant("_weights/quantizing.py", "found & begun", "found", "formats_begun", "a_mask_holds"),
 )
