@@ -52,6 +52,8 @@ class Format:
         dtype, and an update lands on it.
       gap: `gap(scales) -> f32`, the distance of 0 to the nearest other level, for a cheap answer to what is surely 0;
         None to have it encoded.
+      sides: True where `limit` may be a pair too, of how far levels may extend below zero, and above. Otherwise `fit`
+        is given the larger one.
       pack: the bytes of a file, None for a format without one.
       factors: what `decode` multiplies, for `clipjax.dot`: levels of the shape of the codes, in i8 or an fp8 dtype
         where they fit, and a scale and a minimum of the shape of the scales. None to have `dot` decode the weights.
@@ -70,6 +72,7 @@ class Format:
     quantize: Quantize | None = None
     precision: Callable[[jax.typing.DTypeLike], int | None] = lambda dtype: None
     gap: Callable[[Scales], jax.Array] | None = None
+    sides: bool = False
     pack: Pack | None = None
     factors: Factors | None = None
 

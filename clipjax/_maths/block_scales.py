@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import elementwise
+from clipjax._arrays import elementwise, sharding
 from clipjax._maths import float_codes, grids
 
-Limit = jax.typing.ArrayLike
+Limit = jax.typing.ArrayLike | tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
+"""How far levels may extend from zero: a number, or one below and one above."""
+
 Axes = tuple[int, ...]
 LAST: Axes = (-1,)
 """The axes of a block, where a caller names none."""
@@ -19,18 +21,50 @@ LAST: Axes = (-1,)
 
 def entries(x: jax.Array, limit: Limit) -> jax.Array:
     """What a format reads: f32 in [-limit, limit]."""
-    limit = jnp.asarray(limit, jnp.float32)
-    return within(x.astype(jnp.float32), -limit, limit)
+    below, above = ends(limit)
+    return within(x.astype(jnp.float32), -below, above)
 
 
-def within(x: jax.Array, low: Limit, high: Limit) -> jax.Array:
+def ends(limit: Limit) -> tuple[jax.Array, jax.Array]:
+    """How far levels may extend below zero, and above, f32."""
+    below, above = limit if isinstance(limit, tuple) else (limit, limit)
+    return jnp.asarray(below, jnp.float32), jnp.asarray(above, jnp.float32)
+
+
+def side(x: jax.Array, limit: Limit) -> jax.typing.ArrayLike:
+    """The limit on the side of zero where each entry lies."""
+    if not isinstance(limit, tuple):
+        return limit
+    below, above = (sharding.filled(end, x) for end in ends(limit))
+    return elementwise.where(x < 0, below, above)
+
+
+def both(size: jax.Array, limit: Limit, share: float) -> jax.typing.ArrayLike:
+    """The limit of blocks whose levels reach as far below zero as above, where the largest magnitude is `size`.
+
+    It is the narrower side's, where entries of that side would else lose the outermost code: where that code is the
+    nearest of one at the limit. There it takes at most half a step from the largest entry of the other side.
+
+    Args:
+      size: of each block.
+      limit: a number, or one below zero and one above.
+      share: where the outermost code begins, as a share of its level.
+    """
+    if not isinstance(limit, tuple):
+        return limit
+    narrow, wide = (pick(*ends(limit)) for pick in (jnp.minimum, jnp.maximum))
+    return elementwise.where(size * share <= narrow, sharding.filled(narrow, size), sharding.filled(wide, size))
+
+
+def within(x: jax.Array, low: jax.typing.ArrayLike, high: jax.typing.ArrayLike) -> jax.Array:
     """The entries limited to [low, high]: `jnp.clip` without the call that it leaves in the program."""
     return jnp.minimum(jnp.maximum(x, low), high)
 
 
 def exceeds(level: jax.Array, limit: Limit) -> jax.Array:
     """Where a level lies beyond the limit."""
-    return jnp.abs(level) > jnp.asarray(limit, jnp.float32)
+    below, above = ends(limit)
+    return (level > above) | (level < -below)
 
 
 def absmax(x: jax.Array, axes: Axes = LAST) -> jax.Array:

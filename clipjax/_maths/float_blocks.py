@@ -26,14 +26,18 @@ Zeros = Literal["signed", "rounded", "plain"]
 TOP = {E4M3: 448.0, E5M2: 57344.0, E2M1: 6.0}
 """The largest number of each element; its exponent is where the block's largest entry goes."""
 
+OUTER = {E4M3: 432 / 448, E5M2: 53248 / 57344, E2M1: 5 / 6}
+"""Where it begins to be the nearest number, as a share of it."""
+
 
 def _coded(
     ratio: jax.Array, scale: jax.Array, layout: Layout, limit: Limit, zeros: Zeros, ties: Ties = "even"
 ) -> jax.Array:
     """The nearest codes of x / scale, u8; the next one toward 0 where the value exceeds the limit."""
-    size = jnp.minimum(float_codes.magnitude(ratio, layout, ties), jnp.uint32(layout.largest))
-    size = size - block_scales.exceeds(float_codes.value(size, layout) * scale, limit).astype(jnp.uint32)
     negative = float_codes.bits(ratio) >> 31 == 1
+    size = jnp.minimum(float_codes.magnitude(ratio, layout, ties), jnp.uint32(layout.largest))
+    over = float_codes.value(size, layout) * scale > jnp.asarray(block_scales.side(ratio, limit), jnp.float32)
+    size = size - over.astype(jnp.uint32)
     if zeros != "signed":
         negative &= ratio != 0 if zeros == "rounded" else size > 0
     return float_codes.signed(size, negative, layout).astype(jnp.uint8)
@@ -106,7 +110,8 @@ def mx(name: str, layout: Layout, rule: str) -> Format:
         size = block_scales.absmax(block_scales.entries(x, limit), axes)
         found = EXPONENTS[rule](size, layout)
         if rule == "gguf":  # a logarithm that is rounded up puts the extremum at 4, which may be past the limit
-            past = block_scales.exceeds(float_codes.power_of_two(jnp.maximum(found + 2, 0)), limit)
+            end = block_scales.both(size, limit, 1.0)
+            past = block_scales.exceeds(float_codes.power_of_two(jnp.maximum(found + 2, 0)), end)
             found = elementwise.where(past, _floor(size, layout), found)
         found = block_scales.within(found, 0, 254)
         if rule != "qwix":
@@ -128,6 +133,7 @@ def mx(name: str, layout: Layout, rule: str) -> Format:
 
     return Format(
         name=name,
+        sides=True,
         fit=fit,
         encode=encode,
         decode=decode,
@@ -146,15 +152,18 @@ def scaled(name: str, layout: Layout, block: int | None, across: int | None) -> 
     """FP8 with an f32 scale: s = max|x| / largest, codes the nearest of x / s."""
 
     def fit(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> Scales:
-        size = grids.ratio(block_scales.absmax(block_scales.entries(x, limit), axes), TOP[layout])
+        size = block_scales.absmax(block_scales.entries(x, limit), axes)
+        end = block_scales.both(size, limit, OUTER[layout])
+        size = grids.ratio(jnp.minimum(size, end), TOP[layout])
         size = elementwise.where(size == 0, jnp.full_like(size, 2.0**-23), size)
-        return (block_scales.single(size, TOP[layout], limit, precision),)
+        return (block_scales.single(size, TOP[layout], end, precision),)
 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
         return _coded(grids.ratio(block_scales.entries(x, limit), scales[0]), scales[0], layout, limit, "signed")
 
     return Format(
         name=name,
+        sides=True,
         fit=fit,
         encode=encode,
         decode=lambda codes, scales: float_codes.value(codes, layout) * scales[0],
@@ -173,20 +182,26 @@ def scaled(name: str, layout: Layout, block: int | None, across: int | None) -> 
 def nvfp4(name: str, divisor: bool) -> Format:
     """NVFP4: codes times an E4M3 scale of 16, by a divisor of the array (compressed-tensors), or times a factor."""
 
+    def value(scales: Scales) -> jax.Array:
+        block = float_codes.value(scales[0], E4M3)
+        return grids.ratio(block, scales[1]) if divisor else block * scales[1]
+
     def fit(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> Scales:
         size = block_scales.absmax(block_scales.entries(x, limit), axes)
+        end = block_scales.both(size, limit, OUTER[E2M1])
+        size = jnp.minimum(size, end)
         largest = jnp.maximum(jnp.max(size, initial=0.0), jnp.finfo(jnp.float32).tiny)
         total = _times(largest, divisor, precision)
         ratio = grids.ratio(size, 6.0)
         ratio = ratio * total if divisor else grids.ratio(size, 6.0 * total)
         code = float_codes.magnitude(block_scales.within(ratio, 0, 448.0), E4M3)
+        # Where a scale that was rounded up takes the code 6 from the extremum, the next lower one leaves it more than
+        # the code 4 would, unless it is the half of this one or less.
+        past = (value((code, total)) * 6.0 > jnp.asarray(end, jnp.float32)) & (code > 2)
+        code -= past.astype(jnp.uint32)
         none = code == 0 if divisor else size == 0
         code = elementwise.where(none, jnp.full_like(code, 0x20 if divisor else 0x38), code)  # .125, 1
         return code.astype(jnp.uint8), total
-
-    def value(scales: Scales) -> jax.Array:
-        block = float_codes.value(scales[0], E4M3)
-        return grids.ratio(block, scales[1]) if divisor else block * scales[1]
 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
         scale = value(scales)
@@ -197,6 +212,7 @@ def nvfp4(name: str, divisor: bool) -> Format:
 
     return Format(
         name=name,
+        sides=True,
         fit=fit,
         encode=encode,
         decode=lambda codes, scales: float_codes.value(codes, E2M1) * value(scales),
@@ -251,6 +267,7 @@ def normal(name: str, block: int) -> Format:
 
     def fit(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> Scales:
         size = block_scales.absmax(block_scales.entries(x, limit), axes)
+        size = jnp.minimum(size, block_scales.both(size, limit, (NF4[15] + NF4[14]) / 2))
         return (elementwise.where(size < 2.0**-63, jnp.ones_like(size), size),)
 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
@@ -269,6 +286,7 @@ def normal(name: str, block: int) -> Format:
 
     return Format(
         name=name,
+        sides=True,
         fit=fit,
         encode=encode,
         decode=decode,

@@ -50,7 +50,7 @@ def signed_extremum(name: str, n: int) -> Format:
     def quantize(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> tuple[jax.Array, Scales]:
         x = block_scales.entries(x, limit)
         d = block_scales.extremum(x, axes) * (-1 / n)
-        size = block_scales.half(jnp.abs(d), n, limit, precision)
+        size = block_scales.half(jnp.abs(d), n, block_scales.side(-d, limit), precision)
         scale = float_codes.signed(size, float_codes.bits(d) >> 31, F16)
         code = _truncated(x, d if precision is None else float_codes.value(scale, F16), n)
         return code.astype(jnp.uint8), (scale.astype(jnp.uint16),)
@@ -66,6 +66,7 @@ def signed_extremum(name: str, n: int) -> Format:
     digits = int(math.log2(n))
     return Format(
         name=name,
+        sides=True,
         fit=lambda *args: quantize(*args)[1],
         encode=encode,
         decode=decode,
@@ -96,8 +97,11 @@ def absmax(
 
     def quantize(x: jax.Array, limit: Limit, precision: int | None, axes: Axes = LAST) -> tuple[jax.Array, Scales]:
         x = block_scales.entries(x, limit)
-        d = grids.ratio(block_scales.absmax(x, axes), n) if n > 1 else block_scales.absmax(x, axes)
-        scale = block_scales.half(d, n, limit, precision)
+        size = block_scales.absmax(x, axes)
+        end = block_scales.both(size, limit, 1 - 0.5 / n)
+        size = jnp.minimum(size, end)
+        d = grids.ratio(size, n) if n > 1 else size
+        scale = block_scales.half(d, n, end, precision)
         code = rounded(x, d if precision is None else float_codes.value(scale, F16))
         return code.astype(jnp.int8), (scale.astype(jnp.uint16),)
 
@@ -111,6 +115,7 @@ def absmax(
     digits = max(1, math.ceil(math.log2(n)))
     return Format(
         name=name,
+        sides=True,
         fit=lambda *args: quantize(*args)[1],
         encode=encode,
         decode=decode,
@@ -141,11 +146,11 @@ def affine(name: str, n: int) -> Format:
         x = block_scales.entries(x, limit)
         low, high = jnp.min(x, axis=axes, keepdims=True), jnp.max(x, axis=axes, keepdims=True)
         d = grids.ratio(high - low, n)
-        lowest = block_scales.half(jnp.abs(low), 1, limit)
+        lowest = block_scales.half(jnp.abs(low), 1, block_scales.side(low, limit))
         minimum = float_codes.signed(lowest, float_codes.bits(low) >> 31, F16)
         # Where the highest level exceeds the limit, the scale is what reaches from the stored minimum to the limit.
         scale = block_scales.half(d, 1, math.inf)
-        reach = jnp.asarray(limit, jnp.float32) - float_codes.value(minimum, F16)
+        reach = block_scales.ends(limit)[1] - float_codes.value(minimum, F16)
         room = grids.ratio(jnp.maximum(reach, 0), n)
         within = float_codes.magnitude(room, F16, "truncate")
         top = jnp.full_like(d, n)
@@ -162,6 +167,7 @@ def affine(name: str, n: int) -> Format:
 
     return Format(
         name=name,
+        sides=True,
         fit=lambda *args: quantize(*args)[1],
         encode=encode,
         decode=lambda codes, scales: level(codes.astype(jnp.float32), scales),
@@ -200,6 +206,7 @@ def symmetric(name: str, bits: int, dtype: str, block: int | None, across: int |
 
     return Format(
         name=name,
+        sides=True,
         fit=fit,
         encode=encode,
         decode=lambda codes, scales: codes.astype(jnp.float32) * value(scales[0]),
@@ -227,7 +234,7 @@ def zero_pointed(name: str, bits: int, block: int) -> Format:
         x = block_scales.entries(x, limit)
         low, high = jnp.min(x, axis=axes, keepdims=True), jnp.max(x, axis=axes, keepdims=True)
         d = elementwise.where(high > -low, high, low) * (-1 / n)  # the negative one of equal magnitudes
-        size = block_scales.single(jnp.abs(d), n, limit, precision)
+        size = block_scales.single(jnp.abs(d), n, block_scales.side(-d, limit), precision)
         return (float_codes.float_of(float_codes.bits(size) | (float_codes.bits(d) & jnp.uint32(1 << 31))),)
 
     def encode(x: jax.Array, scales: Scales, limit: Limit) -> jax.Array:
@@ -235,6 +242,7 @@ def zero_pointed(name: str, bits: int, block: int) -> Format:
 
     return Format(
         name=name,
+        sides=True,
         fit=fit,
         encode=encode,
         decode=lambda codes, scales: (codes.astype(jnp.float32) - n) * scales[0],

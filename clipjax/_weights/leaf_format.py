@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +67,8 @@ def begin(plan: FormatPlan, leaf: Leaf) -> LeafScales:
 @functools.cache
 def _layout(plan: FormatPlan) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shape and dtype of the scales that a leaf has in the state."""
-    like = jax.ShapeDtypeStruct(plan.placed.shape, jnp.float32)
-    return jax.eval_shape(lambda x: _fitted(plan, format_blocks.view(x, plan.placed), jnp.asarray(0.0)), like)
+    like, none = jax.ShapeDtypeStruct(plan.placed.shape, jnp.float32), (jnp.zeros(()),) * 2
+    return jax.eval_shape(lambda x: _fitted(plan, format_blocks.view(x, plan.placed), none), like)
 
 
 def bits(plan: FormatPlan) -> float:
@@ -125,7 +125,7 @@ def fit(plan: FormatPlan, values: jax.Array, max_level: Sides) -> LeafScales:
       max_level: the largest magnitude of a level below zero, and above.
     """
     limits = _limits(plan, max_level)
-    scales = _fitted(plan, _clipped(plan, values, limits), jnp.maximum(*limits))
+    scales = _fitted(plan, _clipped(plan, values, limits), limits)
     return _kept(plan, scales, limits)
 
 
@@ -161,8 +161,9 @@ def _limits(plan: FormatPlan, max_level: Sides) -> Sides:
     return below, above
 
 
-def _fitted(plan: FormatPlan, values: jax.Array, limit: jax.Array) -> Scales:
+def _fitted(plan: FormatPlan, values: jax.Array, limits: Sides) -> Scales:
     """The scales of values in the view of blocks."""
+    limit = cast(jax.Array, limits) if plan.form.sides else jnp.maximum(*limits)  # see `Format.sides`
     found = _least_squares(plan, values, limit) if plan.searched else _fit(plan, values, limit)
     return format_blocks.stored(found, plan.placed)
 
@@ -221,9 +222,14 @@ def _kept(plan: FormatPlan, scales: Scales, limits: Limits) -> LeafScales:
 
 def level(plan: FormatPlan, x: jax.Array, own: LeafScales) -> jax.Array:
     """The level of every weight: decode(encode(w)) under the scales of the state."""
-    wide = _clipped(plan, x, (-own.low, own.high))
+    limits = (-own.low, own.high)
+    # Where a format reads both limits, it cuts what lies beyond them itself.
+    wide = x.astype(jnp.float32) if plan.form.sides and not plan.rounded else _clipped(plan, x, limits)
     scales = format_blocks.spread(own.scales, wide)
-    limit = elementwise.where(wide < 0, sharding.filled(-own.low, wide), sharding.filled(own.high, wide))
+    if plan.form.sides:
+        limit = cast(jax.Array, limits)
+    else:
+        limit = elementwise.where(wide < 0, *(sharding.filled(end, wide) for end in limits))
     found = plan.form.decode(plan.form.encode(wide, scales, limit), scales)
     return sharding.laid_as(found.astype(x.dtype), x)
 

@@ -317,8 +317,8 @@ MUTANTS = (
     ),
     Mutant(
         "_maths/float_blocks.py",
-        "size - block_scales.exceeds(",
-        "size - 0 * block_scales.exceeds(",
+        "size - over.astype",
+        "size - 0 * over.astype",
         "block_scales",
         "exceeds and mxfp4",
     ),
@@ -328,4 +328,15 @@ MUTANTS = (
         "_maths/straight_through.py", "if not jnp.issubdtype(x.dtype", "if jnp.issubdtype(x.dtype", "quantizing_formats"
     ),
     Mutant("_maths/format_blocks.py", "or (table and not kept)", "", "rows", "no_outputs"),
+    Mutant(
+        "_maths/block_scales.py",
+        "elementwise.where(x < 0, below, above)",
+        "elementwise.where(x < 0, above, below)",
+        "block_scales",
+        "two_sides and q4_0",
+    ),
+    Mutant("_maths/block_scales.py", "size * share <= narrow", "size < 0", "block_scales", "two_sides and tq2"),
+    Mutant("_maths/block_scales.py", "size * share <= narrow", "size >= 0", "block_scales", "far_out and tq2"),
+    Mutant("_maths/float_blocks.py", "code -= past.astype", "code -= 0 * past.astype", "block_scales", "nvfp4_lowers"),
+    Mutant("_maths/integer_blocks.py", "block_scales.side(low, limit)", "limit[1]", "block_scales", "beside_zero"),
 )

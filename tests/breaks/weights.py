@@ -196,8 +196,8 @@ MUTANTS = (
     Mutant("_weights/leaf_format.py", "* 2.004 <= gap", "* 2e9 <= gap", "formats_held", "waits"),
     Mutant(
         "_weights/leaf_format.py",
-        "sharding.filled(-own.low, wide)",
-        "sharding.filled(own.high, wide)",
+        "limits = (-own.low, own.high)",
+        "limits = (own.high, own.high)",
         "formats_held",
         "sides",
     ),

@@ -49,6 +49,50 @@ def test_no_level_exceeds_a_limit_and_others_stay(form):
     np.testing.assert_array_equal(decode(*quantize(x, wide, None)), plain)
 
 
+def off(form, x, limit):
+    """The relative error of blocks within limits, and their values."""
+    scales = jax.jit(form.fit, static_argnums=2)(x, limit, None)
+    values = np.asarray(jax.jit(form.decode)(jax.jit(form.encode)(x, scales, limit), scales))
+    return np.sqrt(np.sum((values - x) ** 2) / np.sum(x**2)), values
+
+
+@named([form for form in ALL if form.name[:3] != "int"])
+def test_limits_of_two_sides_lose_neither(form):
+    """Blocks that fill the narrower side are as well off as with that limit on both sides, and so is their mirror."""
+    x = np.random.default_rng(6).standard_normal((24, form.block or 48), np.float32)
+    x = np.maximum(np.minimum(x, np.float32(0.29)), np.float32(-0.3))
+    alike, _ = off(form, x, (0.3, 0.3))
+    for sign, limit in ((1, (0.3, 1.0)), (-1, (1.0, 0.3))):
+        error, values = off(form, sign * x, limit)
+        assert error < 1.05 * alike and values.min() >= -np.float32(limit[0]) and values.max() <= np.float32(limit[1])
+
+
+@named([formats.tq2_0(), formats.q8_0(), formats.fp8_e4m3(), formats.nf4(32), formats.q4_0()])
+def test_a_wider_side_that_is_far_out_sets_the_scale(form):
+    x = np.zeros((2, form.block or 48), np.float32)
+    x[:, 0], x[:, 1] = (0.9, 0.9), (-0.3, -0.01)
+    _, values = off(form, x, (0.3, 1.0))
+    np.testing.assert_allclose(values[:, 0], 0.9, rtol=1e-3)
+
+
+def test_a_level_beside_zero_keeps_the_limit_of_its_own_side():
+    """Q4_1 has levels on the other side of zero than an entry, its f16 minimum among them."""
+    x = np.zeros((1, 32), np.float32)
+    x[0, :4] = -0.001, 0.00002, 0.9, -0.0009
+    for form in (formats.q4_1(), formats.q5_1()):
+        _, values = off(form, x, (0.001, 1.0))
+        assert values.min() >= -np.float32(0.001)
+
+
+@named([formats.nvfp4(), formats.nvfp4("modelopt")])
+@pytest.mark.parametrize("bound", [0.7, 1.2])
+def test_nvfp4_lowers_a_scale_that_would_take_the_largest_code(form, bound):
+    x = np.random.default_rng(0).standard_normal((64, 16), np.float32)
+    x = np.clip(x, -np.float32(bound), np.float32(bound))
+    (within, values), (free, _) = off(form, x, bound), off(form, x, np.inf)
+    assert within < 1.4 * free and np.abs(values).max() <= np.float32(bound)
+
+
 SHORT = [f for f in ALL if f.precision(jnp.bfloat16) is not None]
 
 

@@ -142,7 +142,7 @@ def test_a_kernel_is_no_table_whatever_its_module_is_called():
 
 
 def test_a_bound_of_two_sides_holds_on_both_sides():
-    for form in (formats.q4_0(), formats.q8_0(), formats.nvfp4(), formats.int4(32, "float32")):
+    for form in (formats.q4_0(), formats.q8_0(), formats.q4_1(), formats.nvfp4(), formats.int4(32, "float32")):
         tx = optax.chain(optax.sgd(1.0), clipjax.clamp_weights((-0.11, 1.0)), clipjax.fake_quantize(form, every=1))
         params, _ = trained(tx, {"kernel": normal(0, jnp.float32)}, 3)
         w = np.asarray(params["kernel"])
