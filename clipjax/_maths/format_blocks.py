@@ -146,6 +146,12 @@ def stored(scales: Scales, placed: FormatBlocks) -> Scales:
     return tuple(jax.lax.squeeze(s, inside) if s.ndim else s for s in scales)
 
 
+def in_view(scales: Scales, placed: FormatBlocks) -> Scales:
+    """Scales of the state as they broadcast to the view of an array."""
+    inside = [i + n + 1 for n, i in enumerate(placed.cut)]
+    return tuple(jax.lax.expand_dims(s, inside) if s.ndim else s for s in scales)
+
+
 def spread(scales: Scales, like: jax.Array) -> Scales:
     """Scales for every entry of an array, in their own dtypes.
 

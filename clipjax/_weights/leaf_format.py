@@ -225,12 +225,25 @@ def level(plan: FormatPlan, x: jax.Array, own: LeafScales) -> jax.Array:
     limits = (-own.low, own.high)
     # Where a format reads both limits, it cuts what lies beyond them itself.
     wide = x.astype(jnp.float32) if plan.form.sides and not plan.rounded else _clipped(plan, x, limits)
-    scales = format_blocks.spread(own.scales, wide)
-    if plan.form.sides:
-        limit = cast(jax.Array, limits)
-    else:
-        limit = elementwise.where(wide < 0, *(sharding.filled(end, wide) for end in limits))
-    found = plan.form.decode(plan.form.encode(wide, scales, limit), scales)
+
+    def level(wide: jax.Array, scales: Scales, limits: Limits) -> jax.Array:
+        if plan.form.sides:
+            limit = cast(jax.Array, limits)
+        else:
+            limit = elementwise.where(wide < 0, *(sharding.filled(end, wide) for end in limits))
+        return plan.form.decode(plan.form.encode(wide, scales, limit), scales)
+
+    def entries(wide: jax.Array, scales: Scales, limits: Limits) -> jax.Array:
+        return level(wide, format_blocks.spread(scales, wide), limits)
+
+    def views(wide: jax.Array, scales: Scales, limits: Limits) -> jax.Array:
+        found = level(format_blocks.view(wide, plan.placed), format_blocks.in_view(scales, plan.placed), limits)
+        return format_blocks.joined(found, plan.placed, wide)
+
+    # In a view what follows from a scale is computed once for its block. A TPU would store the view; and XLA makes a
+    # quotient by a scale there a product, against which the formats of this library alone are guarded.
+    on_cpu = views if plan.form.sides else entries
+    found = jax.lax.platform_dependent(wide, own.scales, limits, cpu=on_cpu, default=entries)
     return sharding.laid_as(found.astype(x.dtype), x)
 
 
