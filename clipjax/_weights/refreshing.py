@@ -130,7 +130,7 @@ def refreshed(
 
 def doubling(cycle: Cycle, count: jax.Array) -> jax.Array:
     """True 1, 2, 4, 8, … updates after `start`, before `stop`: scales that are fitted then follow weights that grow."""
-    since = count - cycle.start
+    since = (count - cycle.start).astype(jnp.int32)  # a traced `start` may be a float
     power = (since > 0) & (since & (since - 1) == 0)
     return power if cycle.stop is None else power & (count < cycle.stop)
 
