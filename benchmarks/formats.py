@@ -11,10 +11,12 @@ batches:
 - post: the floats, held once on the format (`hold_once`), which is the reference's own quantizer;
 - wrong grid: trained on `fake_quantize(bits, group=...)` of as many bits and as large groups, then held once on the
   format, as a converter does;
-- format: trained on the format, behind the same clamp.
+- format: trained on the format, behind the same clamp, with the scales of the reference's rule in every step;
+- least squares: the same, with the scales of least squared error (`step=steps.mse()`), searched every 25 steps.
 
 Embedding and head are in Q8_0 in all arms. What is measured went through a GGUF file and the dequantizer of gguf-py:
 the held-out loss in nats a byte, and how far the file's weights are from what was trained, relative to their rms.
+Seeds that OUT has are not trained again.
 """
 
 from __future__ import annotations
@@ -35,17 +37,17 @@ import optax
 from flax import nnx
 
 import clipjax
-from clipjax import formats
+from clipjax import formats, steps
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import text_llama
 
 KEPT = Path(__file__).with_suffix(".jsonl")
-ARMS = ("post", "wrong grid", "format")
+ARMS = ("post", "wrong grid", "format", "least squares")
 FORMATS = {"Q4_0": (formats.q4_0(), 4, 32), "MXFP4": (formats.mxfp4(), 4, 32), "TQ2_0": (formats.tq2_0(), 2, 256)}
 """By name the format, and the width and group of the grid that a trainer without it would take."""
 
-STEPS, LAST, LENGTH, BATCH = 900, 300, 96, 8
+STEPS, LAST, LENGTH, BATCH = 600, 200, 96, 8
 BOUND = 0.5
 NAMES = clipjax.llama_names(text_llama.CONFIG)
 
@@ -55,7 +57,7 @@ def is_table(path: str) -> bool:
     return "embed" in path or "lm_head" in path
 
 
-def chain(form: Any, rate: float) -> optax.GradientTransformation:
+def chain(form: Any, rate: float, **options: Any) -> optax.GradientTransformation:
     """Adam and the clamp, and behind them a width or a format for all but embedding and head, which are in Q8_0."""
     where = lambda path, leaf: leaf.ndim > 1  # noqa: E731
     first = [optax.adam(optax.cosine_decay_schedule(rate, LAST)), clipjax.clamp_weights(BOUND, where=where)]
@@ -63,7 +65,7 @@ def chain(form: Any, rate: float) -> optax.GradientTransformation:
         return optax.chain(*first)
     chosen = clipjax.per_leaf(lambda path, leaf: formats.q8_0() if is_table(path) else form[0])
     if isinstance(form[0], formats.Format):
-        return optax.chain(*first, clipjax.fake_quantize(chosen, every=1))
+        return optax.chain(*first, clipjax.fake_quantize(chosen, **options or {"every": 1}))
     axis = clipjax.per_leaf(lambda path, leaf: 0 if "embed" in path else -1)
     return optax.chain(*first, clipjax.fake_quantize(chosen, every=1, group=form[1], axis=axis))
 
@@ -137,8 +139,10 @@ def arms(run: Run, begun: Any, floats: Any, name: str, rate: float) -> Iterator[
     wrong, _ = run.trained(begun, chain((bits, group), rate), STEPS - LAST, STEPS)
     for arm, params in zip(ARMS, (floats, wrong), strict=False):
         yield arm, params, through_file(*clipjax.hold_once(on_format, params))
-    params, state = run.trained(begun, on_format, STEPS - LAST, STEPS)
-    yield ARMS[2], params, through_file(params, state)
+    searched = chain((form,), rate, step=steps.mse(), every=25)
+    for arm, tx in zip(ARMS[2:], (on_format, searched), strict=True):
+        params, state = run.trained(begun, tx, STEPS - LAST, STEPS)
+        yield arm, params, through_file(params, state)
 
 
 def measure(seed: int, text: str, rates: list[float]) -> Iterator[dict[str, Any]]:
@@ -186,18 +190,18 @@ def main() -> None:
         print(table([json.loads(line) for line in kept.read_text().splitlines()]))
         return
     text = options.text.read_text() if options.text else text_llama.text()
-    tuning = len(options.rates) > 1
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in [100] if tuning else range(options.seeds):
-        for row in measure(seed, text, options.rates):
-            rows.append(row)
+    if len(options.rates) > 1:
+        for row in measure(100, text, options.rates):
             print(json.dumps(row), flush=True)
-            if not tuning:
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-    if not tuning:
-        print(table(rows))
+        return
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    for seed in set(range(options.seeds)) - {row["seed"] for row in rows}:
+        for row in measure(seed, text, options.rates):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(table(rows))
 
 
 if __name__ == "__main__":
