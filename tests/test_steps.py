@@ -70,7 +70,7 @@ def test_mse_one_bit_is_the_mean_magnitude():
 
 
 def test_mse_ignores_zeros():
-    w = RNG.normal(size=1000).astype(np.float32)
+    w = np.random.default_rng(1).normal(size=1000).astype(np.float32)
     padded = jnp.asarray(np.concatenate([w, np.zeros(4000, np.float32)]))
     np.testing.assert_allclose(choose(padded, 4), choose(jnp.asarray(w), 4), rtol=1e-3)
 

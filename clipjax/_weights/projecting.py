@@ -79,7 +79,7 @@ def project(
       two extra arguments: `grad`, see `with_gradient`; and `refresh`, a static bool: True computes masks and
       steps anew at this update, whatever its count; False compiles an update without the code for it; None (the
       default) does it at the counts that `start`, `every` and `stop` of `prune_mask` and `fake_quantize` give. Before
-      the first refresh weights stay as they are.
+      the first refresh weights stay as they are, but for those of a rounding that hardens.
 
     Raises:
       TypeError: for something that is no projection; at init for a complex leaf that `where` picks; at update inside of

@@ -194,8 +194,9 @@ def fake_quantize(
         return frozen_fn(target, new, context), new
 
     def ready(state: QuantizeState) -> jax.Array | None:
-        """False before the first refresh, when weights stay as they are; None where every update makes levels."""
-        return None if refreshing.always(cycle) else quantize_state.fitted(state)
+        """False before the first refresh, when weights stay as they are; None where no weight is kept back."""
+        # A rounding that hardens is no projection yet: beside a select XLA rounds it otherwise than `check` does.
+        return None if refreshing.always(cycle) or soften is not None else quantize_state.fitted(state)
 
     def frozen_fn(target: Tree, state: QuantizeState, context: Context) -> Tree:
         by_path = plans(context.params)

@@ -27,16 +27,17 @@ RULES = {
 }
 
 
-def samples(shape):
+def samples(shape, seed=0):
     """Arrays of many kinds: Gaussian of any scale, heavy tails, uneven sides, half of it pruned, one-sided."""
+    rng = np.random.default_rng(seed)
     draw = [
-        RNG.normal(size=shape),
-        RNG.normal(size=shape) * 1e-3,
-        RNG.laplace(size=shape) * 7,
-        RNG.uniform(-0.2, 1, shape),
-        RNG.normal(size=shape) * (RNG.random(shape) < 0.5),
-        -np.abs(RNG.standard_t(3, shape)),
-        RNG.choice([-0.3, 0.3], shape),
+        rng.normal(size=shape),
+        rng.normal(size=shape) * 1e-3,
+        rng.laplace(size=shape) * 7,
+        rng.uniform(-0.2, 1, shape),
+        rng.normal(size=shape) * (rng.random(shape) < 0.5),
+        -np.abs(rng.standard_t(3, shape)),
+        rng.choice([-0.3, 0.3], shape),
         np.zeros(shape),
     ]
     return np.asarray(draw, np.float32)
