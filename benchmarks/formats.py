@@ -1,4 +1,4 @@
-"""Claim: trained on the format that ships, a model keeps what post-training and the wrong grid lose on the way out.
+"""Question: what is lost on the way into a file, after training in floats, on another grid, and on its own format?
 
     python benchmarks/formats.py [--text FILE] [--seeds 5] [--out out/formats.jsonl]
     python benchmarks/formats.py --table                                # from the saved runs, without training

@@ -50,7 +50,7 @@ def pytest_unconfigure(config):
 
 
 class Sample:
-    """Every N-th case of each test that has several, so that each test runs, and all but few of its kinds of case.
+    """Every N-th case of each test that has several, so that each test runs.
 
     Where the counting begins depends on the test's name: else all would leave out the same column of a table.
     """
