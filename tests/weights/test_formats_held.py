@@ -172,6 +172,20 @@ def test_scales_are_fitted_to_what_a_mask_leaves_at_the_same_update():
     assert int(state[1].projection.scales["kernel"]["0"][0, 0]) == 125  # 2 ** (0 - 2)
 
 
+def test_scales_are_not_fitted_to_what_a_weight_leaves_behind_that_is_pruned_at_the_same_update():
+    """Its latent weight is .9 beside its level, more than all others of the block."""
+    kernel = jnp.full((32, 1), 0.2).at[0, 0].set(-6.9)
+    mask = {"kernel": jnp.ones((32, 1), bool).at[0].set(False)}
+    tx = optax.chain(clipjax.prune_mask(mask=mask, start=1), clipjax.fake_quantize(formats.mxfp4(), every=1))
+    params = {"kernel": kernel}
+    state = tx.init(params)
+    for exponent, pruned in ((0, -6.0), (-5, 0.0)):
+        updates, state = tx.update({"kernel": jnp.zeros((32, 1))}, state, params)
+        params = optax.apply_updates(params, updates)
+        assert int(state[1].projection.scales["kernel"]["0"][0, 0]) - 127 == exponent
+        assert params["kernel"][0, 0] == pruned
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_held_once_params_have_the_bytes_of_the_reference(kind):
     """Post-training quantization, for raw values: the scale divides before it is rounded, as in the reference."""
