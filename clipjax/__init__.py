@@ -1,6 +1,18 @@
 """clipjax makes a JAX model small while it trains, with nothing but Optax transformations."""
 
-from clipjax import formats, projections, roundings, scores, selections, steps, structures, thresholds, typing, widths
+from clipjax import (
+    formats,
+    plots,
+    projections,
+    roundings,
+    scores,
+    selections,
+    steps,
+    structures,
+    thresholds,
+    typing,
+    widths,
+)
 from clipjax._arrays.arguments import per_leaf
 from clipjax._exports.gguf_reading import import_gguf
 from clipjax._exports.gguf_writing import export_gguf
@@ -78,6 +90,7 @@ __all__ = [
     "make_mask",
     "pack",
     "per_leaf",
+    "plots",
     "project",
     "projections",
     "prune_mask",
