@@ -14,6 +14,7 @@ OLD = json.loads((pathlib.Path(__file__).parent / "signatures.json").read_text()
 
 FAMILIES = (
     "formats",
+    "plots",
     "projections",
     "roundings",
     "scores",

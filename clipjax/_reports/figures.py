@@ -66,13 +66,14 @@ def legend(drawn: Sequence[Axes], ax: Axes | Sequence[Axes] | None) -> None:
     """One legend for all axes: below them in a figure of ours, else inside the first one."""
     labelled: dict[str, Artist] = {}
     for axis in drawn:
-        handles, labels = axis.get_legend_handles_labels()
-        labelled |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in labelled}
+        pairs = zip(*axis.get_legend_handles_labels(), strict=True)
+        labelled |= {label: handle for handle, label in pairs if label not in labelled}
+    handles, labels = list(labelled.values()), list(labelled)
     if ax is None:
-        below = {"loc": "outside lower center", "ncols": len(labelled), "frameon": False}
-        drawn[0].figure.legend(list(labelled.values()), list(labelled), **below)
+        own = drawn[0].figure
+        own.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     else:
-        drawn[0].legend(list(labelled.values()), list(labelled), fontsize="small")
+        drawn[0].legend(handles, labels, fontsize="small")
 
 
 def log_scale(axes: Axes, which: str, values: np.ndarray, unit: str | None = None) -> None:

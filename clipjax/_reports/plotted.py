@@ -112,6 +112,6 @@ def _run(history: Report, name: str, path: str) -> tuple[np.ndarray, np.ndarray]
     norm, threshold = (np.array(jax.device_get(x), np.float64) for x in pair)
     remedy = "Give a report of each update, of one run: `jax.tree.map(lambda x: x[0], history)` takes the first."
     fits = norm.ndim == 1 and norm.size and norm.shape == threshold.shape
-    arguments.require(fits, "history", f"have a `{name}/norm_pre{path}` for each update", norm.shape, remedy)
+    arguments.require(fits, "history", f"have a `{name}/norm_pre{path}` of shape [updates]", norm.shape, remedy)
     norm[norm < 0] = np.nan
     return norm, threshold

@@ -1,4 +1,4 @@
-"""Breaks of clipjax/_reports."""
+"""Breaks of clipjax/_reports, and of the plots."""
 
 from breaks.mutant import Mutant
 
@@ -25,4 +25,19 @@ MUTANTS = (
         "quantized",
     ),
     Mutant("_reports/reporting.py", "if steps or not formed else {}", "", "quantizing_formats", "same_bits"),
+    Mutant(
+        "_reports/plotted.py", "levels[levels != 0] if bits == 1 else levels", "levels", "plots", "levels_of_the_grid"
+    ),
+    Mutant("_reports/plotted.py", "x.astype(dtypes.wide(x.dtype)).astype(np.float64)", "x", "plots", "any_scale"),
+    Mutant("_reports/plotted.py", "found[2] or found[1] not in apart", "True", "plotted", "each_leaf"),
+    Mutant("_reports/plotted.py", "norm[norm < 0] = np.nan", "pass", "plotted", "gap"),
+    Mutant("_reports/figures.py", "& (values > 0)", "", "plotted", "gap"),
+    Mutant("_reports/figures.py", "                break\n", "                pass\n", "figures", "overlap"),
+    Mutant("_reports/figures.py", "len(given) == len(panels)", "len(given) >= len(panels)", "figures", "given_axes"),
+    Mutant("plots.py", "x[np.isfinite(x)]", "x", "plots", "not_finite"),
+    Mutant("plots.py", "x / unit", "x", "plots", "same_unit"),
+    Mutant("plots.py", "in reversed(summarizing.", "in iter(summarizing.", "plots", "named_as_a_total"),
+    Mutant("plots.py", "finite & (norm > threshold)", "norm > 0", "plotted", "mark"),
+    Mutant("plots.py", "len(saving.pack(params))", 'total["coded_bytes"]', "plots", "of_the_file"),
+    Mutant("plots.py", "(size[:, None] <= size)", "(size[:, None] < size)", "plots", "pareto_joins"),
 )
