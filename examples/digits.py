@@ -6,7 +6,7 @@ each row the script asserts on the final params whatever the chain promises, to 
     python examples/digits.py                                     # scikit-learn's digits, nothing to download
     python examples/digits.py --data mnist --data-dir DIR --rows ah
 
-It prints a table and writes it with five figures to ``out/``, and saves row (h) there. A process of its own loads that
+It prints a table and writes it with seven figures to ``out/``, and saves row (h) there. A process of its own loads that
 file, and must find the same accuracy.
 """
 
@@ -182,6 +182,7 @@ def cells(letter: str, run: training.Run, runs: dict[str, training.Run], data: t
     precision = precision_score(data.y_test, run.predicted, average="macro", zero_division=0.0)
     removed, total = measuring.units(run.params)
     size = measuring.file_size(run.params)
+    entropy = clipjax.summarize(run.params, widths=()).to_dict()["total"]["entropy_bytes"]
     base = runs.get("a")
     return [
         letter,
@@ -192,7 +193,7 @@ def cells(letter: str, run: training.Run, runs: dict[str, training.Run], data: t
         f"{removed} / {total}",
         str(ROWS[letter].promise.bits or 32),
         f"{size:,}" + (f" ({measuring.file_size(base.params) / size:.1f}x)" if base else ""),
-        f"{measuring.size(run.params):,}",
+        f"{entropy:,}",
         f"{seconds(run) / seconds(base):.2f}" if base else "-",
     ]
 

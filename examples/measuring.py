@@ -40,24 +40,6 @@ def file_size(params: Any) -> int:
     return len(clipjax.pack(params))
 
 
-def size(params: Any) -> int:
-    """Adds up the bytes of every leaf under an order-0 entropy code of its values."""
-    return sum(_leaf_size(np.asarray(leaf)) for leaf in jax.tree.leaves(params))
-
-
-def _leaf_size(leaf: np.ndarray) -> int:
-    """Entropy of the symbols, and 4 bytes for each distinct value: for its place in the codebook, or for itself.
-
-    A value that occurs once is no symbol: an escape symbol stands for it. So a leaf of distinct floats costs exactly
-    4 bytes an entry, a pruned one a bit mask and its survivors, a quantized one its codes and a few levels.
-    """
-    _, counts = np.unique(leaf, return_counts=True)
-    symbols = np.append(counts[counts > 1], (counts == 1).sum())
-    share = symbols[symbols > 0] / leaf.size
-    entropy = -(share * np.log2(share)).sum() * leaf.size
-    return min(leaf.nbytes, int(np.ceil(entropy / 8)) + 4 * len(counts))
-
-
 def check(params: Any, opt_state: Any, promise: Promise) -> str:
     """Asserts everything that `promise` says of the final params, and returns in words what held."""
     held = []

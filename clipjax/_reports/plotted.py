@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from clipjax._arrays import arguments, dtypes, picking, trees
+from clipjax._arrays import arguments, picking, trees
 from clipjax._maths import blocks, step_groups
 from clipjax._weights import checking, leaf_grid, quantize_state
 from clipjax._weights.quantize_state import QuantizeState
@@ -40,8 +40,7 @@ def alike(tree: Tree, leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def numbers(leaf: Any) -> np.ndarray:
     """The entries of a leaf, f64, in which histograms of tiny and of huge weights have bins."""
-    x = np.asarray(leaf)
-    return x.astype(dtypes.wide(x.dtype)).astype(np.float64)
+    return np.asarray(leaf).astype(np.float64)
 
 
 def latent(params: Tree, opt_state: State) -> dict[str, Any]:

@@ -28,7 +28,6 @@ MUTANTS = (
     Mutant(
         "_reports/plotted.py", "levels[levels != 0] if bits == 1 else levels", "levels", "plots", "levels_of_the_grid"
     ),
-    Mutant("_reports/plotted.py", "x.astype(dtypes.wide(x.dtype)).astype(np.float64)", "x", "plots", "any_scale"),
     Mutant("_reports/plotted.py", "found[2] or found[1] not in apart", "True", "plotted", "each_leaf"),
     Mutant("_reports/plotted.py", "norm[norm < 0] = np.nan", "pass", "plotted", "gap"),
     Mutant("_reports/figures.py", "& (values > 0)", "", "plotted", "gap"),
