@@ -90,13 +90,18 @@ def log_scale(axes: Axes, which: str, values: np.ndarray, unit: str | None = Non
         return
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    span = values.max() / values.min()
-    if span < 1e5:  # beyond, powers of ten alone
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span > 10 else (1, 1.5, 2, 3, 5, 7)))
-        axis.set_minor_formatter(NullFormatter())
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    if unit:
-        axis.set_major_formatter(EngFormatter(unit))
+    axis.set_major_locator(_LogTicks())
+    axis.set_major_formatter(EngFormatter(unit) if unit else StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+class _LogTicks(LogLocator):
+    """Ticks between the powers of ten too, as many as the limits that the axis has when it is drawn leave room for."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        span = max(vmin, vmax) / min(vmin, vmax)
+        self.set_params(subs=(1, 1.5, 2, 3, 5, 7) if span < 10 else (1, 2, 5) if span < 1e5 else (1,))
+        return super().tick_values(vmin, vmax)
 
 
 def annotate(axis: Axes, names: Sequence[str], points: np.ndarray) -> None:

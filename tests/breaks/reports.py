@@ -39,4 +39,5 @@ MUTANTS = (
     Mutant("plots.py", "finite & (norm > threshold)", "norm > 0", "plotted", "mark"),
     Mutant("plots.py", "len(saving.pack(params))", 'total["coded_bytes"]', "plots", "of_the_file"),
     Mutant("plots.py", "(size[:, None] <= size)", "(size[:, None] < size)", "plots", "pareto_joins"),
+    Mutant("_reports/figures.py", "(1, 2, 5) if span < 1e5 else (1,)", "(1, 2, 5)", "figures", "log_scales"),
 )

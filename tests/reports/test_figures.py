@@ -54,6 +54,20 @@ def test_notebooks_show_a_figure_and_nothing_keeps_it(name):
     assert gone() is None
 
 
+@pytest.mark.parametrize(
+    ("limits", "ticks"),
+    [((0.9, 4), [1, 1.5, 2, 3]), ((0.9, 30), [1, 2, 5, 10, 20]), ((3e-4, 300), [1e-3, 1e-2, 0.1, 1, 10, 100])],
+)
+def test_log_scales_have_ticks_at_any_limits(limits, ticks):
+    """Also at limits that are set after the plot."""
+    figure = plots.norms(HISTORY)
+    (axis,) = figure.axes
+    axis.set_ylim(limits)
+    figure.draw_without_rendering()
+    shown = [float(y) for y in axis.get_yticks() if limits[0] <= y <= limits[1]]
+    np.testing.assert_allclose(shown, ticks)
+
+
 WITHOUT = """
 import sys
 import clipjax
