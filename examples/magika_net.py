@@ -1,8 +1,8 @@
-"""Magika, the file-type model of Google, in Flax NNX, with the weights and the reading of files of the package `magika`.
+"""Magika, the file-type model of Google, in Flax NNX, with the weights of the package `magika`.
 
-What the package runs is `model.onnx`, exported from JAX: 2,048 bytes of a file, each looked up in a table of 64 numbers;
-four neighbours side by side; a convolution of 512 channels, of which the largest answer along the file counts; a dense
-layer to 214 types.
+What the package runs is `model.onnx`, exported from JAX: 2,048 bytes of a file, each looked up in a table of 64
+numbers; four neighbours side by side; a convolution of 512 channels, of which the largest answer along the file counts;
+a dense layer to 214 types.
 """
 
 import json
@@ -80,7 +80,7 @@ def labels():
 
 
 def tokens(content):
-    """What the model reads of a file: 1,024 bytes behind the white space at its start, and 1,024 before that at its end."""
+    """What the model reads of a file: 1,024 bytes at its start and at its end, without white space there."""
     half, block = BYTES // 2, 4096
     start, end = content[:block].lstrip()[:half], content[-block:].rstrip()[-half:]
     read = np.full(BYTES, PADDING, np.int32)

@@ -5,7 +5,7 @@
 
 The original answers for every file that is trained on, and the small one learns its answers (distillation):
 
-1. `analyze` finds what belongs to a channel of the convolution, and `prune_mask` lets those go that the loss needs least;
+1. `analyze` finds what belongs to a channel of the convolution, and `prune_mask` removes those that matter least;
 2. `shrink` cuts them out of all arrays, which changes the mean under the LayerNorm behind them: training repairs it;
 3. training goes on with `fake_quantize` on the formats that ONNX Runtime computes with;
 4. `export_onnx` writes their codes into a graph of the small model, in a folder that `magika.Magika` takes.

@@ -161,8 +161,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells += [f"{np.mean([row[key] for row in found]):.2f} ×" for key in ("speed_1", "speed_32")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     first = rows[0]
-    said = f"{first['files']:,} files, {first['labelled']:,} of {first['types']} types by extension, split {first['split']}."
-    return "\n".join([*lines, "", said])
+    of = f"{first['labelled']:,} of {first['types']} types by extension"
+    return "\n".join([*lines, "", f"{first['files']:,} files, {of}, split {first['split']}."])
 
 
 def main() -> None:

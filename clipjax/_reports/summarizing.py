@@ -100,8 +100,9 @@ def summarize(
       All are None before the first refresh.
     - `sqnr_db`: the signal to quantization noise ratio in decibels, of params w with latent weights z:
       :math:`10 \log_{10} (\sum z^2 / \sum (w - z)^2)`; None without latent weights.
-    - `bytes`: of the array itself; `packed_bytes`: as a codebook or steps, with codes of equal width, or as the codes and
-      scales of its format; `coded_bytes`: as `save` writes the leaf of `quantized(params, opt_state)`; `entropy_bytes`: the order-0 entropy of its bit patterns, plus each distinct pattern once.
+    - `bytes`: of the array itself; `packed_bytes`: as a codebook or steps, with codes of equal width, or as the
+      codes and scales of its format; `coded_bytes`: as `save` writes the leaf of `quantized(params, opt_state)`;
+      `entropy_bytes`: the order-0 entropy of its bit patterns, plus each distinct pattern once.
       `packed_bytes` and `coded_bytes` need `constriction` (`pip install 'clipjax[files]'`), and are None without it.
       `state_bytes`: of the whole optimizer state, in the last row.
 

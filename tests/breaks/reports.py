@@ -24,5 +24,8 @@ MUTANTS = (
         "summarizing",
         "quantized",
     ),
+    Mutant(
+        "_reports/summarizing.py", "if own is not None and bits is not None:", "if False:", "summarizing", "codes_and"
+    ),
     Mutant("_reports/reporting.py", "if steps or not formed else {}", "", "quantizing_formats", "same_bits"),
 )

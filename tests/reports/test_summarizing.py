@@ -286,9 +286,7 @@ def test_the_state_of_other_params_is_refused(tx):
         clipjax.summarize({"bodi": {"kernel": jnp.ones((4, 4))}}, state)
 
 
-@pytest.mark.parametrize(
-    "form", [formats.q4_0(), formats.int4(32), formats.mxfp4(), formats.int8()], ids=lambda f: f.name
-)
+@pytest.mark.parametrize("form", [formats.q4_0(), formats.int4(32), formats.mxfp4(), formats.int8()], ids=str)
 def test_sizes_of_a_format_are_those_of_its_codes_and_scales(form):
     """What `save` writes of the codes, not of the values, of which blocks with scales of their own have many."""
     params = {"kernel": jax.random.normal(jax.random.key(0), (256, 64))}
