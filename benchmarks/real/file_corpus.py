@@ -2,7 +2,7 @@
 
     python benchmarks/real/file_corpus.py [--out out/files] [--jobs 4]
 
-Of every package in packages.txt at most 120 files are kept, at most 12 of an extension, each between 16 bytes and
+Of every package in packages.txt at most 200 files are kept, at most 24 of an extension, each between 16 bytes and
 1 MB; what a file holds occurs once in the corpus. A package is in one split with all its files: of ten hashes of its
 name, seven train, one tunes, two test. OUT/index.jsonl names the files: path, package, split, extension.
 
@@ -31,7 +31,7 @@ from rich.progress import track
 
 PACKAGES = Path(__file__).with_name("packages.txt")
 SPLITS = ("train",) * 7 + ("tuning",) + ("test",) * 2
-AN_EXTENSION, A_PACKAGE = 12, 120
+AN_EXTENSION, A_PACKAGE = 24, 200
 SIZES = range(16, 1_000_001)
 
 
