@@ -41,8 +41,8 @@ mutants: $(VENV)/.test
 # What trains for hours prints its saved runs. `make bench DATA=DIR`, the folder of MNIST's files, trains what out/ lacks;
 # TEXT=FILE is what the transformers read.
 TRAINED := lenet lenet_grids headline claims spikes
-TIMED := $(filter-out $(addprefix %/,$(addsuffix .py,$(TRAINED) aot compiled)) $(addsuffix .py,%_cases %_chains %_figures %_training),\
-  $(wildcard benchmarks/*/*.py))
+PARTS := $(addsuffix .py,%_cases %_chains %_figures %_training) benchmarks/real/%
+TIMED := $(filter-out $(addprefix %/,$(addsuffix .py,$(TRAINED) aot compiled)) $(PARTS),$(wildcard benchmarks/*/*.py))
 RUNS := $(if $(DATA),--data-dir $(DATA),--table)
 READ := $(if $(TEXT),--text $(TEXT))
 bench: $(VENV)/.bench

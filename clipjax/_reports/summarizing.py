@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
+import math
 from typing import Any, TypeAlias
 
 import jax
@@ -13,11 +14,11 @@ import numpy as np
 import optax
 
 from clipjax._arrays import arguments, dtypes, picking, trees
-from clipjax._files import leaf_codec
+from clipjax._files import format_leaves, leaf_codec
 from clipjax._reports import distributions
-from clipjax._weights import checking, holding, leaf_format, leaf_grid, leaf_levels, quantize_state
+from clipjax._weights import checking, holding, leaf_format, leaf_grid, leaf_levels, quantize_state, quantized_params
 from clipjax._weights.projecting import ProjectState
-from clipjax._weights.quantize_state import QuantizeState
+from clipjax._weights.quantize_state import LeafScales, QuantizeState
 from clipjax._weights.zeros import PruneState
 from clipjax.typing import State, Tree
 
@@ -99,8 +100,9 @@ def summarize(
       All are None before the first refresh.
     - `sqnr_db`: the signal to quantization noise ratio in decibels, of params w with latent weights z:
       :math:`10 \log_{10} (\sum z^2 / \sum (w - z)^2)`; None without latent weights.
-    - `bytes`: of the array itself; `packed_bytes`: as a codebook or steps, with codes of equal width; `coded_bytes`: as
-      `save` writes the leaf; `entropy_bytes`: the order-0 entropy of its bit patterns, plus each distinct pattern once.
+    - `bytes`: of the array itself; `packed_bytes`: as a codebook or steps, with codes of equal width, or as the
+      codes and scales of its format; `coded_bytes`: as `save` writes the leaf of `quantized(params, opt_state)`;
+      `entropy_bytes`: the order-0 entropy of its bit patterns, plus each distinct pattern once.
       `packed_bytes` and `coded_bytes` need `constriction` (`pip install 'clipjax[files]'`), and are None without it.
       `state_bytes`: of the whole optimizer state, in the last row.
 
@@ -223,6 +225,9 @@ def _row(
     own_masks = [m[path] for m in masks if path in m]
     picked = ["prune"] * bool(own_masks) + ["quantize"] * (state is not None)
     z = next((z[path] for z in latents if path in z), None)
+    levels = _levels(path, leaf, state)
+    on_format = state is not None and levels["format"] and not levels["off_grid"]
+    own = quantize_state.leaf_scales(state, path) if on_format else None
     return {
         "path": path,
         "picked": "+".join(picked),
@@ -230,9 +235,9 @@ def _row(
         "shape": x.shape,
         "sparsity": float(np.mean(x == 0)) if x.size else 0.0,
         "masked": max((float(np.mean(~np.asarray(mask))) for mask in own_masks), default=None),
-        **_levels(path, leaf, state),
+        **levels,
         "sqnr_db": _sqnr(x, z),
-        **_sizes(np.asarray(leaf)),
+        **_sizes(path, leaf, levels["bits"], own),
         "state_bytes": None,
         **_distribution(_surviving(leaf if z is None else z, own_masks), widths),
     }
@@ -278,11 +283,16 @@ def _distribution(weights: np.ndarray | None, widths: tuple[int, ...]) -> dict[s
     return columns | dict(zip(keys, found.sqnr_db.values(), strict=True))
 
 
-def _sizes(x: np.ndarray) -> dict[str, int | None]:
-    packed, coded = None, None
+def _sizes(path: str, leaf: Any, bits: float | None, own: LeafScales | None) -> dict[str, int | None]:
+    """Bytes of a leaf; `own` are the scales of one that is on a format, whose codes are written."""
+    x, packed, coded = np.asarray(leaf), None, None
     with contextlib.suppress(ImportError):
-        data, packed = leaf_codec.pack(x)
-        coded = x.nbytes if data is None else len(data)
+        if own is not None and bits is not None:
+            packed = math.ceil(bits * x.size / 8)
+            coded = len(format_leaves.pack(quantized_params.formed(path, leaf, own), path))
+        else:
+            data, packed = leaf_codec.pack(x)
+            coded = x.nbytes if data is None else len(data)
     return {"bytes": x.nbytes, "packed_bytes": packed, "coded_bytes": coded, "entropy_bytes": leaf_codec.entropy(x)}
 
 

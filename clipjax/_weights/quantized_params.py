@@ -53,7 +53,7 @@ def quantized(params: Tree, opt_state: State) -> Tree:
         for state in found:
             if path in quantize_state.paths(state) and quantize_state.fitted(state):
                 own = quantize_state.leaf_scales(state, path)
-                return _integers(path, leaf, leaf_grid.at(state, path)) if own is None else _formed(path, leaf, own)
+                return _integers(path, leaf, leaf_grid.at(state, path)) if own is None else formed(path, leaf, own)
         return leaf
 
     return trees.map_with_path(codes, params)
@@ -69,8 +69,8 @@ def _require_on_levels(path: str, leaf: jax.Array, level: jax.Array, late: jax.A
     arguments.require(not int(entries), "params", "be on the grid of the state", path, remedy)
 
 
-def _formed(path: str, leaf: jax.Array, own: LeafScales) -> integers.Quantized:
-    """The codes of a leaf on a format."""
+def formed(path: str, leaf: jax.Array, own: LeafScales) -> integers.Quantized:
+    """The codes of a leaf on a format, which is refused where a weight is between its levels."""
     form = leaf_format.form_of(own)
     codes, level = leaf_format.nearest(path, own, leaf)
     _require_on_levels(path, leaf, level, landing.late(leaf, level.dtype))

@@ -24,6 +24,9 @@ MUTANTS = (
         "summarizing",
         "quantized",
     ),
+    Mutant(
+        "_reports/summarizing.py", "if own is not None and bits is not None:", "if False:", "summarizing", "codes_and"
+    ),
     Mutant("_reports/reporting.py", "if steps or not formed else {}", "", "quantizing_formats", "same_bits"),
     Mutant(
         "_reports/plotted.py", "levels[levels != 0] if bits == 1 else levels", "levels", "plots", "levels_of_the_grid"

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import steps, structures
+from clipjax import formats, steps, structures
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -284,3 +284,18 @@ def test_the_state_of_other_params_is_refused(tx):
         ValueError, match=r"^`state` must belong to these params, got \['body/kernel'\], which the params"
     ):
         clipjax.summarize({"bodi": {"kernel": jnp.ones((4, 4))}}, state)
+
+
+@pytest.mark.parametrize("form", [formats.q4_0(), formats.int4(32), formats.mxfp4(), formats.int8()], ids=str)
+def test_sizes_of_a_format_are_those_of_its_codes_and_scales(form):
+    """What `save` writes of the codes, not of the values, of which blocks with scales of their own have many."""
+    params = {"kernel": jax.random.normal(jax.random.key(0), (256, 64))}
+    tx = clipjax.fake_quantize(form)
+    params, state = clipjax.hold_once(tx, params)
+    row = clipjax.summarize(params, state, widths=()).to_dict()["kernel"]
+    assert row["packed_bytes"] == np.ceil(row["bits"] * 256 * 64 / 8) < 1.03 * row["bytes"] * row["bits"] / 32
+    written = len(clipjax.pack(clipjax.quantized(params, state)))
+    assert 0 < written - row["coded_bytes"] < 400  # the header
+    assert row["coded_bytes"] < 1.02 * row["packed_bytes"]
+    params["kernel"] = params["kernel"] * 1.01  # off its levels: values are what there is
+    assert clipjax.summarize(params, state, widths=()).to_dict()["kernel"]["coded_bytes"] > row["coded_bytes"]
