@@ -226,8 +226,7 @@ def _row(
     picked = ["prune"] * bool(own_masks) + ["quantize"] * (state is not None)
     z = next((z[path] for z in latents if path in z), None)
     levels = _levels(path, leaf, state)
-    on_format = state is not None and levels["format"] and not levels["off_grid"]
-    own = quantize_state.leaf_scales(state, path) if on_format else None
+    own = quantize_state.leaf_scales(state, path) if state is not None and levels["off_grid"] == 0 else None
     return {
         "path": path,
         "picked": "+".join(picked),
