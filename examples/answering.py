@@ -9,8 +9,11 @@ import xllamacpp
 FORCED = 1e4  # a bias that no logit reaches
 
 
-def server(path, context=256, threads=2):
-    """llama.cpp with a file, on the CPU, with keys and values in F32: a cached prefix is what is computed again."""
+def server(path, context=256, threads=1):
+    """llama.cpp with a file, on the CPU, with keys and values in F32: a cached prefix is what would be computed again.
+
+    A token alone is too little work to share: two threads wait for each other, for long where other jobs run.
+    """
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup, params.n_gpu_layers, params.verbosity = context, 1, False, 0, 0
@@ -30,6 +33,12 @@ def complete(running, prompt, length, **options):
 def answer(running, prompt, length):
     """The text that follows a prompt."""
     return complete(running, prompt, length)["choices"][0]["text"]
+
+
+def following(running, row, length):
+    """The tokens that follow a row of them, also behind the end of an answer."""
+    found = complete(running, row, length, n_probs=1, ignore_eos=True)["choices"][0]["logprobs"]["content"]
+    return [token["id"] for token in found]
 
 
 def tokens(running, string):
