@@ -112,8 +112,11 @@ def chain(form):
     return optax.chain(clipjax.clip_norm(1.0), adam, quantize)
 
 
-def train(source, tx, ids, most, kept, progress, name):
-    """Params and state after some steps or minutes, whichever ends first, with the count of steps and the last losses.
+def train(source, held, tx, ids, most, kept, progress, name):
+    """Params and state after some steps or minutes, whichever ends first, and the losses of all steps.
+
+    It begins with the params that are `held` on the format, and their state: without that they would be floats in the
+    first step, without any divergence, and Adam would make full steps of its rounding errors.
 
     `most` has the limits of both. What `kept` has from an earlier call is not trained again.
     """
@@ -130,8 +133,8 @@ def train(source, tx, ids, most, kept, progress, name):
         updates, state = tx.update(gradient, optax.tree.set(state, learning_rate=rate), params)
         return optax.apply_updates(params, updates), state, value
 
-    params = jax.tree.map(jnp.copy, source.params)  # those of a step are its own: it writes into their place
-    state, losses, used = tx.init(params), [], 0.0
+    params, state = jax.tree.map(jnp.copy, held)  # a step writes into their place
+    losses, used = [], 0.0
     if kept.exists():
         params, state, losses, used = restored(kept, params, state)
     task = progress.add_task(name, total=1.0, loss=math.nan, count=0)
@@ -182,16 +185,16 @@ def arms(source, path, ids, rows, asked, out, progress, there):
     if (name := "the source") not in there:
         yield measured(path, rows, progress, name)
     for form, make in FORMS.items():
+        missing = [name for name in (f"{form}, post", f"{form}, trained") if name not in there]
         tx = chain(make)
-        for name in (f"{form}, post", f"{form}, trained"):
-            if name in there:
-                continue
+        held = clipjax.hold_once(tx, source.params) if missing else None
+        for name in missing:
             file, more = out / f"{name.replace(', ', '-')}.gguf", {}
             if name.endswith("post"):
-                source.write(file, *clipjax.hold_once(tx, source.params))
+                source.write(file, *held)
             else:
                 most = {"minutes": asked["minutes"] / len(FORMS), "steps": asked["steps"]}
-                params, state, losses = train(source, tx, ids, most, out / f"{form}.npz", progress, name)
+                params, state, losses = train(source, held, tx, ids, most, out / f"{form}.npz", progress, name)
                 source.write(file, params, state)
                 more = {"steps": len(losses), "kl": [float(np.mean(part)) for part in (losses[:20], losses[-20:])]}
             yield measured(file, rows, progress, name) | more

@@ -1,4 +1,4 @@
-"""The examples for llama.cpp: a Llama of one's own from scratch to its GGUF files, and SmolLM2 from its file to Flax."""
+"""The examples for llama.cpp: a Llama from scratch to its GGUF files, and SmolLM2 from its file to Flax and back."""
 
 import json
 import math
