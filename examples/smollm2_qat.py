@@ -210,7 +210,7 @@ def table(rows):
     for row in rows:
         perplexity = math.exp(row["nats"])
         divergence = " → ".join(f"{value:.3f}" for value in row.get("kl", ()))
-        cells = (f"{row['file']:,}", f"{perplexity:.3f}", f"{perplexity - source:+.3f}", str(row.get("steps", "")))
+        cells = (f"{row['file']:,}", f"{perplexity:,.3f}", f"{perplexity - source:+,.3f}", str(row.get("steps", "")))
         found.add_row(row["arm"], *cells, divergence, row["answer"])
     return found
 
@@ -226,7 +226,7 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=Path("out/smollm2"))
     parser.add_argument("--table", action="store_true", help="print the saved rows")
     options = parser.parse_args(arguments)
-    console, kept = Console(), options.out / "smollm2.jsonl"
+    console, kept = Console(width=200), options.out / "smollm2.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     if options.table:
         console.print(table(rows) if rows else f"{kept} has no rows yet: train without --table.")

@@ -60,8 +60,8 @@ def test_layers_are_on_q4_0_and_half_of_them_zero_where_they_are_pruned(run):
         on = {name: q.format for name, q in found.items() if isinstance(q, clipjax.Quantized)}
         assert {on.pop("token_embd.weight"), on.pop("output.weight")} == {"q8_0"}
         assert len(on) == 7 and {*on.values()} == {"q4_0"}
-        zeros = np.mean([np.mean(np.asarray(clipjax.dequantize(found[name])) == 0) for name in on])
-        assert (zeros >= 0.5) == arm.startswith("half"), arm
+        kernels = np.concatenate([np.ravel(clipjax.dequantize(found[name])) for name in on])
+        assert ((kernels == 0).mean() >= 0.5) == arm.startswith("half"), arm
 
 
 def test_a_cached_prefix_gives_the_same_log_probabilities(run):
@@ -97,10 +97,10 @@ def test_smollm2_says_in_flax_what_it_says_in_llama_cpp(source):
     assert model.greedy(ids, 20) == theirs and len({*theirs}) > 10
 
 
-def test_the_file_of_smollm2_is_written_as_it_was(source, tmp_path):
-    """Its own types are formats: what is held on Q4_0 is another file, with the metadata and the tokenizer of this."""
+@pytest.mark.slow  # 211 leaves, each with a program of its own
+def test_smollm2_on_other_formats_keeps_metadata_and_embedding(source, tmp_path):
     path, model = source
-    small, state = smollm2_qat.clipjax.hold_once(smollm2_qat.chain(smollm2_qat.FORMS["TQ2_0"]), model.params)
+    small, state = clipjax.hold_once(smollm2_qat.chain(smollm2_qat.FORMS["TQ2_0"]), model.params)
     model.write(tmp_path / "net.gguf", small, state)
     again = smollm2_qat.Source(tmp_path / "net.gguf")
     assert again.metadata == model.metadata and again.config == model.config
