@@ -211,7 +211,7 @@ def table(rows):
         perplexity = math.exp(row["nats"])
         divergence = " → ".join(f"{value:.3f}" for value in row.get("kl", ()))
         cells = (f"{row['file']:,}", f"{perplexity:,.3f}", f"{perplexity - source:+,.3f}", str(row.get("steps", "")))
-        found.add_row(row["arm"], *cells, divergence, row["answer"])
+        found.add_row(row["arm"], *cells, divergence, repr(row["answer"]))
     return found
 
 
