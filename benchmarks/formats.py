@@ -89,9 +89,7 @@ class Run:
 
     def rows(self, ids: np.ndarray, starts: np.ndarray) -> jax.Array:
         """Rows of text behind <s>."""
-        rows = np.stack([ids[start : start + LENGTH] for start in starts])
-        rows[:, 0] = 1
-        return jnp.asarray(rows)
+        return jnp.asarray(text_llama.behind_start(ids, starts, LENGTH))
 
     def trained(self, params: Any, tx: optax.GradientTransformation, begin: int, end: int) -> tuple[Any, Any]:
         """Params and state after the steps from `begin` to `end`, on the batches of the seed."""

@@ -20,7 +20,7 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
 }
-FIRST_BYTE = 3  # behind <unk>, <s> and </s>
+START, FIRST_BYTE = 1, 3  # <s>, and the zero byte behind <unk>, <s> and </s>
 
 TOKENIZER = {
     "tokenizer.ggml.model": "llama",
@@ -46,7 +46,7 @@ def tokens(string):
     return np.frombuffer(string.encode(), np.uint8).astype(np.int32) + FIRST_BYTE
 
 
-def rotated(x, theta=CONFIG["rope_theta"]):
+def rotated(x, theta):
     """RoPE on x[batch, time, heads, size]: entry i of a head turns with entry i + size / 2."""
     size = x.shape[-1]
     angle = jnp.arange(x.shape[1])[:, None] / theta ** (jnp.arange(0, size, 2) / size)
@@ -58,10 +58,13 @@ def rotated(x, theta=CONFIG["rope_theta"]):
 class Attention(nnx.Module):
     """Causal attention whose heads share keys and values in groups."""
 
-    def __init__(self, heads, kv_heads, width, rngs):
+    def __init__(self, config, rngs):
         """Makes the four kernels."""
+        width, heads, kv_heads = (
+            config[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+        )
         linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
-        self.heads, self.kv_heads, self.size = heads, kv_heads, width // heads
+        self.size, self.theta = width // heads, config["rope_theta"]
         self.q_proj = linear(width, width)
         self.k_proj = linear(width, kv_heads * self.size)
         self.v_proj = linear(width, kv_heads * self.size)
@@ -70,7 +73,8 @@ class Attention(nnx.Module):
     def __call__(self, x):
         """What is attended to, of x[batch, time, width]."""
         q, k, v = (f(x).reshape(*x.shape[:2], -1, self.size) for f in (self.q_proj, self.k_proj, self.v_proj))
-        attended = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True)  # shares k and v in groups
+        q, k = rotated(q, self.theta), rotated(k, self.theta)
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # shares k and v in groups
         return self.o_proj(attended.reshape(x.shape))
 
 
@@ -83,7 +87,7 @@ class Block(nnx.Module):
         linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
         norm = functools.partial(nnx.RMSNorm, width, epsilon=config["rms_norm_eps"], rngs=rngs)
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
-        self.self_attn = Attention(config["num_attention_heads"], config["num_key_value_heads"], width, rngs)
+        self.self_attn = Attention(config, rngs)
         self.gate_proj, self.up_proj, self.down_proj = (
             linear(width, hidden),
             linear(width, hidden),
@@ -101,19 +105,21 @@ class Llama(nnx.Module):
     """The model of a config with the names of Hugging Face's LlamaConfig."""
 
     def __init__(self, config, rngs):
-        """Makes embedding, blocks and head."""
+        """Makes embedding and blocks, and the head where it is no other use of the embedding."""
         width, vocabulary = config["hidden_size"], config["vocab_size"]
         self.embed_tokens = nnx.Embed(vocabulary, width, rngs=rngs)
         self.layers = nnx.List([Block(config, rngs) for _ in range(config["num_hidden_layers"])])
         self.norm = nnx.RMSNorm(width, epsilon=config["rms_norm_eps"], rngs=rngs)
-        self.lm_head = nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
+        if not config.get("tie_word_embeddings"):
+            self.lm_head = nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
 
     def __call__(self, ids):
         """Logits of the next token, of ids[batch, time]."""
         x = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x)
-        return self.lm_head(self.norm(x))
+        x = self.norm(x)
+        return self.lm_head(x) if hasattr(self, "lm_head") else self.embed_tokens.attend(x)
 
 
 def log_probabilities(model, ids):
@@ -121,10 +127,13 @@ def log_probabilities(model, ids):
     return jax.nn.log_softmax(model(jnp.asarray(ids)[None])[0])
 
 
-def trained(model, tx, steps, batch=8, length=96, seed=0):
-    """The model and the state of its optimizer after some steps on the text."""
+def trained(model, tx, steps, batch=8, length=96, seed=0, string=None, each=lambda loss: None):
+    """The loss of the last step and the state of the optimizer, after some steps of the model on a text.
+
+    Models that are trained with the same seed see the same batches. `each` is called with the loss of every step.
+    """
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    ids, rng = tokens(text()), np.random.default_rng(seed)
+    ids, rng = tokens(text() if string is None else string), np.random.default_rng(seed)
 
     def loss(model, rows):
         logits = model(rows[:, :-1])
@@ -138,7 +147,25 @@ def trained(model, tx, steps, batch=8, length=96, seed=0):
 
     for _ in range(steps):
         starts = rng.integers(0, len(ids) - length, batch)
-        rows = np.stack([ids[start : start + length] for start in starts])
-        rows[:, 0] = 1  # <s>
-        value = step(model, optimizer, jnp.asarray(rows))
-    return float(value), optimizer.opt_state
+        value = float(step(model, optimizer, jnp.asarray(behind_start(ids, starts, length))))
+        each(value)
+    return value, optimizer.opt_state
+
+
+def behind_start(ids, starts, length):
+    """Rows of a text behind <s>, which takes the place of the first byte: i32[rows, length]."""
+    rows = np.stack([ids[start : start + length] for start in starts])
+    rows[:, 0] = START
+    return rows
+
+
+def nats(model, rows):
+    """The mean loss on rows of a text, in nats a byte."""
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def loss(state, row):
+        logits = nnx.merge(graph, state)(row[None, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, row[None, 1:]).mean()
+
+    return float(np.mean([loss(state, jnp.asarray(row)) for row in rows]))
