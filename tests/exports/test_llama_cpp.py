@@ -77,7 +77,7 @@ def distance(model, path):
 
 
 def test_floats(trained, tmp_path):
-    model = nnx.merge(*trained)
+    model = nnx.merge(*trained, copy=True)
     params = nnx.state(model, nnx.Param)
     clipjax.export_gguf(tmp_path / "net.gguf", params, rename=NAMES, metadata=METADATA)
     worst, divergence = distance(model, tmp_path / "net.gguf")
@@ -99,7 +99,7 @@ def test_the_rope_of_llama_3(trained, tmp_path, monkeypatch):
         a, b = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
 
-    model = nnx.merge(*trained)
+    model = nnx.merge(*trained, copy=True)
     monkeypatch.setattr(text_llama, "rotated", rotated)
     for written, near in ((metadata, True), (METADATA, False)):
         clipjax.export_gguf(tmp_path / "net.gguf", nnx.state(model, nnx.Param), rename=NAMES, metadata=written)
@@ -110,7 +110,7 @@ def test_the_rope_of_llama_3(trained, tmp_path, monkeypatch):
 @named([formats.q8_0(), formats.q4_0(), formats.mxfp4(), formats.tq2_0()])
 def test_formats(form, trained, tmp_path):
     """Trained on it behind a clamp that binds: the file has these weights. llama.cpp's activations have 8 bits."""
-    model = nnx.merge(*trained)
+    model = nnx.merge(*trained, copy=True)
     tx = optax.chain(
         optax.adam(1e-3),
         clipjax.clamp_weights(0.15, where=lambda path, leaf: leaf.ndim > 1),
