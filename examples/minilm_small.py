@@ -3,10 +3,11 @@
     python examples/minilm_small.py --sentences out/sentences --out out/minilm --megabytes 11 --steps 3000
 
 `--sentences` is a folder with train.txt and tuning.txt, a sentence a line, as `benchmarks/real/sentence_corpus.py`
-writes them. The teacher is the float model, whose embeddings onnxruntime computes once.
+writes them. Nothing is labelled: the float model is the teacher.
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from rich.progress import track
 
 import clipjax
 
-CUTS = (999, 1996, 2400, 3000, 4000, 5500, 8000, 12000, 20000)
-"""Bands of the table: unused rows, characters, and then words, the frequent ones first."""
+CUTS = (64, 256, 768, 2000, 4000, 6500, 9500, 13000, 18000, 23000)
+"""Where the table is cut, its rows sorted by how frequent they are in the sentences."""
 
 GROUP = 128
 LONGEST = 48
@@ -50,32 +51,27 @@ def in_halves(rule):
 STEP = in_halves(clipjax.steps.mse())
 
 
-def applied(graphdef, params, ids, mask):
-    """The embeddings of a batch."""
-    return minilm_net.embedded(nnx.merge(graphdef, params)(ids, mask), mask)
-
-
-def sensitivity(graphdef, params, rows, size=32):
+def sensitivity(apply, params, rows, size=32):
     r"""How much a squared error of each weight changes embeddings: :math:`\sum_k (\partial e_k / \partial w)^2`.
 
     The mean over sentences, from the gradient of :math:`v \cdot e` with a random v of normal entries for each.
     """
 
     @jax.jit
-    def squares(total, key, ids, mask):
+    def squares(total, params, key, ids, mask):
         def projected(params):
-            found = applied(graphdef, params, ids, mask)
+            found = minilm_net.embedded(apply(params, ids, mask), mask)
             return jnp.sum(found * jax.random.normal(key, found.shape))
 
         return jax.tree.map(lambda t, g: t + g**2, total, jax.grad(projected)(params))
 
     total = jax.tree.map(jnp.zeros_like, params)
     for i, (_, ids, mask) in enumerate(track(list(minilm_net.batches(rows, size)), "sensitivity")):
-        total = squares(total, jax.random.key(i), ids, mask)
+        total = squares(total, params, jax.random.key(i), ids, mask)
     return jax.tree.map(lambda t: t / len(rows), total)
 
 
-def chosen(params, found, megabytes, allowed=(2, 3, 4, 5, 6, 7, 8)):
+def chosen(params, found, megabytes, allowed=(1, 2, 3, 4, 5, 6, 7, 8)):
     """The width of each leaf, for a file of a size."""
     weights = sum(leaf.size for path, leaf in flat(params) if where(path, leaf))
     budget = 8 * (1e6 * megabytes - GRAPH_BYTES) / weights - 16 / GROUP
@@ -117,45 +113,55 @@ def chain(bits, steps, rate):
     )
 
 
-def distilled(graphdef, params, tx, rows, teacher, steps, size=64, tokens=1.0, seed=0):
-    """Params and optimizer state after some steps towards the teacher's embeddings.
+def distilled(apply, params, tx, rows, steps, size=64, seed=0, keep=None):
+    """Params, optimizer state and losses after some steps towards the float model.
+
+    The loss is the squared distance of embeddings, and the error of the last hidden states relative to their size: a
+    sentence has one embedding and a hidden state for each of its tokens, so that it teaches more.
 
     Args:
-      graphdef: of the model.
-      params: the float params; they are the teacher of the hidden states too.
+      apply: of the model, as `minilm_net.split` gives it.
+      params: the float params, which are the teacher too.
       tx: the chain.
       rows: the tokens of the sentences.
-      teacher: the embeddings of the float model.
       steps: updates.
       size: sentences of a batch.
-      tokens: weight of the mean squared error of the last hidden states; 0 leaves out the teacher's forward pass.
       seed: of the order of sentences.
+      keep: a file for what is there every 100 steps, from which a run goes on that was interrupted; None for none.
     """
-    float_params, opt_state, rng = params, tx.init(params), np.random.default_rng(seed)
+    teacher, opt_state, losses = params, tx.init(params), []
 
-    def loss_fn(params, ids, mask, wanted):
-        hidden = nnx.merge(graphdef, params)(ids, mask)
-        loss = jnp.square(minilm_net.embedded(hidden, mask) - wanted).sum(-1).mean()
-        if tokens:
-            gap = jnp.square(hidden - nnx.merge(graphdef, float_params)(ids, mask)).mean(-1)
-            loss += tokens * (gap * mask).sum() / mask.sum()
-        return loss
+    def loss_fn(params, teacher, ids, mask):
+        hidden, wanted = apply(params, ids, mask), apply(teacher, ids, mask)
+        far = jnp.square(minilm_net.embedded(hidden, mask) - minilm_net.embedded(wanted, mask)).sum(-1).mean()
+        gap, whole = (jnp.where(mask[..., None], jnp.square(x), 0.0).sum() for x in (hidden - wanted, wanted))
+        return far + gap / whole, far
 
     @jax.jit
-    def step(params, opt_state, ids, mask, wanted):
-        loss, grads = jax.value_and_grad(loss_fn)(params, ids, mask, wanted)
+    def step(params, opt_state, teacher, ids, mask):
+        (_, far), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, teacher, ids, mask)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+        return optax.apply_updates(params, updates), opt_state, far
 
+    if keep is not None and keep.exists():
+        with np.load(keep) as held:
+            losses = held["losses"].tolist()
+            leaves = [jnp.asarray(held[str(i)]) for i in range(len(held.files) - 1)]
+        params, opt_state = jax.tree.unflatten(jax.tree.structure((params, opt_state)), leaves)
     lengths = np.array([-(-len(row) // 16) * 16 for row in rows])
-    places = np.flatnonzero(lengths <= LONGEST)
-    losses = []
-    for _ in track(range(steps), "distil"):
-        length = lengths[rng.choice(places)]
+    short = np.flatnonzero(lengths <= LONGEST)
+    for count in track(range(len(losses), steps), "distil"):
+        rng = np.random.default_rng((seed, count))
+        length = lengths[rng.choice(short)]
         batch = rng.choice(np.flatnonzero(lengths == length), size)
         ids, mask = minilm_net.padded([rows[i] for i in batch], length)
-        params, opt_state, loss = step(params, opt_state, ids, mask, teacher[batch])
-        losses.append(float(loss))
+        params, opt_state, far = step(params, opt_state, teacher, ids, mask)
+        losses.append(float(far))
+        if keep is not None and (count + 1) % 100 == 0:
+            held = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves((params, opt_state)))}
+            with open(f"{keep}.partial", "wb") as file:
+                np.savez(file, losses=losses, **held)
+            os.replace(f"{keep}.partial", keep)
     return params, opt_state, losses
 
 
@@ -196,28 +202,30 @@ def main():
     parser.add_argument("--sentences", required=True, help="folder with train.txt and tuning.txt")
     parser.add_argument("--out", type=Path, default=Path("out/minilm"))
     parser.add_argument("--megabytes", type=float, default=11.0)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--train", type=int, default=100_000, help="sentences to train on")
+    parser.add_argument("--held", type=int, default=1000, help="sentences to measure with")
     args = parser.parse_args()
-    model = minilm_net.pretrained(args.out, CUTS)
-    run = minilm_graph.session(minilm_graph.float_graph(model))
-    rows = minilm_net.tokens(read(args.sentences, "train", args.train))
-    rows = [row for row in rows if len(row) <= LONGEST]
-    held = minilm_net.tokens(read(args.sentences, "tuning", 2000))
-    teacher, wanted = minilm_graph.embeddings(run, rows), minilm_graph.embeddings(run, held)
-    graphdef, params = nnx.split(model, nnx.Param)
-    bits = chosen(params, sensitivity(graphdef, params, rows[:512]), args.megabytes)
+
+    rows = minilm_net.tokens(read(args.sentences, "train"))
+    model = minilm_net.pretrained(args.out, minilm_net.by_frequency(rows), CUTS)
+    apply, params = minilm_net.split(model)
+    bits = chosen(params, sensitivity(apply, params, rows[:512]), args.megabytes)
     print({path: width for path, width in flat(bits) if width})
+
     start = time.perf_counter()
-    tx = chain(bits, args.steps, args.rate)
-    params, opt_state, losses = distilled(graphdef, params, tx, rows, teacher, args.steps)
-    print(f"{time.perf_counter() - start:.0f} s, loss {np.mean(losses[:20]):.4f} to {np.mean(losses[-20:]):.4f}")
+    params, opt_state, losses = distilled(apply, params, chain(bits, args.steps, args.rate), rows, args.steps)
+    far = [np.mean(part) for part in (losses[:20], losses[-20:])]
+    print(f"{time.perf_counter() - start:.0f} s, squared distance {far[0]:.4f} to {far[1]:.4f}")
     file = args.out / f"minilm-{args.megabytes:g}MB.onnx"
     export(file, model, params, opt_state)
     print(f"{file.stat().st_size:,} bytes")
-    for name, path in (("rival", minilm_graph.rival()), ("ours", file)):
-        print(name, measures(wanted, minilm_graph.embeddings(minilm_graph.session(path), held)))
+
+    held = minilm_net.tokens(read(args.sentences, "tuning", args.held))
+    files = {"float": minilm_graph.float_graph(model), "int8": minilm_graph.rival(), "ours": file}
+    found = {name: minilm_graph.embeddings(minilm_graph.session(graph), held) for name, graph in files.items()}
+    for name in ("int8", "ours"):
+        print(name, measures(found["float"], found[name]))
 
 
 if __name__ == "__main__":
