@@ -41,8 +41,9 @@ mutants: $(VENV)/.test
 # What trains for hours prints its saved runs. `make bench DATA=DIR`, the folder of MNIST's files, trains what out/ lacks;
 # TEXT=FILE is what the transformers read.
 TRAINED := lenet lenet_grids headline claims spikes
-TIMED := $(filter-out $(addprefix %/,$(addsuffix .py,$(TRAINED) aot compiled)) $(addsuffix .py,%_cases %_chains %_figures %_training),\
+TIMED := $(filter-out $(addprefix %/,$(addsuffix .py,$(TRAINED) aot compiled)) $(addsuffix .py,%_cases %_chains %_figures %_training) benchmarks/real/%,\
   $(wildcard benchmarks/*/*.py))
+# Those of real/ need models and sentences that other packages ship, and say in their headers where from.
 RUNS := $(if $(DATA),--data-dir $(DATA),--table)
 READ := $(if $(TEXT),--text $(TEXT))
 bench: $(VENV)/.bench

@@ -97,9 +97,9 @@ def flat(tree):
     return [("/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), x) for path, x in found]
 
 
-def quantizer(bits, **kwargs):
+def quantizer(bits, step=STEP, **kwargs):
     """The transformation that holds all weights on grids of these widths."""
-    return clipjax.fake_quantize(bits, step=STEP, axis=clipjax.per_leaf(axis), group=GROUP, **kwargs)
+    return clipjax.fake_quantize(bits, step=step, axis=clipjax.per_leaf(axis), group=GROUP, **kwargs)
 
 
 def chain(bits, steps, rate):

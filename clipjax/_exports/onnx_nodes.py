@@ -32,12 +32,15 @@ def put(editor: Editor, weight: Weight, found: Coded, path: str, contrib: bool, 
     Raises:
       ValueError: for an opset that does not have what the codes need.
     """
-    axis = _contracted(weight, found) if contrib and found.bits in (2, 4, 8) else None
+    packed = pack and found.bits in (2, 4, 8)
+    # Where an operator of com.microsoft takes the codes, packing is for those that are narrower than it stores them.
+    narrow = packed and onnx_packing.width(found) < (found.bits or 0)
+    axis = _contracted(weight, found) if contrib and found.bits in (2, 4, 8) and not narrow else None
     if axis is not None:
         _multiply(editor, weight, found, axis)
-    elif contrib and found.bits in (2, 4, 8) and _looked_up(weight, found):
+    elif contrib and found.bits in ((4, 8) if pack else (2, 4, 8)) and not narrow and _looked_up(weight, found):
         _look_up(editor, weight, found)
-    elif pack and found.bits is not None and onnx_packing.width(found) <= onnx_packing.LARGEST:
+    elif packed:
         onnx_packing.put(editor, weight, found, path)
     else:
         _dequantize(editor, weight, found, path)

@@ -15,9 +15,6 @@ PLANES = (4, 2, 1)
 FIRST = 18
 """The opset that has BitwiseAnd first."""
 
-LARGEST = 8
-"""Bits of the widest code that is packed."""
-
 
 def _stride(found: Coded) -> int:
     """What divides the distances of all codes: 2 on a grid of -1 and 1."""

@@ -47,8 +47,8 @@ def export_onnx(
     - every other one, as kernels of convolutions, and formats of small floats (`fp8_e4m3`, `fp8_e5m2`, `mxfp4`,
       `mxfp8`, `nvfp4`): `DequantizeLinear`, per array, per axis or in blocks, in front of the nodes that use it;
     - a leaf on a grid of `fake_quantize(bits)`: the same with its steps and zero points;
-    - with `pack` whole numbers that would go to DequantizeLinear take as many bits of the file as they need, 1 to 8,
-      and scales that f16 has take 16: BitShift and BitwiseAnd unpack them when a reader loads the graph;
+    - with `pack` whole numbers for which there is no operator that stores them in their own bits, 1 to 8, take these:
+      BitShift and BitwiseAnd unpack them when a reader loads the graph. Their scales take 16 bits if f16 has them;
     - a float leaf takes the place of its initializer.
 
     The values that the new graph computes with are the decoded bytes exactly, rounded once where its weights are not

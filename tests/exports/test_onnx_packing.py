@@ -63,13 +63,23 @@ def test_zero_points_of_one_sided_grids(tmp_path):
     np.testing.assert_array_equal(evaluated(tmp_path / "m", x), params["w"])
 
 
-def test_products_with_blocks_and_wide_codes_are_as_before(tmp_path):
-    w = random(64, 32)
-    for bits, written in ((9, "DequantizeLinear"), (clipjax.formats.nbits(4, 32), "MatMulNBits")):
-        params, state = clipjax.hold_once(clipjax.fake_quantize(bits), {"w": jnp.asarray(w)})
-        model, _ = matmul(np.asarray(params["w"]), 21)
-        export_onnx(model, tmp_path / "m", params, state, pack=True)
-        assert operators(tmp_path / "m")[0] == written
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("kind", ["MatMul", "Gather"])
+def test_operators_that_store_codes_in_their_own_bits_are_as_before(kind, bits, tmp_path):
+    """GatherBlockQuantized stores 2 bits in 4."""
+    tables, x = kind == "Gather", np.array([[0, 63]], np.int64)
+    tx = clipjax.fake_quantize(bits, axis=0 if tables else 1, group=32)
+    params, state = clipjax.hold_once(tx, {"w": jnp.asarray(random(64, 64))})
+    w = np.asarray(params["w"])
+    model = graph([helper.make_node("Gather", ["w", "x"], ["y"])], {"w": w}, x, 21, rank=3) if tables else matmul(w)[0]
+    export_onnx(model, tmp_path / "m", params, state, pack=True)
+    whole = {"MatMul": {2: "MatMulNBits", 4: "MatMulNBits", 8: "MatMulNBits"}}
+    whole["Gather"] = {4: "GatherBlockQuantized", 8: "GatherBlockQuantized"}
+    found = operators(tmp_path / "m")
+    if bits in whole[kind]:
+        assert found == [whole[kind][bits]]
+    else:
+        assert ("BitShift" in found) == (bits < 9) and ("DequantizeLinear" in found) == (bits == 9)
 
 
 def test_an_old_opset_raises(tmp_path):
