@@ -92,8 +92,9 @@ class Bench:
 
     @functools.cached_property
     def sensitivity(self) -> Any:
-        """How much each weight matters, from 512 sentences."""
-        return small.sensitivity(*net.split(self.model), self.rows[:512])
+        """How much each weight matters, from the last sentences of the tuning split; the first ones are measured."""
+        last = small.read(self.sentences, "tuning")[-1024:]
+        return small.sensitivity(*net.split(self.model), net.tokens(last))
 
     def held(self, split: str) -> tuple[list[np.ndarray], np.ndarray]:
         """Tokens of a held-out split, and the float model's embeddings, which are kept."""
