@@ -141,15 +141,15 @@ def pretrained(folder, order=None, cuts=()):
         partial = file.with_suffix(".partial")
         partial.write_bytes(_shipped("model.safetensors"))
         partial.replace(file)
-    like = nnx.state(nnx.eval_shape(lambda: MiniLM(config, nnx.Rngs(0))), nnx.Param)
-    floats = clipjax.import_safetensors(file, like=like, rename=name, partial=True)
-    model = MiniLM(config, nnx.Rngs(0), order, cuts)
-    table = floats["words"][0]["embedding"].get_value()[jnp.argsort(model.places[...])]
-    bands = [table[a:b] for a, b in itertools.pairwise(model.edges)]
-    floats["words"] = nnx.state(model, nnx.Param)["words"]
-    nnx.update(model, floats)
-    for band, rows in zip(model.words, bands, strict=True):
-        band.embedding[...] = rows
+    whole, model = (nnx.eval_shape(lambda c=c: MiniLM(config, nnx.Rngs(0), order, c)) for c in ((), cuts))
+    floats = clipjax.import_safetensors(file, like=nnx.state(whole, nnx.Param), rename=name, partial=True)
+    nnx.update(whole, floats)
+    order = np.arange(config["vocab_size"]) if order is None else order
+    table = whole.words[0].embedding[...][order]
+    for band, (first, last) in zip(model.words, itertools.pairwise(model.edges), strict=True):
+        band.embedding.set_value(table[first:last])
+    model.places.set_value(jnp.asarray(np.argsort(order), jnp.int32))
+    nnx.update(model, {key: value for key, value in floats.items() if key != "words"})
     return model
 
 
