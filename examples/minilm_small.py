@@ -149,11 +149,13 @@ def distilled(apply, params, tx, rows, steps, size=64, seed=0, keep=None):
         gap, whole = (jnp.where(mask[..., None], jnp.square(x), 0.0).sum() for x in (hidden - wanted, wanted))
         return far + gap / whole, far
 
+    # Two programs: the first is compiled for each length of sentences, the second, with the search of steps, once.
+    gradient = jax.jit(jax.grad(loss_fn, has_aux=True))
+
     @jax.jit
-    def step(params, opt_state, teacher, ids, mask):
-        (_, far), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, teacher, ids, mask)
+    def update(params, opt_state, grads):
         updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, far
+        return optax.apply_updates(params, updates), opt_state
 
     if keep is not None and keep.exists():
         with np.load(keep) as held:
@@ -167,7 +169,8 @@ def distilled(apply, params, tx, rows, steps, size=64, seed=0, keep=None):
         length = lengths[rng.choice(short)]
         batch = rng.choice(np.flatnonzero(lengths == length), size)
         ids, mask = minilm_net.padded([rows[i] for i in batch], length)
-        params, opt_state, far = step(params, opt_state, teacher, ids, mask)
+        grads, far = gradient(params, teacher, ids, mask)
+        params, opt_state = update(params, opt_state, grads)
         losses.append(float(far))
         if keep is not None and (count + 1) % 100 == 0:
             held = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves((params, opt_state)))}
