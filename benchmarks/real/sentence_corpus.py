@@ -111,6 +111,7 @@ def main() -> None:
     packages = listed()
     if args.first:
         packages = [p for s in SPLITS for p in [q for q in packages if q.split == s][: args.first]]
+    packages.sort(key=lambda package: -SPLITS.index(package.split))  # what is held out is there first
     (args.out / "packages").mkdir(parents=True, exist_ok=True)
     failed = []
     columns = TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
