@@ -170,9 +170,14 @@ def split(model):
 
 
 def by_frequency(rows):
-    """All ids, those first that some tokens have most often; then in the order of the vocabulary."""
+    """All ids, those first that some tokens have most often; then in the order of the vocabulary.
+
+    Padding, id 0, is the very first: its row is zeros, which a band of 1 bit does not have.
+    """
     size = json.loads(_shipped("config.json"))["vocab_size"]
-    return np.argsort(-np.bincount(np.concatenate(rows), minlength=size), kind="stable")
+    counts = np.bincount(np.concatenate(rows), minlength=size)
+    counts[0] = counts.sum() + 1
+    return np.argsort(-counts, kind="stable")
 
 
 def tokens(sentences):

@@ -29,8 +29,8 @@ GROUP = 128
 LONGEST = 48
 """Tokens of the longest sentence that is trained on: few programs are compiled."""
 
-GRAPH_BYTES = 260_000
-"""What the file has beside codes and steps: nodes, biases and norms."""
+GRAPH_BYTES = 360_000
+"""What the file has beside codes and steps of 16 bits: nodes, biases, norms, the order of the table."""
 
 
 def axis(path, leaf):
