@@ -41,6 +41,7 @@ mutants: $(VENV)/.test
 # What trains for hours prints its saved runs. `make bench DATA=DIR`, the folder of MNIST's files, trains what out/ lacks;
 # TEXT=FILE is what the transformers read.
 TRAINED := lenet lenet_grids headline claims spikes
+# Those of real/ need models and files that other packages ship, and say in their headers where from.
 PARTS := $(addsuffix .py,%_cases %_chains %_figures %_training) benchmarks/real/%
 TIMED := $(filter-out $(addprefix %/,$(addsuffix .py,$(TRAINED) aot compiled)) $(PARTS),$(wildcard benchmarks/*/*.py))
 RUNS := $(if $(DATA),--data-dir $(DATA),--table)

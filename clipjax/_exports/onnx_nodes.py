@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._exports import onnx_codes
+from clipjax._exports import onnx_codes, onnx_packing
 from clipjax._exports.onnx_codes import Coded
 from clipjax._exports.onnx_editing import Editor
 from clipjax._exports.onnx_weights import Proto, Use, Weight
@@ -26,17 +26,22 @@ E8M0, BLOCKED = 24, 21
 """The opsets that have scales of E8M0, and blocks, first."""
 
 
-def put(editor: Editor, weight: Weight, found: Coded, path: str, contrib: bool) -> None:
-    """Put codes and scales in the place of a weight: MatMulNBits, GatherBlockQuantized or DequantizeLinear.
+def put(editor: Editor, weight: Weight, found: Coded, path: str, contrib: bool, pack: bool = False) -> None:
+    """Put codes and scales in the place of a weight: MatMulNBits, GatherBlockQuantized, packed or DequantizeLinear.
 
     Raises:
       ValueError: for an opset that does not have what the codes need.
     """
-    axis = _contracted(weight, found) if contrib and found.bits in (2, 4, 8) else None
+    packed = pack and found.bits in (2, 4, 8)
+    # Where an operator of com.microsoft takes the codes, packing is for those that are narrower than it stores them.
+    narrow = packed and onnx_packing.width(found) < (found.bits or 0)
+    axis = _contracted(weight, found) if contrib and found.bits in (2, 4, 8) and not narrow else None
     if axis is not None:
         _multiply(editor, weight, found, axis)
-    elif contrib and found.bits in (2, 4, 8) and _looked_up(weight, found):
+    elif contrib and found.bits in ((4, 8) if pack else (2, 4, 8)) and not narrow and _looked_up(weight, found):
         _look_up(editor, weight, found)
+    elif packed:
+        onnx_packing.put(editor, weight, found, path)
     else:
         _dequantize(editor, weight, found, path)
     editor.drop(weight)

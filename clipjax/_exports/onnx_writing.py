@@ -34,6 +34,7 @@ def export_onnx(
     source: Tree | None = None,
     axis: Axis | PerLeaf = None,
     contrib: bool = True,
+    pack: bool = False,
 ) -> None:
     r"""Write an ONNX graph again, with the codes and scales of trained params in the place of its float weights.
 
@@ -46,6 +47,8 @@ def export_onnx(
     - every other one, as kernels of convolutions, and formats of small floats (`fp8_e4m3`, `fp8_e5m2`, `mxfp4`,
       `mxfp8`, `nvfp4`): `DequantizeLinear`, per array, per axis or in blocks, in front of the nodes that use it;
     - a leaf on a grid of `fake_quantize(bits)`: the same with its steps and zero points;
+    - with `pack` whole numbers for which there is no operator that stores them in their own bits, 1 to 8, take these:
+      BitShift and BitwiseAnd unpack them when a reader loads the graph. Their scales take 16 bits if f16 has them;
     - a float leaf takes the place of its initializer.
 
     The values that the new graph computes with are the decoded bytes exactly, rounded once where its weights are not
@@ -66,13 +69,15 @@ def export_onnx(
       axis: the output axes of float leaves, the last by default, which tell how a leaf that `rename` names lies in the
         initializer, where no `source` does.
       contrib: False leaves out the operators of com.microsoft, for readers that know those of ONNX alone.
+      pack: True makes a smaller file of grids of 3, 5, 6 and 7 bits, which no dtype of ONNX has. In memory the weights
+        are then floats, and products with them are those of floats.
 
     Raises:
       ValueError: for a leaf that the graph does not have, or that `source` finds in several initializers; a name that
         is used twice; a leaf off its grid, or beyond the range of its initializer; a format that is no code times a
-        scale, as `q4_1` and `nf4`; and an opset that does not have what the codes need: 21 for blocks and 4 bits, 19
-        for FP8, 23 for FP4, 24 for its scales as bytes (else they are written as f32), 25 for 2 bits. Nothing is
-        written then.
+        scale, as `q4_1` and `nf4`; and an opset that does not have what the codes need: 21 for blocks and 4 bits, 18
+        for `pack`, 19 for FP8, 23 for FP4, 24 for its scales as bytes (else they are written as f32), 25 for 2 bits.
+        Nothing is written then.
       TypeError: for a `rename` that returns something else.
       ImportError: where `onnx` is missing: `pip install 'clipjax[export]'`.
 
@@ -97,7 +102,7 @@ def export_onnx(
     matches = onnx_matching.by_name(wanted, found, rename) if rename else onnx_matching.by_values(wanted, found)
     editor = Editor(model)
     for match in matches:
-        _put(editor, match, contrib)
+        _put(editor, match, contrib, pack)
     editor.finish()
     _write(onnx, model, os.fspath(model_out))
 
@@ -119,12 +124,12 @@ def _wanted(params: Tree, opt_state: State | None, source: Tree | None, axis: Ax
     return found
 
 
-def _put(editor: Editor, match: Match, contrib: bool) -> None:
+def _put(editor: Editor, match: Match, contrib: bool, pack: bool) -> None:
     """Put one leaf in the place of its initializer."""
     wanted, weight, order = match
     if isinstance(wanted.leaf, Quantized):
         found = onnx_codes.coded(wanted.path, wanted.leaf, order, weight.shape)
-        onnx_nodes.put(editor, weight, found, wanted.path, contrib)
+        onnx_nodes.put(editor, weight, found, wanted.path, contrib, pack)
         return
     values = onnx_layouts.laid(np.asarray(wanted.leaf), order, weight.shape)
     lost = casting.lost(values, weight.dtype)
