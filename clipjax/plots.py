@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from clipjax._arrays import arguments
+from clipjax._arrays import arguments, trees
 from clipjax._files import saving
 from clipjax._reports import plotted, summarizing
 from clipjax._reports.plotted import Report
+from clipjax._weights.quantize_state import QuantizeState
+from clipjax._weights.quantized_params import quantized
 from clipjax.typing import State, Tree, Where
 
 if TYPE_CHECKING:
@@ -206,17 +208,19 @@ def norms(history: Report | Sequence[Report], *, ax: Place = None) -> Figure:
     return figure
 
 
-def sizes(params: Tree, *, ax: Axes | None = None) -> Figure:
+def sizes(params: Tree, opt_state: State = None, *, ax: Axes | None = None) -> Figure:
     """How many bytes the params take: raw, packed, in the file that `clipjax.save` writes, and by their entropy.
 
     - raw: the arrays as they are.
-    - packed: their codes, all of equal width, with codebooks or steps.
-    - file: all that `clipjax.save` writes, its header included.
+    - packed: their codes, all of equal width, with codebooks, steps, or the scales of a format.
+    - file: all that `clipjax.save` writes of ``quantized(params, opt_state)``, its header included.
     - entropy: the order-0 entropy of the bit patterns, plus each distinct pattern once, see `clipjax.summarize`. A file
       may be smaller, where rows and columns differ in density.
 
     Args:
       params: a tree of concrete arrays.
+      opt_state: the optimizer state that belongs to them. Leaves on a format need it: their values alone do not say
+        which scale a block has, and take more bytes.
       ax: the matplotlib axes to draw into; by default that of a new figure.
 
     Returns:
@@ -224,7 +228,7 @@ def sizes(params: Tree, *, ax: Axes | None = None) -> Figure:
       entropy alone.
 
     Raises:
-      ValueError: for params without arrays, and for several axes.
+      ValueError: for params without arrays, for several axes, and for the state of other params.
       ImportError: without matplotlib.
 
     Example:
@@ -235,11 +239,12 @@ def sizes(params: Tree, *, ax: Axes | None = None) -> Figure:
       >>> int(figure.axes[0].patches[0].get_width())
       40000
     """
-    total = summarizing.summarize(params, widths=()).rows[-1]
+    total = summarizing.summarize(params, opt_state, widths=()).rows[-1]
     arguments.require(total["bytes"], "params", "have an array with entries", total["bytes"], "Pass a model's params.")
     bars = {"raw": total["bytes"], "packed": total["packed_bytes"], "file": None, "entropy": total["entropy_bytes"]}
     if bars["packed"] is not None:
-        bars["file"] = len(saving.pack(params))
+        on_grids = bool(trees.find(opt_state, QuantizeState))
+        bars["file"] = len(saving.pack(quantized(params, opt_state) if on_grids else params))
     known = {name: size for name, size in bars.items() if size is not None}
     figures = _figures()
     (axis,) = figures.axes(ax, ["bytes"], (6.0, 2.4))

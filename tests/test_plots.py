@@ -242,6 +242,17 @@ def test_sizes_are_those_of_summarize_and_of_the_file():
         plots.sizes({"a": None, "b": jnp.zeros((0, 3))})
 
 
+def test_sizes_on_a_format_are_those_of_its_codes_and_scales():
+    params, state = clipjax.hold_once(
+        clipjax.fake_quantize(formats.q4_0()), {"w": jnp.asarray(RNG.normal(size=(256, 32)), "f4")}
+    )
+    found = bars(plots.sizes(params, state).axes[0])
+    assert found["packed"] == 256 * 32 * 4.5 / 8
+    assert (
+        found["file"] == len(clipjax.pack(clipjax.quantized(params, state))) < bars(plots.sizes(params).axes[0])["file"]
+    )
+
+
 def test_sizes_without_constriction_are_raw_and_entropy(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
     assert list(bars(plots.sizes({"w": jnp.asarray(W.round(1))}).axes[0])) == ["raw", "entropy"]
