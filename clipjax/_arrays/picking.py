@@ -102,7 +102,8 @@ def warn_if_nothing(picks: list[bool], tree: Tree) -> None:
         warnings.warn(
             "`where` picks no float array of these params, so this transformation does nothing. The default for"
             " pruning and quantizing is arrays of rank >= 2 that are not named bias, b, scale or offset and are no"
-            " embeddings; pass `where=lambda path, leaf: ...` to choose.",
+            " embeddings; pass `where=lambda path, leaf: ...` to choose. `structures.unit(groups=...)` picks the leaves"
+            " of its groups alone: units under a statistic, as LayerNorm's, stand in `Analysis.inexact`.",
             stacklevel=4,
         )
 

@@ -86,6 +86,9 @@ def export_onnx(
 
         graph = jax2onnx.to_onnx(model, [("batch", 64)])
         clipjax.export_onnx(graph, "model.onnx", nnx.state(model, nnx.Param), opt_state)
+        options = onnxruntime.SessionOptions()  # without this one its activations have 8 bits where it can
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        session = onnxruntime.InferenceSession("model.onnx", options)
 
     References:
       ONNX operators, DequantizeLinear, https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html; onnxruntime,

@@ -190,6 +190,12 @@ def analyze(
     for name, given in {"apply_fn": apply_fn, "rebuild": rebuild}.items():
         if not callable(given) and (name == "apply_fn" or given is not None):
             raise TypeError(f"`{name}` must be a function, got {given!r}. Give `model.apply`, or a function of widths.")
+    if models.is_module(apply_fn):
+        kind = type(apply_fn).__name__
+        raise TypeError(
+            f"`apply_fn` must be a function of the model, got a {kind} itself. Give both:"
+            " `analyze(lambda model, x: model(x), model, x)`."
+        )
     # A module of NNX or Equinox is opened for the trace, and made again inside of it: its layers note their sizes.
     whole = lambda fn: lambda tree, *args, **kwargs: fn(models.merged(variables, tree), *args, **kwargs)  # noqa: E731
     again = None if rebuild is None else lambda widths: whole(rebuild(widths))

@@ -180,8 +180,9 @@ def _scales(x: Any, formed: _Formed, name: str, shape: tuple[int, ...], cuts: Cu
         return x
     form, left = formed.form, list(shape)
     remedy = (
-        f"It is on {form.name}, with scales for {form.block or 'all'} inputs each: prune units so that whole blocks of"
-        f" neighbours go, with `round_to={form.block or 1}`, or shrink before quantizing, and start anew."
+        f"It is on {form.name}, with scales for {form.block or 'all'} inputs each, of which the cut takes some. Cut the"
+        " model first, or shrink before quantizing: then hold the smaller one on the format. Scales of whole outputs,"
+        " those of `formats.int8()` and `fake_quantize(bits, axis=-1)`, are cut with their arrays."
     )
     fits = x.ndim == len(shape) and all(n % count == 0 for n, count in zip(shape, x.shape, strict=True))
     trees.check_state(fits, f"scales of shape {x.shape} for {name!r} of shape {shape}")

@@ -177,7 +177,10 @@ def _analyzed(leaf: GroupLeaf, group: Group, first: GroupLeaf | None) -> GroupLe
     """A leaf of a group that `analyze` found: every entry but those of statistics says whether its unit is alive."""
     member = next(m for m in group.members if m.path == leaf.written and m.axis == leaf.axis)
     size, places = leaf.leaf.shape[leaf.axis], member.places
-    remedy = "The groups are those of another model: analyze this one."
+    remedy = (
+        "The groups are those of another model, or of this one before `shrink`. Behind it `prune_mask` has done its"
+        " work: leave it out of the chain, and its state out of the state. To prune further analyze the model again."
+    )
     arguments.require(size == len(places), leaf.path, f"have {len(places)} entries", size, remedy)
     leaf = leaf._replace(layers=member.layers if group.layered else None)
     depth = leaf.depth if first is None else first.depth

@@ -38,6 +38,12 @@ COUNTED = {"in_features": "feature_group_count", "in_channels": "groups"}
 """Attributes that are the size of an axis times the number of groups of a convolution."""
 
 
+def is_module(model: Any) -> bool:
+    """True for a module of NNX or Equinox."""
+    equinox = sys.modules.get("equinox")
+    return _is_nnx(model) or (equinox is not None and isinstance(model, equinox.Module))
+
+
 def opened(model: Any) -> Tree:
     """The arrays of a model as a tree: an NNX module, or its optimizer, as its state; all else is a tree itself."""
     return _nnx().split(model)[1] if _is_nnx(model) else model

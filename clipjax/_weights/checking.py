@@ -185,7 +185,8 @@ def _of_state(params: Tree, opt_state: State) -> list[_Row]:
         held = state.projection
         rule = _numbered(_NAMES.get(type(held), "project"), times)
         if isinstance(held, PruneState):
-            rows += [_zeros(path, rule, mask, _leaf(leaves, path)) for path, mask in trees.governed(held.mask)]
+            masks = trees.governed(held.mask)  # one array without a path where no leaf is picked
+            rows += [_zeros(path, rule, mask, _leaf(leaves, path)) for path, mask in masks if path or "" in leaves]
             rows += _nearly_empty(held, rule)
         elif isinstance(held, QuantizeState):
             rows += [_levels(path, rule, held, _leaf(leaves, path)) for path in quantize_state.paths(held)]

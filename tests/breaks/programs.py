@@ -3,6 +3,7 @@
 from breaks.mutant import Mutant
 
 MUTANTS = (
+    Mutant("_programs/analysis.py", "if models.is_module(apply_fn):", "if False:", "analysis", "in_the_place"),
     Mutant("_programs/tapping.py", "total if part is None else total + part", "total", "sensitivities", "hidden"),
     Mutant(
         "_programs/tapping.py",

@@ -174,6 +174,7 @@ MUTANTS = (
         "explicit_axes",
     ),
     Mutant("_weights/checking.py", "(state.count > visited.start) & ", "", "checking", "what_holds"),
+    Mutant("_weights/checking.py", ' if path or "" in leaves', "", "checking", "picks_nothing"),
     Mutant("_weights/checking.py", "images = [nearer(p, q, z)", "images = [q + 0 * z", "checking", "what_holds"),
     Mutant(
         "_weights/holding.py", "_LATE if visited.stop is None else visited.stop, jnp", "0, jnp", "checking", "as_at"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from reading import X, read, shapes
 
 import clipjax
@@ -212,6 +214,14 @@ def test_it_is_printed_and_shown():
 def test_something_that_is_no_function_is_refused(name, arguments):
     with pytest.raises(TypeError, match=f"`{name}` must be a function, got"):
         clipjax.analyze(*([3] if name == "apply_fn" else [mlp]), shapes(a=(4, 8)), X, **arguments)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nnx.Linear(3, 2, rngs=nnx.Rngs(0)), lambda: eqx.nn.Linear(3, 2, key=jax.random.key(0))]
+)
+def test_a_model_in_the_place_of_the_function_is_refused(make):
+    with pytest.raises(TypeError, match=r"must be a function of the model, got a Linear itself.*lambda model, x"):
+        clipjax.analyze(make(), jnp.ones((1, 3)))
 
 
 def test_a_program_that_is_another_one_at_the_width_that_is_left_is_refused():

@@ -186,6 +186,14 @@ def test_hold_once_chooses_what_the_run_had_not_chosen_yet():
     assert len(np.unique(held["a"]["kernel"])) == 3 and clipjax.check(held, after_it, tx) == []
 
 
+def test_a_transformation_that_picks_nothing_has_nothing_to_check():
+    nothing = clipjax.prune_mask(0.5, structure=structures.unit(groups=()))
+    tx = optax.chain(nothing, clipjax.fake_quantize(4))
+    with pytest.warns(UserWarning, match=r"does nothing.*Analysis\.inexact"):
+        params, state = clipjax.hold_once(tx, {"kernel": jnp.arange(12.0).reshape(3, 4)})
+    assert clipjax.check(params, state) == []
+
+
 def test_hold_once_with_inner_scores_and_your_own_projection():
     """Inside of `inner=` first; gradient scores take `grad=`; a plain function is called as it is."""
     inner = clipjax.fake_quantize(3, inner=after(clipjax.clamp_weights(0.5)))
