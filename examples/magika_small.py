@@ -1,6 +1,6 @@
 """Makes Magika small: whole channels go, 4 bits a weight are left, and the unmodified package runs what comes out.
 
-    python benchmarks/real/file_corpus.py                               # once: files of some 800 packages, 30 minutes
+    python benchmarks/real/file_corpus.py                               # once: files of some 800 packages
     python examples/magika_small.py [--files out/files] [--out out/magika] [--channels 128] [--epochs 4] [--seed 0]
 
 The original answers for every file that is trained on, and the small one learns its answers (distillation):
@@ -10,7 +10,7 @@ The original answers for every file that is trained on, and the small one learns
 3. training goes on with `fake_quantize` on the formats that ONNX Runtime computes with;
 4. `export_onnx` writes their codes into a graph of the small model, in a folder that `magika.Magika` takes.
 
-It needs `pip install 'clipjax[real]'`. 128 channels take some 60 minutes on two cores.
+It needs `pip install 'clipjax[real]'`.
 """
 
 import argparse

@@ -6,8 +6,8 @@ Of every package in packages.txt at most 200 files are kept, at most 24 of an ex
 1 MB; what a file holds occurs once in the corpus. A package is in one split with all its files: of ten hashes of its
 name, seven train, one tunes, two test. OUT/index.jsonl names the files: path, package, split, extension.
 
-It needs `apt-get`, `dpkg-deb`, `npm` and `pip`, takes some 30 minutes and 3 GB, and goes on where it stopped. A package
-that its registry no longer has is named and left out.
+It needs `apt-get`, `dpkg-deb`, `npm` and `pip`, and goes on where it stopped. A package that its registry no longer has
+is named and left out.
 """
 
 from __future__ import annotations

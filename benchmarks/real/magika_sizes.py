@@ -11,8 +11,7 @@ no training has seen: how often the largest answer is that of the original; and 
 one type alone, how often a model says this type, over all and as the mean over types. Time is that of onnxruntime
 alone, on one thread, as the ratio to the original in the same process.
 
-Without `--final` the split for tuning is measured. Rows that OUT has are not made again; a size takes 40 to 90 minutes
-a seed on two cores.
+Without `--final` the split for tuning is measured. Rows that OUT has are not made again.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def width(found: Coded) -> int:
 def put(editor: Editor, weight: Weight, found: Coded, path: str) -> None:
     """Put packed codes and nodes that decode them in the place of a weight.
 
-    All inputs are initializers, so that onnxruntime and OpenVINO run these nodes once, when they load the graph.
+    All inputs are initializers, so that onnxruntime runs these nodes once, when it loads the graph.
 
     Raises:
       ValueError: for an opset without bitwise operators.
