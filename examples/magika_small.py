@@ -1,14 +1,15 @@
-"""Makes Magika small: whole channels go, 4 bits a weight are left, and the unmodified package runs what comes out.
+"""Makes Magika small: channels go, 2 or 3 bits a weight are left, and the unmodified package runs what comes out.
 
     python benchmarks/real/file_corpus.py                               # once: files of some 800 packages
-    python examples/magika_small.py [--files out/files] [--out out/magika] [--channels 128] [--epochs 4] [--seed 0]
+    python examples/magika_small.py [--files out/files] [--out out/magika] [--channels 448] [--bits 3] [--epochs 4]
 
 The original answers for every file that is trained on, and the small one learns its answers (distillation):
 
 1. `analyze` finds what belongs to a channel of the convolution, and `prune_mask` removes those that matter least;
 2. `shrink` cuts them out of all arrays, which changes the mean under the LayerNorm behind them: training repairs it;
-3. training goes on with `fake_quantize` on the formats that ONNX Runtime computes with;
-4. `export_onnx` writes their codes into a graph of the small model, in a folder that `magika.Magika` takes.
+3. training goes on with `fake_quantize`, on a grid for each output: 3 bits in the convolution, 4 and 8 in the others;
+4. `export_onnx(pack=True)` writes the codes, bit for bit, into a graph that ONNX Runtime takes, in a folder that
+   `magika.Magika` takes.
 
 It needs `pip install 'clipjax[real]'`.
 """
@@ -27,7 +28,7 @@ from flax import nnx
 from rich.progress import Progress, track
 
 import clipjax
-from clipjax import formats, scores, structures
+from clipjax import scores, structures
 
 BATCH = 32
 
@@ -80,7 +81,7 @@ def train(model, tx, tokens, logits, steps, seed=0, text="training"):
     return optimizer.opt_state
 
 
-def prune(model, channels, tokens, logits, steps=200, seed=0):
+def prune(model, channels, tokens, logits, steps=100, seed=0):
     """Leaves so many channels: those go one after another of which the loss changes least without them (Taylor)."""
     analysis = clipjax.analyze(lambda model, tokens: model(tokens), model, jnp.zeros((2, magika_net.BYTES), jnp.int32))
     [group] = analysis.inexact  # the channels, under a LayerNorm; the numbers of a byte are a group that stays
@@ -92,11 +93,11 @@ def prune(model, channels, tokens, logits, steps=200, seed=0):
     clipjax.shrink(model, [group], exact=False)
 
 
-def quantizer(steps):
-    """A chain that trains on 4 bits, in blocks along what a kernel sums up, and on 8 in the table of bytes."""
-    kinds = {"bytes/kernel": formats.int8(), "conv/kernel": formats.int4(64), "types/kernel": formats.nbits(4, 32)}
-    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, steps // 20, steps)
-    grid = clipjax.fake_quantize(clipjax.per_leaf(lambda path, leaf: kinds.get(path)), every=1)
+def quantizer(steps, bits):
+    """A chain that trains on a grid for each output, of so many bits in the convolution."""
+    widths = {"bytes/kernel": 8, "conv/kernel": bits, "types/kernel": 4}
+    rate = optax.warmup_cosine_decay_schedule(0.0, 5e-4, steps // 20, steps)
+    grid = clipjax.fake_quantize(clipjax.per_leaf(lambda path, leaf: widths.get(path)), axis=-1, every=20)
     return optax.chain(clipjax.clip_norm(1.0), optax.adam(rate), grid)
 
 
@@ -109,19 +110,25 @@ def save(model, opt_state, folder):
     names = {"input_names": ["bytes"], "output_names": ["target_label"]}
     tokens = jax.ShapeDtypeStruct(("files", magika_net.BYTES), jnp.int32)
     graph = jax2onnx.to_onnx(answer, [tokens], opset=21, model_name="magika", **names)
-    clipjax.export_onnx(graph, folder / "model.onnx", nnx.state(model, nnx.Param), opt_state)
-    for name in ("config.min.json", "metadata.json"):
-        shutil.copyfile(magika_net.folder() / name, folder / name)
+    clipjax.export_onnx(graph, folder / "model.onnx", nnx.state(model, nnx.Param), opt_state, pack=True)
+    copy_config(folder)
     return (folder / "model.onnx").stat().st_size
 
 
-def small(files, channels, epochs, seed):
+def copy_config(folder):
+    """Puts what the package needs besides a model into a folder."""
+    for name in ("config.min.json", "metadata.json"):
+        shutil.copyfile(magika_net.folder() / name, folder / name)
+
+
+def small(files, channels, bits, epochs, seed):
     """The small model, and the state that knows its codes."""
     tokens, logits = data(files, "train")
     model = magika_net.pretrained()
     prune(model, channels, tokens, logits, seed=seed)
     steps = int(epochs * len(tokens) // BATCH)
-    return model, train(model, quantizer(steps), tokens, logits, steps, seed, f"{channels} channels")
+    text = f"{channels} channels of {bits} bits"
+    return model, train(model, quantizer(steps, bits), tokens, logits, steps, seed, text)
 
 
 def main():
@@ -129,11 +136,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=Path, default=Path("out/files"))
     parser.add_argument("--out", type=Path, default=Path("out/magika"))
-    parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--channels", type=int, default=448)
+    parser.add_argument("--bits", type=int, default=3, help="of a weight of the convolution")
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    model, opt_state = small(options.files, options.channels, options.epochs, options.seed)
+    model, opt_state = small(options.files, options.channels, options.bits, options.epochs, options.seed)
     size = save(model, opt_state, options.out)
     tokens, logits = data(options.files, "tuning")
     agreement = np.mean(answers(model, tokens).argmax(-1) == logits.argmax(-1))

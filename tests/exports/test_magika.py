@@ -86,13 +86,13 @@ def test_pruned_trained_and_run_by_the_package(files, tokens, tmp_path):
     magika_small.prune(model, 128, tokens, logits, steps=10)
     assert model.conv.kernel.shape == (5, 256, 128) and model.types.kernel.shape == (128, 214)
     before = magika_small.loss(model, tokens[:32], logits[:32])
-    opt_state = magika_small.train(model, magika_small.quantizer(30), tokens, logits, 30)
+    opt_state = magika_small.train(model, magika_small.quantizer(30, 3), tokens, logits, 30)
     assert magika_small.loss(model, tokens[:32], logits[:32]) < 0.7 * before
     size = magika_small.save(model, opt_state, tmp_path)
     assert 100_000 < size < (magika_net.folder() / "model.onnx").stat().st_size / 20
 
     params = nnx.state(model, nnx.Param)
-    assert not clipjax.check(params, opt_state, magika_small.quantizer(30))
+    assert not clipjax.check(params, opt_state, magika_small.quantizer(30, 3))
     ours = jax.nn.softmax(magika_small.answers(model, tokens))
     theirs = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"bytes": tokens})[0]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
