@@ -28,7 +28,7 @@ def plan(
     axis: Axis | PerLeaf,
     group: int | PerLeaf | None,
     step: StepSize | None,
-    rounding: tuple[str, leaf_grid.Soften | None],
+    rounding: tuple[str, leaf_grid.Soften | None, object],
     path: str,
     leaf: Leaf,
 ) -> LeafPlan:
@@ -36,7 +36,8 @@ def plan(
     if isinstance(kinds, Format):
         return leaf_format.plan(kinds, axis, step, path, leaf)
     rule = levels.resolve(step, steps.mse())
-    return Plan(kinds, step_groups.resolve(axis, group, path, leaf), rule, *rounding)
+    mode, soften, rated = rounding
+    return Plan(kinds, step_groups.resolve(axis, group, path, leaf), rule, mode, soften, rated is not None)
 
 
 def bits(plans: dict[str, LeafPlan]) -> dict[str, jax.Array]:

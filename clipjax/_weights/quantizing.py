@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from clipjax._weights import (
     leaf_levels,
     projecting,
     quantize_state,
+    rating,
     refreshing,
 )
 from clipjax._weights.constraints import Constraint
@@ -143,7 +145,9 @@ def fake_quantize(
     widths = bit_widths.resolve(bits, rule)
     _check_alone(widths.form, group, rounding)
     step_groups.check(axis, group)
-    mode, soften = _rounding(rounding)
+    hard = _rounding(rounding)
+    mode, soften, by_rate = hard.mode, hard.soften, hard.rated
+    _check_rate(by_rate, carry)
     cycle = refreshing.cycle(start, every, stop)
     where = widths.picks(picking.resolve(where, widths.default))
     _warn_if_it_shrinks(rule, cycle, carry)
@@ -154,7 +158,7 @@ def fake_quantize(
         allowed = widths.allowed(tree)
 
         def plan(path: str, leaf: Leaf) -> LeafPlan:
-            return leaf_levels.plan(allowed[path], axis, group, step, (mode, soften), path, leaf)
+            return leaf_levels.plan(allowed[path], axis, group, step, hard, path, leaf)
 
         return {path: plan(path, leaf) for path, leaf in trees.governed(tree)}
 
@@ -164,12 +168,13 @@ def fake_quantize(
             searched = [plan for plan in by_path.values() if isinstance(plan, leaf_format.FormatPlan) and plan.searched]
             _warn_if_it_searches(bool(searched), cycle)
         begun = {path: leaf_levels.begin(plan, path, leaves[path]) for path, plan in by_path.items()}
-        return quantize_state.gathered(begun, leaf_levels.bits(by_path), quantize_state.NEVER)
+        rate = rating.begin(_rated(by_path)) if by_rate is not None else ()
+        return quantize_state.gathered(begun, leaf_levels.bits(by_path), quantize_state.NEVER, rate)
 
     @refreshing.compiled
     def refresh(weights: Tree, known: Tree, inputs: refreshing.Inputs) -> QuantizeState:
         """The grids that are fitted to the weights as the transformations before leave them."""
-        (params, asked), values = inputs, jax.tree.leaves(weights)
+        (params, before, since), values = inputs, jax.tree.leaves(weights)
         by_path, kinds = plans(params), [p.dtype for p in jax.tree.leaves(params)]
         of_leaves = facts.governed(weights, known)
         limits = facts.shared(leaf_grid.max_level, of_leaves, kinds)
@@ -181,7 +186,14 @@ def fake_quantize(
         else:
             fitted, width = _chosen(widths.choose, by_path, measured)
         found = dict(zip(names, fitted, strict=True))
-        return quantize_state.gathered(found, width, leaf_levels.asked(by_path, found, asked))
+        rate: quantize_state.RateState | tuple[()] = ()
+        if by_rate is not None:
+            on_grid = _rated(by_path)
+            chosen = [i for i, name in enumerate(names) if name in on_grid]
+            rate = rating.rated(
+                by_rate, on_grid, [measured[i] for i in chosen], [fitted[i] for i in chosen], width, before, since
+            )
+        return quantize_state.gathered(found, width, leaf_levels.asked(by_path, found, before.asked), rate)
 
     def apply_fn(target: Tree, state: QuantizeState, context: Context) -> tuple[Tree, QuantizeState]:
         by_path = plans(context.params)
@@ -189,7 +201,7 @@ def fake_quantize(
             return target, state
         leaf_levels.check_zeros(by_path, facts.governed(target, context.known))
         outdated = leaf_levels.outdated(by_path, target, state, refreshing.doubling(cycle, context.count))
-        inputs = context.params, state.asked
+        inputs = context.params, state, (context.count - start).astype(jnp.float32)
         new = refreshing.refreshed(cycle, context, refresh, inputs, state, target, outdated)
         return frozen_fn(target, new, context), new
 
@@ -259,7 +271,8 @@ def fake_quantize(
 
     def checked_init(params: Tree) -> projecting.ProjectState:
         widths.check(params)
-        return tx.init(params)
+        state = tx.init(params)
+        return state._replace(projection=rating.with_rest(state.projection, params))
 
     return optax.GradientTransformationExtraArgs(checked_init, tx.update)
 
@@ -285,15 +298,35 @@ def _warn_if_it_searches(searched: bool, cycle: refreshing.Cycle) -> None:
         )
 
 
-def _rounding(rounding: RoundingMode) -> tuple[str, leaf_grid.Soften | None]:
-    """Read `rounding`: the name of a hard rounding, and the function of one that hardens with time."""
+class _Mode(NamedTuple):
+    """A `rounding=` argument, read: the name of a hard rounding, and what else a rule of `clipjax.roundings` says."""
+
+    mode: str
+    soften: leaf_grid.Soften | None = None
+    rated: Rounding | None = None
+
+
+def _rounding(rounding: RoundingMode) -> _Mode:
     if isinstance(rounding, Rounding):
-        return "nearest", rounding.soften
+        costs = rounding.rate is not None or rounding.budget is not None
+        return _Mode("nearest", rounding.soften, rounding if costs else None)
     if not isinstance(rounding, str):
         remedy = "Give 'nearest', or call a factory: `roundings.parq(100)`."
         arguments.instance(rounding, Rounding, "rounding", remedy)
     arguments.choice(rounding, "rounding", grids.ROUNDINGS)
-    return rounding, None
+    return _Mode(rounding)
+
+
+def _check_rate(rounding: Rounding | None, carry: bool) -> None:
+    """Refuse codes by their cost without latent weights: what is 0 once would stay there."""
+    remedy = "Leave it out: codes that cost less attract weights, and without latent weights none comes back."
+    ok = rounding is None or carry is not False
+    arguments.require(ok, "carry", "be True with `roundings.rate`", carry, remedy)
+
+
+def _rated(plans: dict[str, LeafPlan]) -> dict[str, Plan]:
+    """The leaves whose codes are chosen by their cost: those on a grid."""
+    return {path: plan for path, plan in plans.items() if isinstance(plan, Plan)}
 
 
 def _check_alone(form: Format | None, group: int | PerLeaf | None, rounding: RoundingMode) -> None:
