@@ -55,7 +55,10 @@ def thresholds(levels: jax.Array, bits: jax.Array, usable: jax.Array, lam: jax.A
     above = jnp.arange(levels.size)[:, None] > jnp.arange(levels.size)[None, :]
     found = jnp.min(jnp.where(above, best_up_to, FAR), axis=0)[:-1].astype(jnp.float32)
     # With a threshold just below, a weight on it has the upper level, where that is even: halves go to the even one.
-    return jnp.where(levels[1:] % 2 == 0, jnp.nextafter(found, -jnp.float32(FAR)), found)
+    found = jnp.where(levels[1:] % 2 == 0, jnp.nextafter(found, -jnp.float32(FAR)), found)
+    # A mask may hold a weight at 0, which is then its level, whatever it costs.
+    tiny = jnp.finfo(jnp.float32).tiny
+    return jnp.where(levels[1:] > 0, jnp.maximum(found, 0), jnp.minimum(found, -tiny))
 
 
 def nearest(levels: jax.Array, usable: jax.Array) -> jax.Array:
@@ -64,12 +67,18 @@ def nearest(levels: jax.Array, usable: jax.Array) -> jax.Array:
 
 
 def chosen(ratio: jax.Array, thresholds: jax.Array, lowest: float) -> jax.Array:
-    """The code of every weight, as floats from `lowest` on; a weight that is NaN stays."""
-    code = jnp.full_like(ratio, lowest)
-    for i in range(thresholds.size):  # one by one: a sum over comparisons takes XLA on CPU thirty times as long
-        above = ratio > jnp.broadcast_to(thresholds[i].astype(ratio.dtype), ratio.shape)
-        code = elementwise.where(above, jnp.full_like(ratio, lowest + 1 + i), code)
-    return elementwise.where(ratio == ratio, code, ratio)
+    """The code of every weight, as floats from `lowest` on: how many thresholds it passes, of 2^b - 2 for b bits."""
+    # The bits of that number from the highest one on: each halves the thresholds that are left to look at.
+    left: list[jax.Array] = [jnp.full((), -FAR, ratio.dtype), *thresholds.astype(ratio.dtype)]  # 2^b - 1 of them
+    code, bit = jnp.full_like(ratio, lowest - 1), (len(left) + 1) / 2
+    while left:
+        middle = len(left) // 2
+        above = ratio > jnp.broadcast_to(left[middle], ratio.shape)
+        code = elementwise.where(above, code + bit, code)
+        pairs = zip(left[middle + 1 :], left[:middle], strict=True)
+        left = [elementwise.where(above, *(jnp.broadcast_to(t, ratio.shape) for t in pair)) for pair in pairs]
+        bit /= 2
+    return code
 
 
 def histogram(codes: jax.Array, lowest: float, size: int) -> jax.Array:

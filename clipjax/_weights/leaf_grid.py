@@ -222,7 +222,8 @@ def codes(plan: Plan, w: jax.Array, grid: LeafGrid, key: jax.Array | None = None
     if plan.rated:
         assert grid.thresholds is not None  # see `check_fits`
         code = code_costs.chosen(grids.ratio(w, grid.step), grid.thresholds, -grids.top(plan.widest))
-        code = elementwise.where(w == 0, jnp.zeros_like(code), code)  # 0 stays 0: a mask may hold it there
+        if grid.step.ndim == 0:  # thresholds know the levels of the one grid of the leaf
+            return code
     else:
         code = grids.codes(w, grid.step, plan.binary(grid), rounding=plan.rounding, key=key)
     if plan.unbounded:
