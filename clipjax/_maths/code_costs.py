@@ -55,10 +55,8 @@ def thresholds(levels: jax.Array, bits: jax.Array, usable: jax.Array, lam: jax.A
     above = jnp.arange(levels.size)[:, None] > jnp.arange(levels.size)[None, :]
     found = jnp.min(jnp.where(above, best_up_to, FAR), axis=0)[:-1].astype(jnp.float32)
     # With a threshold just below, a weight on it has the upper level, where that is even: halves go to the even one.
-    found = jnp.where(levels[1:] % 2 == 0, jnp.nextafter(found, -jnp.float32(FAR)), found)
-    # A mask may hold a weight at 0, which is then its level, whatever it costs.
-    tiny = jnp.finfo(jnp.float32).tiny
-    return jnp.where(levels[1:] > 0, jnp.maximum(found, 0), jnp.minimum(found, -tiny))
+    found = jnp.where((levels[1:] % 2 == 0) & usable[1:], jnp.nextafter(found, -jnp.float32(FAR)), found)
+    return jax.lax.cummin(found, reverse=True)  # those of a level that is the best nowhere were equal
 
 
 def nearest(levels: jax.Array, usable: jax.Array) -> jax.Array:
@@ -78,7 +76,8 @@ def chosen(ratio: jax.Array, thresholds: jax.Array, lowest: float) -> jax.Array:
         pairs = zip(left[middle + 1 :], left[:middle], strict=True)
         left = [elementwise.where(above, *(jnp.broadcast_to(t, ratio.shape) for t in pair)) for pair in pairs]
         bit /= 2
-    return code
+    # A mask may hold a weight at 0, which then has the code 0, whatever it costs.
+    return elementwise.where(ratio == 0, jnp.zeros_like(code), code)
 
 
 def histogram(codes: jax.Array, lowest: float, size: int) -> jax.Array:

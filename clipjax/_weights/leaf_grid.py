@@ -98,6 +98,10 @@ def check(plan: Plan, path: str, leaf: Leaf) -> None:
     narrow = jnp.dtype(leaf.dtype).itemsize < 4
     remedy = f"Leaf {path!r} is {leaf.dtype}: its codes could not be recovered. Use 8 bits, or f32 params."
     arguments.require(not (narrow and plan.widest > 8), "bits", "be at most 8 for narrow params", plan.widest, remedy)
+    if plan.rated:
+        remedy = f"`roundings.rate` compares each weight of {path!r} with every level: give a width from 1 to 8."
+        known = 0 < plan.widest <= 8
+        arguments.require(known, "bits", "be at most 8 with codes by rate", plan.widest or None, remedy)
     least, smallest = min(plan.allowed, default=plan.rule.min_bits), plan.rule.min_bits
     remedy = "An affine grid has levels on both sides of 0: use `steps.mse()`, whose one-bit step is mean|w|."
     arguments.require(least >= smallest, "bits", f"be at least {smallest} for an affine grid", least, remedy)

@@ -13,7 +13,7 @@ from clipjax._maths import code_costs, grids
 from clipjax._weights import leaf_grid, quantize_state
 from clipjax._weights.leaf_grid import LeafGrid, Measured, Plan
 from clipjax._weights.quantize_state import LeafLevels, QuantizeState, RateState
-from clipjax.typing import Leaf, Rounding, Tree
+from clipjax.typing import Rounding, Tree
 
 _LOWEST, _HIGHEST, _HALVINGS = -12, 8, 11  # log2 of λ, found to a hundredth of an octave
 _STEP_BYTES = 4
@@ -34,14 +34,10 @@ class _Coded(NamedTuple):
 def begin(plans: dict[str, Plan]) -> RateState:
     """The state before the first refresh: codes cost nothing."""
 
-    def near(plan: Plan) -> jax.Array:
-        every = leaf_grid.whole_codes(plan)
-        return code_costs.nearest(every, jnp.ones(every.shape, bool))
-
     def zeros() -> Tree:
         return trees.by_path({path: jnp.zeros((), jnp.float32) for path in plans})
 
-    thresholds = trees.by_path({path: near(plan) for path, plan in plans.items()})
+    thresholds = trees.by_path({path: jnp.zeros(2 * grids.top(plan.widest)) for path, plan in plans.items()})
     return RateState(thresholds, zeros(), zeros(), *(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
@@ -83,6 +79,11 @@ def rated(
         LeafGrid(*levels, bits[path], jnp.ones((), bool), t) for path, levels, t in zip(names, fitted, old, strict=True)
     ]
     usable = stacks.mapped(leaf_grid.usable, names, static, of_leaves)
+    fitted_before = quantize_state.fitted(before)
+    of_leaves = [
+        grid._replace(thresholds=jnp.where(fitted_before, grid.thresholds, near))
+        for grid, near in zip(of_leaves, stacks.mapped(_nearest, names, static, usable), strict=True)
+    ]
     counts = [coded.counts for coded in stacks.mapped(_coded, names, static, measured, of_leaves)]
     prices = stacks.mapped(code_costs.bits, names, counts, usable)
 
@@ -126,16 +127,14 @@ def _lam(rounding: Rounding, size: Callable[[jax.Array], jax.Array], since: jax.
     return jnp.where(size(jnp.zeros((), jnp.float32)) <= given, jnp.zeros((), jnp.float32), jnp.exp2(found))
 
 
+def _nearest(plan: Plan, usable: jax.Array) -> jax.Array:
+    """Thresholds before the first refresh, when no code has a cost."""
+    return code_costs.nearest(leaf_grid.whole_codes(plan), usable)
+
+
 def _coded(plan: Plan, measured: Measured, grid: LeafGrid) -> _Coded:
     """The codes of a leaf under given thresholds."""
     grid = leaf_grid.in_view(plan, grid)
     codes = leaf_grid.codes(plan, measured.values, grid)
     error = jnp.mean(jnp.square(codes * grid.step - measured.values)) if codes.size else jnp.zeros((), jnp.float32)
     return _Coded(code_costs.histogram(codes, float(-grids.top(plan.widest)), 2 * grids.top(plan.widest) + 1), error)
-
-
-def check(plan: Plan, path: str, leaf: Leaf) -> None:
-    """Refuse widths without a level for each code."""
-    got = "unbounded codes" if plan.unbounded else plan.widest
-    remedy = f"`roundings.rate` compares each weight of {path!r} with every level: give a width from 1 to 8."
-    arguments.require(0 < plan.widest <= 8, "bits", "be at most 8 with a rounding by rate", got, remedy)
