@@ -132,11 +132,11 @@ def rate(lam: Number | Schedule | None = None, budget: Number | Schedule | None 
     Example:
       >>> import clipjax, jax.numpy as jnp, optax
       >>> params = {"kernel": jnp.array([[0.9, 0.1], [0.6, 0.2], [-0.1, 0.0], [0.1, 0.2]])}
-      >>> for lam in (0.0, 0.2):
+      >>> for lam in (0.0, 1.0):
       ...     tx = clipjax.fake_quantize(bits=3, step=0.25, rounding=rate(lam))
       ...     clipjax.hold_once(tx, params)[0]["kernel"].ravel().tolist()
       [0.75, 0.0, 0.5, 0.25, 0.0, 0.0, 0.0, 0.25]
-      [0.75, 0.0, 0.5, 0.25, 0.0, 0.0, 0.0, 0.25]
+      [0.75, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
 
     References:
       D4, section 2.2: the trade of bits and error. Entropy-constrained quantization: Chou, Lookabaugh and Gray, 1989.

@@ -35,7 +35,7 @@ def information(counts: jax.Array) -> jax.Array:
 
 
 def thresholds(levels: jax.Array, bits: jax.Array, usable: jax.Array, lam: jax.Array) -> jax.Array:
-    """Above which weight the level is a higher one: f32[levels - 1], never falling; `FAR` away beside levels that there are not.
+    """Above which weight the level is a higher one: f32[levels - 1], never falling, `FAR` away where there is none.
 
     Two levels l > i cost the same at r = (l + i) / 2 + λ (c(l) - c(i)) / (2 (l - i)). The level is above the j-th one
     where one of the levels above it beats all those up to it.

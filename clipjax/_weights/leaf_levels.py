@@ -78,8 +78,8 @@ def check_fits(plans: dict[str, LeafPlan], params: Tree, state: QuantizeState, e
 
 def _check_rate(plan: Plan, path: str, state: QuantizeState) -> None:
     found = isinstance(state.rate, RateState)
-    kinds = ("with", "without") if found else ("without", "with")
-    got = "a state {} the thresholds of `roundings.rate` at {!r}, which is quantized {} them".format(*kinds[:1], path, kinds[1])
+    kinds = ("some", "none") if found else ("none", "some")
+    got = f"{kinds[0]} of the thresholds of `roundings.rate` at {path!r}, where this optimizer has {kinds[1]}"
     trees.check_state(found == plan.rated, got)
 
 

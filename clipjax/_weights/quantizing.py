@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from clipjax import steps
-from clipjax._arrays import arguments, elementwise, picking, stacks, trees
-from clipjax._maths import grids, levels, spectra, step_groups
+from clipjax._arrays import elementwise, picking, stacks, trees
+from clipjax._maths import levels, spectra, step_groups
 from clipjax._weights import (
     bit_widths,
     facts,
@@ -20,6 +18,7 @@ from clipjax._weights import (
     leaf_grid,
     leaf_levels,
     projecting,
+    quantize_arguments,
     quantize_state,
     rating,
     refreshing,
@@ -33,13 +32,10 @@ from clipjax.typing import (
     Bits,
     Context,
     Count,
-    Format,
     Leaf,
     PerLeaf,
     Projection,
-    Rounding,
     RoundingMode,
-    Step,
     StepSize,
     Tree,
     Where,
@@ -143,15 +139,15 @@ def fake_quantize(
     """
     rule = levels.resolve(step, steps.mse())
     widths = bit_widths.resolve(bits, rule)
-    _check_alone(widths.form, group, rounding)
+    quantize_arguments.check_alone(widths.form, group, rounding)
     step_groups.check(axis, group)
-    hard = _rounding(rounding)
+    hard = quantize_arguments.read_rounding(rounding)
     mode, soften, by_rate = hard.mode, hard.soften, hard.rated
-    _check_rate(by_rate, carry)
+    quantize_arguments.check_rate(by_rate, carry)
     cycle = refreshing.cycle(start, every, stop)
     where = widths.picks(picking.resolve(where, widths.default))
-    _warn_if_it_shrinks(rule, cycle, carry)
-    _warn_if_it_searches(widths.form is not None and step is not None and rule == steps.mse(), cycle)
+    quantize_arguments.warn_if_it_shrinks(rule, cycle, carry)
+    quantize_arguments.warn_if_it_searches(widths.form is not None and step is not None and rule == steps.mse(), cycle)
 
     def plans(tree: Tree) -> dict[str, LeafPlan]:
         """The static part of the levels of every governed leaf, of params in their own dtype."""
@@ -166,7 +162,7 @@ def fake_quantize(
         leaves, by_path = dict(trees.governed(params)), plans(params)
         if widths.form is None:  # which leaves are on a format shows here
             searched = [plan for plan in by_path.values() if isinstance(plan, leaf_format.FormatPlan) and plan.searched]
-            _warn_if_it_searches(bool(searched), cycle)
+            quantize_arguments.warn_if_it_searches(bool(searched), cycle)
         begun = {path: leaf_levels.begin(plan, path, leaves[path]) for path, plan in by_path.items()}
         rate = rating.begin(_rated(by_path)) if by_rate is not None else ()
         return quantize_state.gathered(begun, leaf_levels.bits(by_path), quantize_state.NEVER, rate)
@@ -277,65 +273,9 @@ def fake_quantize(
     return optax.GradientTransformationExtraArgs(checked_init, tx.update)
 
 
-def _warn_if_it_shrinks(rule: Step, cycle: refreshing.Cycle, carry: bool) -> None:
-    """Warn of a rule that cuts its weights at every refresh, where these are all that is left of them."""
-    if rule.covers or carry or not refreshing.repeated(cycle):
-        return
-    warnings.warn(
-        "`step` cuts the largest weights, and without latent weights every refresh cuts them again: the weights shrink."
-        " Use `carry=True`, `every=None`, or `steps.mse()`.",
-        stacklevel=3,
-    )
-
-
-def _warn_if_it_searches(searched: bool, cycle: refreshing.Cycle) -> None:
-    """Warn of scales that are searched for at every update."""
-    if searched and refreshing.repeated(cycle) and arguments.known(cycle.every) and cycle.every == 1:
-        warnings.warn(
-            "`step=steps.mse()` searches for the scales of a format at every refresh, in 32 passes over the weights,"
-            " and `every=1` refreshes at every update. Use `every=100`, or leave `step` out.",
-            stacklevel=3,
-        )
-
-
-class _Mode(NamedTuple):
-    """A `rounding=` argument, read: the name of a hard rounding, and what else a rule of `clipjax.roundings` says."""
-
-    mode: str
-    soften: leaf_grid.Soften | None = None
-    rated: Rounding | None = None
-
-
-def _rounding(rounding: RoundingMode) -> _Mode:
-    if isinstance(rounding, Rounding):
-        costs = rounding.rate is not None or rounding.budget is not None
-        return _Mode("nearest", rounding.soften, rounding if costs else None)
-    if not isinstance(rounding, str):
-        remedy = "Give 'nearest', or call a factory: `roundings.parq(100)`."
-        arguments.instance(rounding, Rounding, "rounding", remedy)
-    arguments.choice(rounding, "rounding", grids.ROUNDINGS)
-    return _Mode(rounding)
-
-
-def _check_rate(rounding: Rounding | None, carry: bool) -> None:
-    """Refuse codes by their cost without latent weights: what is 0 once would stay there."""
-    remedy = "Leave it out: codes that cost less attract weights, and without latent weights none comes back."
-    ok = rounding is None or carry is not False
-    arguments.require(ok, "carry", "be True with `roundings.rate`", carry, remedy)
-
-
 def _rated(plans: dict[str, LeafPlan]) -> dict[str, Plan]:
     """The leaves whose codes are chosen by their cost: those on a grid."""
     return {path: plan for path, plan in plans.items() if isinstance(plan, Plan)}
-
-
-def _check_alone(form: Format | None, group: int | PerLeaf | None, rounding: RoundingMode) -> None:
-    """Refuse what a format says itself."""
-    if form is None:
-        return
-    remedy = f"The format {form.name!r} has its own: leave it out."
-    arguments.require(group is None, "group", "be None with a format", group, remedy)
-    arguments.require(rounding == "nearest", "rounding", 'be "nearest" with a format', rounding, remedy)
 
 
 def _chosen(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import arguments, stacks, trees
+from clipjax._arrays import arguments, elementwise, stacks, trees
 from clipjax._maths import code_costs, grids
 from clipjax._weights import leaf_grid, quantize_state
 from clipjax._weights.leaf_grid import LeafGrid, Measured, Plan
@@ -74,16 +74,14 @@ def rated(
     state = before.rate
     assert isinstance(state, RateState)
     names, static = list(plans), list(plans.values())
-    old = [trees.look_up(state.thresholds, path) for path in names]
+    old: list[jax.Array] = [trees.look_up(state.thresholds, path) for path in names]
     of_leaves = [
         LeafGrid(*levels, bits[path], jnp.ones((), bool), t) for path, levels, t in zip(names, fitted, old, strict=True)
     ]
     usable = stacks.mapped(leaf_grid.usable, names, static, of_leaves)
-    fitted_before = quantize_state.fitted(before)
-    of_leaves = [
-        grid._replace(thresholds=jnp.where(fitted_before, grid.thresholds, near))
-        for grid, near in zip(of_leaves, stacks.mapped(_nearest, names, static, usable), strict=True)
-    ]
+    free, begun = stacks.mapped(_nearest, names, static, usable), quantize_state.fitted(before)
+    known = [elementwise.where(begun, *pair) for pair in zip(old, free, strict=True)]
+    of_leaves = [grid._replace(thresholds=t) for grid, t in zip(of_leaves, known, strict=True)]
     counts = [coded.counts for coded in stacks.mapped(_coded, names, static, measured, of_leaves)]
     prices = stacks.mapped(code_costs.bits, names, counts, usable)
 
@@ -96,16 +94,15 @@ def rated(
 
     def size(coded: list[_Coded]) -> jax.Array:
         steps = sum(levels[0].size for levels in fitted) * _STEP_BYTES
-        return sum((code_costs.information(c.counts) for c in coded), jnp.zeros((), jnp.float32)) / 8 + steps + state.rest
+        codes = sum((code_costs.information(c.counts) for c in coded), jnp.zeros((), jnp.float32))
+        return codes / 8 + steps + state.rest
 
     lam = _lam(rounding, lambda lam: size(at(lam)[1]), since)
     thresholds, coded = at(lam)
     numbers = [max(x.values.size, 1) for x in measured]
     by_leaf = [code_costs.information(c.counts) / n for c, n in zip(coded, numbers, strict=True)]
     named = lambda values: trees.by_path(dict(zip(names, values, strict=True)))  # noqa: E731
-    return RateState(
-        named(thresholds), named(by_leaf), named([c.error for c in coded]), lam, size(coded), state.rest
-    )
+    return RateState(named(thresholds), named(by_leaf), named([c.error for c in coded]), lam, size(coded), state.rest)
 
 
 def _lam(rounding: Rounding, size: Callable[[jax.Array], jax.Array], since: jax.Array) -> jax.Array:

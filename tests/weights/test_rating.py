@@ -109,7 +109,8 @@ def test_report_has_rate_and_distortion_of_every_leaf():
     params, state = held(4, rounding=roundings.rate(0.5))
     found = clipjax.report(state, per_leaf=True)
     for path in ("a", "b"):
-        assert found[f"fake_quantize/rate/{path}/kernel"] == pytest.approx(entropy(codes(params, state, path)), rel=1e-5)
+        rate = found[f"fake_quantize/rate/{path}/kernel"]
+        assert rate == pytest.approx(entropy(codes(params, state, path)), rel=1e-5)
         error = np.mean((np.float64(params[path]["kernel"]) - np.float64(PARAMS[path]["kernel"])) ** 2)
         assert found[f"fake_quantize/distortion/{path}/kernel"] == pytest.approx(error, rel=1e-4)
 
