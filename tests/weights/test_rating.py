@@ -177,3 +177,18 @@ def test_a_state_of_another_rounding_is_refused(first):
     tx, other = (with_rate, without) if first else (without, with_rate)
     with pytest.raises(ValueError, match="rate"):
         tx.update(PARAMS, other.init(PARAMS), PARAMS)
+
+
+def test_a_mask_wins_over_a_level_that_is_cheaper_than_zero():
+    """Beside many -1 and 1 a latent weight of -0.3 is nearer to 0, but would take the code -1."""
+    kernel = jnp.concatenate([jnp.ones(30), -jnp.ones(30), jnp.array([0.7, 0.7, 0.0, 0.0])]).reshape(8, 8)
+    mask = {"kernel": jnp.ones((8, 8), bool).at[7, 4].set(False)}
+    tx = optax.chain(
+        clipjax.prune_mask(mask=mask, start=1), clipjax.fake_quantize(3, step=1.0, rounding=roundings.rate(0.2))
+    )
+    params = {"kernel": kernel}
+    state = tx.init(params)
+    for kept in (True, False, False):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        assert params["kernel"][7, 4] == (1.0 if kept else 0.0) and params["kernel"][7, 5] == 1.0
