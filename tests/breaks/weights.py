@@ -286,7 +286,7 @@ MUTANTS = (
     Mutant(RATING, "jnp.where(fits, low, middle)", "jnp.where(fits, middle, low)", "rating", "budget_is_met"),
     Mutant(RATING, "path not in on_grid]", "path in on_grid]", "rating", "budget_is_met"),
     Mutant(GRID, "within & ((every != 0) | ~jnp.asarray(binary))", "within", "rating", "minimize"),
-    Mutant(GRID, "if grid.step.ndim == 0:", "if True:", "rating", "bound_hold"),
+    Mutant(GRID, "if grid.step.ndim == 0:", "if True:", "rating", "own_step_group"),
     Mutant(GRID, "if plan.rated:\n        assert grid.thresholds is not None\n", "if False:\n", "rating", "mask_wins"),
     Mutant("_weights/leaf_levels.py", "found == plan.rated", "True", "rating", "another_rounding"),
     Mutant("_weights/quantize_arguments.py", "rounding is None or carry", "True or carry", "rating", "wrong_calls"),

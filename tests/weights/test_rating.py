@@ -9,6 +9,8 @@ import pytest
 
 import clipjax
 from clipjax import formats, roundings, steps, widths
+from clipjax._maths import code_costs, step_groups
+from clipjax._weights import leaf_grid
 
 W = np.float32(np.random.default_rng(0).laplace(size=(64, 48)) * 0.1)
 PARAMS = {"a": {"kernel": jnp.asarray(W), "bias": jnp.ones(48)}, "b": {"kernel": jnp.asarray(W.T * 3)}}
@@ -192,3 +194,12 @@ def test_a_mask_wins_over_a_level_that_is_cheaper_than_zero():
         updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
         params = optax.apply_updates(params, updates)
         assert params["kernel"][7, 4] == (1.0 if kept else 0.0) and params["kernel"][7, 5] == 1.0
+
+
+def test_codes_are_limited_to_the_levels_of_their_own_step_group():
+    plan = leaf_grid.Plan((3,), step_groups.StepGroups((0,)), steps.mse(), "nearest", None, rated=True)
+    free = code_costs.nearest(leaf_grid.whole_codes(plan), jnp.ones(7, bool))
+    ends = jnp.array([[3.0, 1.0]])
+    grid = leaf_grid.LeafGrid(jnp.ones((1, 2)), -ends, ends, jnp.int32(3), jnp.bool_(True), free)
+    got = leaf_grid.codes(plan, jnp.array([[2.6, 2.6], [-9.0, -9.0]]), grid)
+    np.testing.assert_array_equal(got, [[3, 1], [-3, -1]])
