@@ -39,8 +39,8 @@ LEVELS = (
         " masks zeros pruning bit_widths quantize_state leaf_grid leaf_format leaf_levels rating"
         " quantize_arguments quantizing quantized_params choosing checking holding",
         "_files": "byte_stream symbol_counts ans zero_densities symbol_codes step_search alphabets leaf_codec"
-        " integer_arrays quantized_fields quantized_leaves format_leaves container atomic_file leaf_entries layouts"
-        " saving",
+        " integer_arrays quantized_fields quantized_leaves format_leaves container one_entry atomic_file"
+        " leaf_entries layouts saving",
     },
     {
         "_exports": "rows casting naming assembling gguf_blocks gguf_metadata gguf_writing gguf_reading"
