@@ -50,13 +50,12 @@ def together(names: list[str], leaves: list[np.ndarray | Quantized], layout: str
     rows, parts, checks = [], [], []
     for name, x in zip(names, leaves, strict=True):
         form, data = _packed(name, x, checked=False)
-        shape = np.shape(x.codes) if isinstance(x, Quantized) else x.shape
-        kind = 0 if isinstance(x, Quantized) else _DTYPES.index(x.dtype.name)
+        kind, shape = (0, np.shape(x.codes)) if isinstance(x, Quantized) else (_DTYPES.index(x.dtype.name), x.shape)
         rows.append(one_entry.Row(name, _FORMS.index(form), kind, shape, len(data)))
         parts.append(data)
         seen: list[int] = []
         if form == _CODED:
-            leaf_codec.unpack(data, x.dtype, x.shape, seen)
+            leaf_codec.unpack(data, leaf_codec.DTYPES[_DTYPES[kind]], shape, seen)
         elif form in _PAYLOADS:
             _PAYLOADS[form].unpack(data, shape, seen)
         checks += seen
