@@ -27,7 +27,7 @@ def inspect(path: str) -> Summary:
     with open(path, "rb") as file:
         reader = container.Reader(file)
         if leaf_entries.made(reader):
-            rows = [_row(f.entry, f.dtype, f.shape, f.size, f.how(reader)) for f in leaf_entries.leaves(reader)]
+            rows = [_row(f.entry, f.dtype, f.shape, f.size, f.how(reader)) for f in leaf_entries.stored(reader).leaves]
         else:
             rows = [_row(e, e.kind, e.shape, e.end - e.begin, "raw") for e in reader.entries]
     raw, size = sum(row["raw"] for row in rows), reader.size
@@ -72,7 +72,7 @@ def expand(source: str, target: str, max_bytes: int | None = None) -> None:
     folder = atomic_file.folder_of(target)
     with open(source, "rb") as file, container.Writer(folder) as writer:
         reader = container.Reader(file)
-        found = leaf_entries.leaves(reader)
+        found = leaf_entries.stored(reader).leaves
         leaf_entries.check_size(found, reader.size, max_bytes)
         for leaf in found:
             if leaf.dtype not in container.NAMES:

@@ -281,15 +281,19 @@ class Width(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """A rounding that changes with time.
+    """A rounding that changes with time, or one that looks at what codes cost.
 
     Attributes:
       soften: `soften(ratio, code, below, above, since) -> level`, all in units of the step: the weight, its nearest
         level, the levels on its two sides (twice the outermost one for a weight beyond it), and the updates since
-        `start`.
+        `start`. None for a rounding that is hard from the start.
+      rate: λ, squared steps that a bit of the file is worth; None where codes are chosen by their error alone.
+      budget: bytes of the file, for which λ is found; None where it is given.
     """
 
-    soften: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+    soften: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] | None
+    rate: Number | Schedule | None = None
+    budget: Number | Schedule | None = None
 
 
 ValueTree: TypeAlias = Mapping[str, object] | Sequence[object]

@@ -15,6 +15,8 @@ import jax
 import jax.monitoring
 import pytest
 
+from clipjax._files import saving
+
 MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
 HELD = 600  # programs in memory before they are dropped
 TRAINING = ("clipping.md", "formats.md", "pruning.md", "quantizing.md", "shrinking.md")
@@ -139,3 +141,9 @@ def mnist_dir():
     if not MNIST.is_dir():
         pytest.skip(f"no MNIST files at {MNIST}")
     return MNIST
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """Files with an entry for each leaf, however small the tree."""
+    monkeypatch.setattr(saving, "SMALL", -1)

@@ -24,9 +24,9 @@ LEVELS = (
     {"": "_format typing"},
     {"_arrays": "arguments trees sharding stacks elementwise dtypes picking leaf_axes"},
     {
-        "_maths": "blocks wide counts drawing ring_buffers intervals norms square_sums ranking grids step_groups"
-        " float_codes block_bytes block_scales integer_blocks float_blocks known_formats free_formats format_blocks"
-        " integers products fitting levels spectra landing straight_through",
+        "_maths": "blocks wide counts drawing ring_buffers intervals norms square_sums ranking code_costs grids"
+        " step_groups float_codes block_bytes block_scales integer_blocks float_blocks known_formats free_formats"
+        " format_blocks integers products fitting levels spectra landing straight_through",
     },
     {
         "_programs": "axes origins equations rules walking means exactness layers proving groups roles program"
@@ -36,11 +36,11 @@ LEVELS = (
     {
         "_gradients": "incoming threshold_state error_feedback norm_clipping clipping skipping with_gradient",
         "_weights": "refreshing facts constraints latents moments surroundings visiting projecting clamping sparsities"
-        " masks zeros pruning bit_widths quantize_state leaf_grid leaf_format leaf_levels quantizing"
-        " quantized_params choosing checking holding",
+        " masks zeros pruning bit_widths quantize_state leaf_grid leaf_format leaf_levels rating"
+        " quantize_arguments quantizing quantized_params choosing checking holding",
         "_files": "byte_stream symbol_counts ans zero_densities symbol_codes step_search alphabets leaf_codec"
-        " integer_arrays quantized_fields quantized_leaves format_leaves container atomic_file leaf_entries layouts"
-        " saving",
+        " integer_arrays quantized_fields quantized_leaves format_leaves container one_entry atomic_file"
+        " leaf_entries layouts saving",
     },
     {
         "_exports": "rows casting naming assembling gguf_blocks gguf_metadata gguf_writing gguf_reading"

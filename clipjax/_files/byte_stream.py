@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+CHECKSUM = 4  # bytes
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """Bytes that are read in place."""
@@ -25,11 +28,27 @@ class Encoding(NamedTuple):
 
 
 class Cursor:
-    """Reads bytes from the front, and refuses to read past the end."""
+    """Reads bytes from the front, and refuses to read past the end.
 
-    def __init__(self, data: Buffer) -> None:
+    Attributes:
+      seen: the checksums of decoded arrays, where there is one for all of them; None where each has its own.
+    """
+
+    def __init__(self, data: Buffer, seen: list[int] | None = None) -> None:
         """Start at the first byte."""
-        self._data, self._at = memoryview(data), 0
+        self._data, self._at, self.seen = memoryview(data), 0, seen
+
+    def checksum(self) -> int | None:
+        """The next checksum of an array; None where it has none of its own."""
+        return int.from_bytes(self.take(CHECKSUM), "little") if self.seen is None else None
+
+    def compare(self, checksum: int | None, array: np.ndarray) -> None:
+        """Refuse a decoded array whose checksum is another one; note it where there is one for all arrays."""
+        found = zlib.crc32(array.data)
+        if checksum is None and self.seen is not None:
+            self.seen.append(found)
+        elif found != checksum:
+            raise ValueError("The decoded array has another checksum than the one that was stored.")
 
     def take(self, count: int) -> memoryview:
         """The next `count` bytes."""
@@ -41,6 +60,14 @@ class Cursor:
     def array(self, count: int, dtype: npt.DTypeLike) -> np.ndarray:
         """The next `count` little-endian numbers."""
         return np.frombuffer(self.take(count * np.dtype(dtype).itemsize), np.dtype(dtype).newbyteorder("<"))
+
+    def until(self, end: bytes, most: int) -> bytes:
+        """The bytes up to a byte, which is read too; at most so many."""
+        found, last, _ = self._data[self._at : self._at + most + 1].tobytes().partition(end)
+        if not last:
+            raise ValueError(f"A payload has a name of more than {most} bytes, or ends in the middle of it.")
+        self._at += len(found) + 1
+        return found
 
     def whole(self, most: int) -> int:
         """The next LEB128 number, at most `most`."""
@@ -64,6 +91,11 @@ class Cursor:
     def left(self) -> int:
         """The number of bytes that are left."""
         return len(self._data) - self._at
+
+
+def checksum(array: np.ndarray, checked: bool) -> bytes:
+    """The checksum of an array, if it shall have one of its own."""
+    return zlib.crc32(array.data).to_bytes(CHECKSUM, "little") if checked else b""
 
 
 def whole(value: int) -> bytes:

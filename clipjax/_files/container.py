@@ -74,14 +74,33 @@ class Writer:
         self._spool.write(data)
         self._entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, self._spool.tell()]}
 
+    @property
+    def size(self) -> int:
+        """The bytes of all entries."""
+        return self._spool.tell()
+
     def write(self, file: IO[bytes], metadata: dict[str, str]) -> None:
         """Write header and entries."""
-        header = _header({"__metadata__": {**metadata, "crc": _NO_CHECKSUM}, **self._entries})
+        header = self._header(metadata)
         checksum = f"{zlib.crc32(header):08x}"
         file.write(struct.pack("<Q", len(header)))
         file.write(header.replace(_checksum_field(_NO_CHECKSUM), _checksum_field(checksum), 1))
         self._spool.seek(0)
         shutil.copyfileobj(self._spool, file, 1 << 20)
+
+    def whole(self, metadata: dict[str, str]) -> int:
+        """The bytes of header and entries."""
+        return 8 + len(self._header(metadata)) + self.size
+
+    def _header(self, metadata: dict[str, str]) -> bytes:
+        return _header({"__metadata__": {**metadata, "crc": _NO_CHECKSUM}, **self._entries})
+
+
+def alone(name: str, data: bytes) -> bytes:
+    """A container with one entry of bytes, in as few bytes as it can be."""
+    spec = {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}
+    header = json.dumps({name: spec}, separators=(",", ":")).encode()
+    return struct.pack("<Q", len(header)) + header + data
 
 
 def _header(entries: dict[str, Any]) -> bytes:

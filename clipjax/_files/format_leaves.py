@@ -40,8 +40,8 @@ class _Fields(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
 
 
-def pack(q: Quantized, name: str) -> bytearray:
-    """The payload of a `Quantized` that is on a format; errors name its leaf.
+def pack(q: Quantized, name: str, checked: bool = True) -> bytearray:
+    """The payload of a `Quantized` that is on a format, see `quantized_leaves.pack`.
 
     Raises:
       TypeError: for fields that a file cannot hold.
@@ -56,17 +56,17 @@ def pack(q: Quantized, name: str) -> bytearray:
     most = _most(codes.shape)
     out = _write(fields, codes.shape)
     for scale in scales:
-        out += integer_arrays.pack(scale, most)
-    return out + integer_arrays.pack(codes, codes.size, _commonest(codes))
+        out += integer_arrays.pack(scale, most, None, checked)
+    return out + integer_arrays.pack(codes, codes.size, _commonest(codes), checked)
 
 
-def unpack(data: byte_stream.Buffer, shape: tuple[int, ...]) -> Quantized:
+def unpack(data: byte_stream.Buffer, shape: tuple[int, ...], seen: list[int] | None = None) -> Quantized:
     """The `Quantized` of a payload, its fields NumPy arrays.
 
     Raises:
       ValueError: for a payload that `pack` does not write.
     """
-    cursor = byte_stream.Cursor(data)
+    cursor = byte_stream.Cursor(data, seen)
     fields = _read(cursor, shape)
     codes, *scales = _arrays(cursor, fields, shape)
     if cursor.left:
@@ -75,9 +75,9 @@ def unpack(data: byte_stream.Buffer, shape: tuple[int, ...]) -> Quantized:
     return Quantized(arrays[0], None, None, fields.bits, fields.axis, fields.group, fields.format, arrays[1])
 
 
-def describe(data: byte_stream.Buffer, shape: tuple[int, ...]) -> str:
+def describe(data: byte_stream.Buffer, shape: tuple[int, ...], seen: list[int] | None = None) -> str:
     """The form of a payload, in words."""
-    cursor = byte_stream.Cursor(data)
+    cursor = byte_stream.Cursor(data, seen)
     fields = _read(cursor, shape)
     for dtype, scale in zip(fields.dtypes[1:], fields.shapes, strict=True):
         integer_arrays.read(cursor, leaf_codec.DTYPES[dtype], scale, _most(shape))

@@ -8,7 +8,6 @@ ours; one entry for all; or a payload of `leaf_codec` behind its length.
 from __future__ import annotations
 
 import math
-import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +18,14 @@ _RAW, _RANGE, _CHECKED, _ALIKE, _PAYLOAD = range(5)
 _SPARSE = 4  # a range with more levels than this for each that occurs may be larger than a codebook
 
 
-def pack(x: np.ndarray, most: int, zero: int | None = None) -> bytearray:
+def pack(x: np.ndarray, most: int, zero: int | None = None, checked: bool = True) -> bytearray:
     """The smallest form of an array of numbers of 32 bits at most; the bits of floats stand as whole numbers.
 
     Args:
       x: the array.
       most: how many entries an array may have that does not stand raw, as for `read`.
       zero: the number that many entries may be, in some rows and columns more than in others.
+      checked: False for an entropy code without the checksum of its array.
 
     Returns:
       The bytes.
@@ -33,7 +33,7 @@ def pack(x: np.ndarray, most: int, zero: int | None = None) -> bytearray:
     bits = alphabets.patterns(x)
     if x.size <= 1:
         return bytearray(bits.tobytes())
-    best = min(_forms(x, bits, zero), key=len, default=None) if x.size <= most else None
+    best = min(_forms(x, bits, zero, checked), key=len, default=None) if x.size <= most else None
     return bytearray([_RAW]) + bits.tobytes() if best is None or len(best) > x.nbytes else best
 
 
@@ -61,7 +61,7 @@ def read(cursor: byte_stream.Cursor, dtype: np.dtype, shape: tuple[int, ...], mo
     if form == _ALIKE:
         return np.full(shape, cursor.array(1, bits)[0], bits).view(dtype)
     if form == _PAYLOAD:
-        return leaf_codec.unpack(cursor.take(cursor.whole(cursor.left)), bits, shape).view(dtype)
+        return leaf_codec.unpack(cursor.take(cursor.whole(cursor.left)), bits, shape, cursor.seen).view(dtype)
     raise ValueError(f"A payload's array must have a form from 0 to 4, got {form}.")
 
 
@@ -69,14 +69,15 @@ def describe(cursor: byte_stream.Cursor, dtype: np.dtype, shape: tuple[int, ...]
     """The form in which the array is stored, in words."""
     form = cursor.take(1)[0] if math.prod(shape) > 1 else _RAW
     if form == _PAYLOAD:
-        return leaf_codec.describe(cursor.take(cursor.whole(cursor.left)), np.dtype(f"u{dtype.itemsize}"), shape)
+        data, bits = cursor.take(cursor.whole(cursor.left)), np.dtype(f"u{dtype.itemsize}")
+        return leaf_codec.describe(data, bits, shape, cursor.seen)
     if form not in (_RANGE, _CHECKED):
         return "constant" if form == _ALIKE else "raw"
     _, levels, _ = _read_range_head(cursor, form == _CHECKED)
     return symbol_codes.NAMES[cursor.take(1)[0]] if levels > 1 else "constant"
 
 
-def _forms(x: np.ndarray, bits: np.ndarray, zero: int | None) -> list[bytearray]:
+def _forms(x: np.ndarray, bits: np.ndarray, zero: int | None, checked: bool) -> list[bytearray]:
     """The forms besides raw that may be the smallest."""
     whole = np.ascontiguousarray(_whole(x))
     low, levels = int(whole.min()), int(whole.max()) - int(whole.min()) + 1
@@ -89,14 +90,14 @@ def _forms(x: np.ndarray, bits: np.ndarray, zero: int | None) -> list[bytearray]
             part[:] = numbers.astype(np.int64) - low
         inside = zero is not None and low <= zero < low + levels
         code, packed = symbol_codes.encoding(symbols, levels, (zero or 0) - low if inside else None)
-        checked = code.size < packed
-        ranged = bytearray([_CHECKED if checked else _RANGE]) + byte_stream.signed(low) + byte_stream.whole(levels)
-        ranged += zlib.crc32(bits.data).to_bytes(4, "little") if checked else b""
+        coded = code.size < packed
+        ranged = bytearray([_CHECKED if coded else _RANGE]) + byte_stream.signed(low) + byte_stream.whole(levels)
+        ranged += byte_stream.checksum(bits, checked and coded)
         code.write(ranged)
         forms.append(ranged)
         # A level that does not occur costs a byte in an entropy code's table: where most do not, try a codebook too.
         sparse = levels > _SPARSE * int(np.count_nonzero(symbol_counts.histogram(symbols, levels)))
-    book = leaf_codec.pack(bits.reshape(x.shape)).data if sparse else None
+    book = leaf_codec.pack(bits.reshape(x.shape), checked).data if sparse else None
     return forms if book is None else [*forms, bytearray([_PAYLOAD]) + byte_stream.whole(len(book)) + book]
 
 
@@ -105,7 +106,7 @@ def _read_range_head(cursor: byte_stream.Cursor, checked: bool) -> tuple[int, in
     low, levels = cursor.signed(1 << 32), cursor.whole(alphabets.LIMIT)
     if not levels:
         raise ValueError("A payload's range must have a level.")
-    return low, levels, int.from_bytes(cursor.take(4), "little") if checked else None
+    return low, levels, cursor.checksum() if checked else None
 
 
 def _read_range(cursor: byte_stream.Cursor, dtype: np.dtype, shape: tuple[int, ...], *, checked: bool) -> np.ndarray:
@@ -115,8 +116,8 @@ def _read_range(cursor: byte_stream.Cursor, dtype: np.dtype, shape: tuple[int, .
     for part, symbol in zip(symbol_counts.chunks(whole), symbol_counts.chunks(symbols), strict=True):
         part[:] = (symbol.astype(np.int64) + low).astype(whole.dtype)  # of hostile numbers, those that do not fit wrap
     x = whole.astype(dtype, copy=False) if jnp.issubdtype(dtype, jnp.integer) else whole.view(dtype)
-    if checksum not in (None, zlib.crc32(alphabets.patterns(x).data)):
-        raise ValueError("The decoded array has another checksum than the one that was stored.")
+    if checked:
+        cursor.compare(checksum, alphabets.patterns(x))
     return x
 
 

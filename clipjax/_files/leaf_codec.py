@@ -8,7 +8,6 @@ escapes. Numbers are little-endian, counts LEB128, arrays row-major.
 from __future__ import annotations
 
 import math
-import zlib
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -49,42 +48,45 @@ class CodesAndSteps(NamedTuple):
     step: np.ndarray
 
 
-def pack(x: np.ndarray) -> Payload:
-    """The smallest payload of an array."""
+def pack(x: np.ndarray, checked: bool = True) -> Payload:
+    """The smallest payload of an array, which has a checksum of its own where it is `checked`."""
     found = alphabets.find(x)
     if found is None:
         return Payload(None, x.nbytes)
     symbols, alphabet = found
     code, packed = symbol_codes.encoding(symbols, alphabet.size, alphabet.zero)
     head, escapes = _head(alphabet), alphabet.escapes.nbytes
-    packed = min(4 + len(head) + packed + escapes, x.nbytes)
+    data = bytearray(byte_stream.checksum(alphabets.patterns(x), checked)) + head
+    packed = min(len(data) + packed + escapes, x.nbytes)
     # The estimate decides before anything is coded. An entropy coder may take a few bytes more, so that the size of the
     # code decides once more below.
-    if 4 + len(head) + code.size + escapes >= x.nbytes:
+    if len(data) + code.size + escapes >= x.nbytes:
         return Payload(None, packed)
-    data = bytearray(zlib.crc32(alphabets.patterns(x).data).to_bytes(4, "little"))
-    data += head
     code.write(data)
     data += alphabet.escapes.astype(alphabet.escapes.dtype.newbyteorder("<"), copy=False).data
     return Payload(data if len(data) < x.nbytes else None, packed)
 
 
-def unpack(data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """The array of a coded payload.
+def unpack(
+    data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...], seen: list[int] | None = None
+) -> np.ndarray:
+    """The array of a coded payload; `seen` takes its checksum where it has none of its own.
 
     Raises:
       ValueError: for a payload that `pack` does not write, or whose array has another checksum.
     """
-    return _read(data, dtype, shape)[0]
+    return _read(data, dtype, shape, seen)[0]
 
 
-def unpack_codes(data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray | CodesAndSteps:
+def unpack_codes(
+    data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...], seen: list[int] | None = None
+) -> np.ndarray | CodesAndSteps:
     """The codes and steps of a coded payload where every value is k * s or -0, else its array.
 
     Raises:
       ValueError: as `unpack`.
     """
-    out, symbols, (found, book, escapes) = _read(data, dtype, shape)
+    out, symbols, (found, book, escapes) = _read(data, dtype, shape, seen)
     # -0 is no code, but the value of code 0; its pattern without the sign bit is 0. Any other pattern of the book is a
     # value off the grid.
     if found is None or escapes.size or (book << book.dtype.type(1)).any():
@@ -105,9 +107,9 @@ def entropy(x: np.ndarray) -> int:
     return min(x.nbytes, math.ceil(symbol_counts.information(symbols)) + counts.size * min(x.dtype.itemsize, 8))
 
 
-def describe(data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...]) -> str:
+def describe(data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...], seen: list[int] | None = None) -> str:
     """The form of a payload, in words."""
-    cursor = byte_stream.Cursor(data)
+    cursor = byte_stream.Cursor(data, seen)
     head = _read_head(cursor, dtype, shape)
     parts = [f"{head.grid.step.size} step{'s' * (head.grid.step.size > 1)}"] if head.grid else []
     parts += [f"{head.book.size} values"] * bool(head.book.size) + [f"{head.escaped} others"] * bool(head.escaped)
@@ -115,14 +117,16 @@ def describe(data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...]) 
 
 
 def _read(
-    data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...]
+    data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...], seen: list[int] | None
 ) -> tuple[np.ndarray, np.ndarray, alphabets.Alphabet]:
     """The array of a payload, checked, with its symbols and their alphabet."""
-    checksum, symbols, alphabet = _symbols(data, dtype, shape)
+    cursor = byte_stream.Cursor(data, seen)
+    checksum, symbols, alphabet = _symbols(cursor, dtype, shape)
     out = alphabets.read(symbols, alphabet, dtype).reshape(shape)
     bits = alphabets.patterns(out)
-    if zlib.crc32(bits.data) != checksum or (dtype == np.bool_ and bits.max(initial=0) > 1):
-        raise ValueError("The decoded array has another checksum than the one that was stored.")
+    cursor.compare(checksum, bits)
+    if dtype == np.bool_ and bits.max(initial=0) > 1:
+        raise ValueError("A payload of booleans has other numbers than 0 and 1.")
     return out, symbols, alphabet
 
 
@@ -145,7 +149,7 @@ def _head(alphabet: alphabets.Alphabet) -> bytes:
 class _Head(NamedTuple):
     """The bytes before the code."""
 
-    checksum: int
+    checksum: int | None
     grid: step_search.StepGrid | None
     book: np.ndarray
     escaped: int
@@ -158,7 +162,7 @@ class _Head(NamedTuple):
 
 
 def _read_head(cursor: byte_stream.Cursor, dtype: np.dtype, shape: tuple[int, ...]) -> _Head:
-    checksum = int.from_bytes(cursor.take(4), "little")
+    checksum = cursor.checksum()
     kind = np.dtype(f"u{min(dtype.itemsize, 8)}")
     lines = alphabets.matrix(shape, math.prod(shape) * dtype.itemsize // kind.itemsize)
     flags = cursor.take(1)[0]
@@ -172,10 +176,9 @@ def _read_head(cursor: byte_stream.Cursor, dtype: np.dtype, shape: tuple[int, ..
 
 
 def _symbols(
-    data: byte_stream.Buffer, dtype: np.dtype, shape: tuple[int, ...]
-) -> tuple[int, np.ndarray, alphabets.Alphabet]:
+    cursor: byte_stream.Cursor, dtype: np.dtype, shape: tuple[int, ...]
+) -> tuple[int | None, np.ndarray, alphabets.Alphabet]:
     """Checksum, symbols and alphabet of a payload."""
-    cursor = byte_stream.Cursor(data)
     head = _read_head(cursor, dtype, shape)
     symbols = symbol_codes.decode(cursor, head.lines, head.size)
     escapes = cursor.array(head.escaped, head.book.dtype).astype(head.book.dtype)

@@ -19,8 +19,8 @@ from clipjax._maths.integers import Quantized
 _FEW = 64  # steps that even an empty leaf may have
 
 
-def pack(q: Quantized, name: str) -> bytearray:
-    """The payload of a `Quantized`; errors name its leaf.
+def pack(q: Quantized, name: str, checked: bool = True) -> bytearray:
+    """The payload of a `Quantized`, with checksums of its own where it is `checked`; errors name its leaf.
 
     Raises:
       TypeError: for fields that a file cannot hold.
@@ -37,26 +37,28 @@ def pack(q: Quantized, name: str) -> bytearray:
         raise type(error)(f"{error} The `Quantized` stands at {name!r}.") from None
     most = _most(codes.shape)
     one = zero.ndim == 0 and jnp.issubdtype(zero.dtype, jnp.integer)
-    body = integer_arrays.pack(codes, codes.size, int(zero) if one else None)
-    body += b"" if centred else integer_arrays.pack(zero, most)
+    body = integer_arrays.pack(codes, codes.size, int(zero) if one else None, checked)
+    body += b"" if centred else integer_arrays.pack(zero, most, None, checked)
     if quantized_fields.may_be_relative(fields, codes.shape):
         # Where zero points differ, a pruned weight may have any code, and the codes hide where the zeros are. Relative
         # to its zero point each is 0, at the price of more levels: the smaller form wins.
         whole = codes.astype(np.int32) - _spread(zero, codes.shape)
-        relative = integer_arrays.pack(whole, codes.size, 0)
-        relative += integer_arrays.pack(zero.astype(np.int32) - _expected(whole, zero.shape, q.bits), most)
+        relative = integer_arrays.pack(whole, codes.size, 0, checked)
+        relative += integer_arrays.pack(
+            zero.astype(np.int32) - _expected(whole, zero.shape, q.bits), most, None, checked
+        )
         if len(relative) < len(body):
             fields, body = fields._replace(relative=True), relative
-    return quantized_fields.write(fields, codes.shape) + integer_arrays.pack(step, most) + body
+    return quantized_fields.write(fields, codes.shape) + integer_arrays.pack(step, most, None, checked) + body
 
 
-def unpack(data: byte_stream.Buffer, shape: tuple[int, ...]) -> Quantized:
+def unpack(data: byte_stream.Buffer, shape: tuple[int, ...], seen: list[int] | None = None) -> Quantized:
     """The `Quantized` of a payload, its fields NumPy arrays.
 
     Raises:
       ValueError: for a payload that `pack` does not write.
     """
-    cursor = byte_stream.Cursor(data)
+    cursor = byte_stream.Cursor(data, seen)
     fields = quantized_fields.read(cursor, shape)
     step = integer_arrays.read(cursor, fields.stored(1), fields.step, _most(shape))
     codes = integer_arrays.read(cursor, fields.stored(0), shape, math.prod(shape))
@@ -72,9 +74,9 @@ def unpack(data: byte_stream.Buffer, shape: tuple[int, ...]) -> Quantized:
     return _quantized(codes, step, zero, fields.bits, fields.axis, fields.group, fields.format)
 
 
-def describe(data: byte_stream.Buffer, shape: tuple[int, ...]) -> str:
+def describe(data: byte_stream.Buffer, shape: tuple[int, ...], seen: list[int] | None = None) -> str:
     """The form of a payload, in words."""
-    cursor = byte_stream.Cursor(data)
+    cursor = byte_stream.Cursor(data, seen)
     fields = quantized_fields.read(cursor, shape)
     step = integer_arrays.read(cursor, fields.stored(1), fields.step, _most(shape))
     zeros = math.prod(fields.zero or ())

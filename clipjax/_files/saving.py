@@ -17,6 +17,9 @@ from clipjax._files import atomic_file, container, layouts, leaf_codec, leaf_ent
 from clipjax._maths.integers import Quantized
 from clipjax.typing import Tree
 
+SMALL = 1 << 16
+"""Trees whose leaves take at most so many bytes become one entry, in which other tools cannot look up a leaf."""
+
 Device: TypeAlias = jax.sharding.Sharding | jax.Device | None
 """Where one leaf goes; None for the default device."""
 
@@ -30,7 +33,8 @@ def save(path: str | os.PathLike[str], params: Tree) -> None:
     Each leaf takes the smallest of three forms: raw; a codebook of the bit patterns that repeat; or codes :math:`k`
     where every value is :math:`k \cdot s`, with a step s for the array, for each column or for each group of rows.
     Codes are packed or entropy coded; the entropy coder exploits that rows and columns differ in how many zeros they
-    have. The file is a safetensors file: other tools can list what it holds, and `load` decodes it. An existing file is
+    have. The file is a safetensors file: other tools can list what it holds, and `load` decodes it. Where the leaves
+    take 64 KiB or less, all of them are one entry, as names and shapes would take much of the file. An existing file is
     replaced atomically, after the new one is fully written.
 
     Args:
@@ -158,7 +162,13 @@ def write(file: IO[bytes], params: Tree, folder: str | None = None) -> None:
     with container.Writer(folder) as writer:
         notes = [leaf_entries.add(writer, name, _host(name, leaf)) for name, leaf in zip(names, leaves, strict=True)]
         metadata = {"clipjax": leaf_entries.version(notes), "leaves": " ".join(notes)}
-        writer.write(file, metadata if layout is None else {**metadata, "layout": layout})
+        metadata |= {} if layout is None else {"layout": layout}
+        small = writer.size <= SMALL
+        one = leaf_entries.together(names, list(map(_host, names, leaves)), layout) if small else None
+        if one is not None and len(one) < writer.whole(metadata):
+            file.write(one)
+        else:
+            writer.write(file, metadata)
 
 
 def _host(name: str, leaf: object) -> np.ndarray | Quantized:
@@ -184,7 +194,8 @@ def _host(name: str, leaf: object) -> np.ndarray | Quantized:
 
 def _read(file: IO[bytes], like: Tree, sharding: Placement, dequantize: bool, max_bytes: int | None) -> Tree:
     reader = container.Reader(file)
-    found = {leaf.entry.name: leaf for leaf in leaf_entries.leaves(reader)}
+    leaves, layout = leaf_entries.stored(reader)
+    found = {leaf.entry.name: leaf for leaf in leaves}
     leaf_entries.check_size(list(found.values()), reader.size, max_bytes)
     place = _placer(sharding)
     # Who saved integers has chosen which leaves are some: the others come back as they were. In a file of plain arrays
@@ -203,7 +214,7 @@ def _read(file: IO[bytes], like: Tree, sharding: Placement, dequantize: bool, ma
 
     if like is not None:
         return _like(like, found, read)
-    return layouts.unflatten(list(found), [read(name) for name in found], reader.metadata.get("layout"))
+    return layouts.unflatten(list(found), [read(name) for name in found], layout)
 
 
 def _like(like: Tree, found: dict[str, leaf_entries.StoredLeaf], read: Callable[..., Any]) -> Tree:

@@ -16,7 +16,7 @@ from clipjax._gradients.skipping import SkipState
 from clipjax._weights import quantize_state
 from clipjax._weights.clamping import ClampState
 from clipjax._weights.projecting import ProjectState
-from clipjax._weights.quantize_state import QuantizeState
+from clipjax._weights.quantize_state import QuantizeState, RateState
 from clipjax._weights.zeros import PruneState
 from clipjax.typing import State
 
@@ -30,7 +30,9 @@ def report(opt_state: State, per_leaf: bool = False) -> Metrics:
     second transformation of the same name is `prune_mask_1/…`. Transformations in an `inner=` come before the one
     around them. `report` works in jit and scan. It reads the state alone: a sparsity is that of the mask, bits and step
     are those of the grid, `format_bits` those of formats with their scales, 0 before there is one. Whether the params
-    keep to them is what `check` finds out.
+    keep to them is what `check` finds out. With `roundings.rate` there are its λ (`lam`) and, as of the last refresh,
+    `bytes`, an estimate of what `save` makes of the params, and by leaf the `rate`, bits of a code on average, and the
+    `distortion`, the mean squared error of a weight.
 
     Args:
       opt_state: any optimizer state, that of an `nnx.Optimizer` included.
@@ -146,6 +148,15 @@ def _quantize(state: QuantizeState, per_leaf: bool) -> Metrics:
         metrics |= {f"format_bits/{path}": b for path, b in formed.items()}
         metrics |= {f"bits/{path}": b for path, b in bits.items()}
         metrics |= {f"step/{path}": s for path, s in steps.items()}
+    return metrics | (_rate(state.rate, per_leaf) if isinstance(state.rate, RateState) else {})
+
+
+def _rate(state: RateState, per_leaf: bool) -> Metrics:
+    """Of `roundings.rate`, as of the last refresh."""
+    metrics = {"lam": state.lam, "bytes": state.bytes}
+    if per_leaf:
+        metrics |= {f"rate/{path}": x for path, x in _by_path(state.bits).items()}
+        metrics |= {f"distortion/{path}": x for path, x in _by_path(state.error).items()}
     return metrics
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes, elementwise, sharding, trees
-from clipjax._maths import blocks, fitting, grids, intervals, levels, spectra, step_groups
+from clipjax._maths import blocks, code_costs, fitting, grids, intervals, levels, spectra, step_groups
 from clipjax._weights import facts, quantize_state
-from clipjax._weights.quantize_state import LeafLevels, QuantizeState
+from clipjax._weights.quantize_state import LeafLevels, QuantizeState, RateState
 from clipjax.typing import Leaf, Sides, Step
 
 Soften = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -27,6 +27,7 @@ class LeafGrid(NamedTuple):
       high: the largest one.
       bits: the width.
       fitted: bool, False before the first refresh, when the grid belongs to no weights yet.
+      thresholds: in steps, between the codes of `roundings.rate`; None for other roundings.
     """
 
     step: jax.Array
@@ -34,6 +35,7 @@ class LeafGrid(NamedTuple):
     high: jax.Array
     bits: jax.Array
     fitted: jax.Array
+    thresholds: jax.Array | None = None
 
     @property
     def zero_point(self) -> jax.Array:
@@ -48,7 +50,8 @@ def at(state: QuantizeState, path: str) -> LeafGrid:
     trees.check_state(all(x is not None for x in found), f"no grid for {path!r}")
     trees.check_state(getattr(state.asked, "shape", None) == (), f"another layout of the grid of {path!r}")
     step, low, high, bits = found
-    return LeafGrid(step, low, high, bits, quantize_state.fitted(state))
+    thresholds = trees.look_up(state.rate.thresholds, path) if isinstance(state.rate, RateState) else None
+    return LeafGrid(step, low, high, bits, quantize_state.fitted(state), thresholds)
 
 
 class Plan(NamedTuple):
@@ -60,6 +63,7 @@ class Plan(NamedTuple):
       rule: which step, and which levels.
       rounding: how a quotient becomes a whole number, by name.
       soften: the rounding that hardens with time, None for one that is hard.
+      rated: True where codes are chosen by what they cost, too.
     """
 
     allowed: tuple[int, ...]
@@ -67,6 +71,7 @@ class Plan(NamedTuple):
     rule: Step
     rounding: str
     soften: Soften | None
+    rated: bool = False
 
     @property
     def unbounded(self) -> bool:
@@ -93,6 +98,10 @@ def check(plan: Plan, path: str, leaf: Leaf) -> None:
     narrow = jnp.dtype(leaf.dtype).itemsize < 4
     remedy = f"Leaf {path!r} is {leaf.dtype}: its codes could not be recovered. Use 8 bits, or f32 params."
     arguments.require(not (narrow and plan.widest > 8), "bits", "be at most 8 for narrow params", plan.widest, remedy)
+    if plan.rated:
+        remedy = f"`roundings.rate` compares each weight of {path!r} with every level: give a width from 1 to 8."
+        known = 0 < plan.widest <= 8
+        arguments.require(known, "bits", "be at most 8 with codes by rate", plan.widest or None, remedy)
     least, smallest = min(plan.allowed, default=plan.rule.min_bits), plan.rule.min_bits
     remedy = "An affine grid has levels on both sides of 0: use `steps.mse()`, whose one-bit step is mean|w|."
     arguments.require(least >= smallest, "bits", f"be at least {smallest} for an affine grid", least, remedy)
@@ -194,7 +203,7 @@ def _stored(plan: Plan, *levels: jax.Array) -> LeafLevels:
     return step, low, high
 
 
-def _in_view(plan: Plan, grid: LeafGrid) -> LeafGrid:
+def in_view(plan: Plan, grid: LeafGrid) -> LeafGrid:
     """The grid whose levels broadcast to the view of the weights."""
     step, low, high = (step_groups.in_view(x, plan.groups) for x in (grid.step, grid.low, grid.high))
     return grid._replace(step=step, low=low, high=high)
@@ -202,16 +211,41 @@ def _in_view(plan: Plan, grid: LeafGrid) -> LeafGrid:
 
 def level(plan: Plan, x: jax.Array, grid: LeafGrid, key: jax.Array | None, since: jax.Array) -> jax.Array:
     """The level of every weight: code * s, the codes limited to those of the grid."""
-    w, grid = step_groups.view(x, plan.groups), _in_view(plan, grid)
-    binary = plan.binary(grid)
-    code = grids.codes(w, grid.step, binary, rounding=plan.rounding, key=key)
-    if not plan.unbounded:
-        code = intervals.limit(code, grid.low.astype(w.dtype), grid.high.astype(w.dtype))
+    w, grid = step_groups.view(x, plan.groups), in_view(plan, grid)
+    code = codes(plan, w, grid, key)
     if plan.soften is not None:
         code = _softened(plan, plan.soften, w, code, grid, since)
+    binary = plan.binary(grid)
     if binary is not None:  # one bit has no level 0: a pruned weight stays 0 all the same
         code = elementwise.where((w == 0) & binary, jnp.zeros_like(code), code)
     return step_groups.joined(code * grid.step.astype(w.dtype), plan.groups, x)
+
+
+def codes(plan: Plan, w: jax.Array, grid: LeafGrid, key: jax.Array | None = None) -> jax.Array:
+    """The codes of weights as floats, limited to those of the grid; both in the view of step groups."""
+    if plan.rated:
+        assert grid.thresholds is not None  # see `check_fits`
+        code = code_costs.chosen(grids.ratio(w, grid.step), grid.thresholds, -grids.top(plan.widest))
+        if grid.step.ndim == 0:  # thresholds know the levels of the one grid of the leaf
+            return code
+    else:
+        code = grids.codes(w, grid.step, plan.binary(grid), rounding=plan.rounding, key=key)
+    if plan.unbounded:
+        return code
+    return intervals.limit(code, grid.low.astype(w.dtype), grid.high.astype(w.dtype))
+
+
+def whole_codes(plan: Plan) -> jax.Array:
+    """All codes of the widest width as floats, rising."""
+    top = grids.top(plan.widest)
+    return jnp.arange(-top, top + 1, dtype=jnp.float32)
+
+
+def usable(plan: Plan, grid: LeafGrid) -> jax.Array:
+    """Of all codes of the widest width, those that a weight of the leaf may have: bool[codes]."""
+    every, binary = whole_codes(plan), plan.binary(grid)
+    within = (every >= jnp.min(grid.low)) & (every <= jnp.max(grid.high))
+    return within if binary is None else within & ((every != 0) | ~jnp.asarray(binary))
 
 
 def _softened(
@@ -236,9 +270,14 @@ def _softened(
 
 def surely_zero(plan: Plan, x: jax.Array, grid: LeafGrid) -> jax.Array:
     """True only where the level is surely 0."""
-    w, grid = step_groups.view(x, plan.groups), _in_view(plan, grid)
+    w, grid = step_groups.view(x, plan.groups), in_view(plan, grid)
     if plan.rounding == "stochastic" or plan.soften is not None or 1 in plan.allowed:
         return step_groups.joined(w == 0, plan.groups, x)
+    if plan.rated:
+        assert grid.thresholds is not None
+        top = grids.top(plan.widest)
+        gap = 2 * jnp.minimum(-grid.thresholds[top - 1], grid.thresholds[top])
+        return step_groups.joined(jnp.abs(w) * 2.004 <= (grid.step * gap).astype(w.dtype), plan.groups, x)
     # |w| <= .499 s: half a step, less the error of a division. A product with s may become a kernel of its own.
     return step_groups.joined(jnp.abs(w) * 2.004 <= grid.step.astype(w.dtype), plan.groups, x)
 

@@ -17,7 +17,7 @@ from clipjax._weights import facts, leaf_format, leaf_grid, quantize_state
 from clipjax._weights.bit_widths import Kinds
 from clipjax._weights.leaf_format import FormatPlan
 from clipjax._weights.leaf_grid import Measured, Plan
-from clipjax._weights.quantize_state import Fitted, LeafScales, QuantizeState
+from clipjax._weights.quantize_state import Fitted, LeafScales, QuantizeState, RateState
 from clipjax.typing import Axis, Format, Leaf, PerLeaf, Sides, StepSize, Tree
 
 LeafPlan: TypeAlias = Plan | FormatPlan
@@ -28,7 +28,7 @@ def plan(
     axis: Axis | PerLeaf,
     group: int | PerLeaf | None,
     step: StepSize | None,
-    rounding: tuple[str, leaf_grid.Soften | None],
+    rounding: tuple[str, leaf_grid.Soften | None, object],
     path: str,
     leaf: Leaf,
 ) -> LeafPlan:
@@ -36,7 +36,8 @@ def plan(
     if isinstance(kinds, Format):
         return leaf_format.plan(kinds, axis, step, path, leaf)
     rule = levels.resolve(step, steps.mse())
-    return Plan(kinds, step_groups.resolve(axis, group, path, leaf), rule, *rounding)
+    mode, soften, rated = rounding
+    return Plan(kinds, step_groups.resolve(axis, group, path, leaf), rule, mode, soften, rated is not None)
 
 
 def bits(plans: dict[str, LeafPlan]) -> dict[str, jax.Array]:
@@ -71,7 +72,15 @@ def check_fits(plans: dict[str, LeafPlan], params: Tree, state: QuantizeState, e
             leaf_format.check_fits(plan, path, own, exact)
         else:
             trees.check_state(own is None, f"scales of a format at {path!r}, where a grid has steps")
+            _check_rate(plan, path, state)
             leaf_grid.check_shape(plan, leaf, leaf_grid.at(state, path))
+
+
+def _check_rate(plan: Plan, path: str, state: QuantizeState) -> None:
+    found = isinstance(state.rate, RateState)
+    kinds = ("some", "none") if found else ("none", "some")
+    got = f"{kinds[0]} of the thresholds of `roundings.rate` at {path!r}, where this optimizer has {kinds[1]}"
+    trees.check_state(found == plan.rated, got)
 
 
 def outdated(plans: dict[str, LeafPlan], target: Tree, state: QuantizeState, again: jax.Array) -> jax.Array:

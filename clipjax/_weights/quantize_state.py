@@ -27,6 +27,7 @@ class QuantizeState(NamedTuple):
       format: u32, the id of the format.
       outputs: u32, the axes that keep scales of their own, those counted from 0 by the bits that are set.
       scales: of the format as it stores them, by path and number, an entry for each block along the axes of the leaf.
+      rate: a `RateState` with `roundings.rate`, else ().
     """
 
     step: Tree
@@ -37,6 +38,27 @@ class QuantizeState(NamedTuple):
     format: Tree
     outputs: Tree
     scales: Tree
+    rate: Tree = ()
+
+
+class RateState(NamedTuple):
+    """What `roundings.rate` found at the last refresh, in nested dicts by path.
+
+    Attributes:
+      thresholds: f32[levels - 1], above which weight, in steps, the code is a higher one.
+      bits: f32, of a code, on average.
+      error: f32, the mean squared error of a weight.
+      lam: f32, λ, squared steps a bit.
+      bytes: f32, of the file as estimated.
+      rest: f32, the bytes of leaves that are not quantized, which follow from their shapes.
+    """
+
+    thresholds: Tree
+    bits: Tree
+    error: Tree
+    lam: jax.Array
+    bytes: jax.Array
+    rest: jax.Array
 
 
 LeafLevels: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -71,7 +93,9 @@ def fitted(state: QuantizeState) -> jax.Array:
     return state.asked != NEVER
 
 
-def gathered(found: dict[str, Fitted], bits: dict[str, jax.Array], asked: jax.Array | int) -> QuantizeState:
+def gathered(
+    found: dict[str, Fitted], bits: dict[str, jax.Array], asked: jax.Array | int, rate: RateState | tuple[()] = ()
+) -> QuantizeState:
     """The state of all leaves, from what was fitted and the widths of those that have one."""
     # Without leaves each field is one array all the same, see `trees.by_path`.
     formed = {path: x for path, x in found.items() if isinstance(x, LeafScales)}
@@ -82,7 +106,7 @@ def gathered(found: dict[str, Fitted], bits: dict[str, jax.Array], asked: jax.Ar
     ids, outputs = ({path: x[i] for path, x in formed.items()} for i in range(2))
     fields = (step, low, high, bits, ids, outputs, scales)
     step, low, high, bits, ids, outputs, scales = (trees.by_path(field) for field in fields)
-    return QuantizeState(step, low, high, bits, jnp.asarray(asked, jnp.int32), ids, outputs, scales)
+    return QuantizeState(step, low, high, bits, jnp.asarray(asked, jnp.int32), ids, outputs, scales, rate)
 
 
 def paths(state: QuantizeState) -> list[str]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from clipjax import steps
-from clipjax._arrays import arguments, elementwise, picking, stacks, trees
-from clipjax._maths import grids, levels, spectra, step_groups
+from clipjax._arrays import elementwise, picking, stacks, trees
+from clipjax._maths import levels, spectra, step_groups
 from clipjax._weights import (
     bit_widths,
     facts,
@@ -19,7 +18,9 @@ from clipjax._weights import (
     leaf_grid,
     leaf_levels,
     projecting,
+    quantize_arguments,
     quantize_state,
+    rating,
     refreshing,
 )
 from clipjax._weights.constraints import Constraint
@@ -31,13 +32,10 @@ from clipjax.typing import (
     Bits,
     Context,
     Count,
-    Format,
     Leaf,
     PerLeaf,
     Projection,
-    Rounding,
     RoundingMode,
-    Step,
     StepSize,
     Tree,
     Where,
@@ -141,20 +139,22 @@ def fake_quantize(
     """
     rule = levels.resolve(step, steps.mse())
     widths = bit_widths.resolve(bits, rule)
-    _check_alone(widths.form, group, rounding)
+    quantize_arguments.check_alone(widths.form, group, rounding)
     step_groups.check(axis, group)
-    mode, soften = _rounding(rounding)
+    hard = quantize_arguments.read_rounding(rounding)
+    mode, soften, by_rate = hard.mode, hard.soften, hard.rated
+    quantize_arguments.check_rate(by_rate, carry)
     cycle = refreshing.cycle(start, every, stop)
     where = widths.picks(picking.resolve(where, widths.default))
-    _warn_if_it_shrinks(rule, cycle, carry)
-    _warn_if_it_searches(widths.form is not None and step is not None and rule == steps.mse(), cycle)
+    quantize_arguments.warn_if_it_shrinks(rule, cycle, carry)
+    quantize_arguments.warn_if_it_searches(widths.form is not None and step is not None and rule == steps.mse(), cycle)
 
     def plans(tree: Tree) -> dict[str, LeafPlan]:
         """The static part of the levels of every governed leaf, of params in their own dtype."""
         allowed = widths.allowed(tree)
 
         def plan(path: str, leaf: Leaf) -> LeafPlan:
-            return leaf_levels.plan(allowed[path], axis, group, step, (mode, soften), path, leaf)
+            return leaf_levels.plan(allowed[path], axis, group, step, hard, path, leaf)
 
         return {path: plan(path, leaf) for path, leaf in trees.governed(tree)}
 
@@ -162,14 +162,15 @@ def fake_quantize(
         leaves, by_path = dict(trees.governed(params)), plans(params)
         if widths.form is None:  # which leaves are on a format shows here
             searched = [plan for plan in by_path.values() if isinstance(plan, leaf_format.FormatPlan) and plan.searched]
-            _warn_if_it_searches(bool(searched), cycle)
+            quantize_arguments.warn_if_it_searches(bool(searched), cycle)
         begun = {path: leaf_levels.begin(plan, path, leaves[path]) for path, plan in by_path.items()}
-        return quantize_state.gathered(begun, leaf_levels.bits(by_path), quantize_state.NEVER)
+        rate = rating.begin(_rated(by_path)) if by_rate is not None else ()
+        return quantize_state.gathered(begun, leaf_levels.bits(by_path), quantize_state.NEVER, rate)
 
     @refreshing.compiled
     def refresh(weights: Tree, known: Tree, inputs: refreshing.Inputs) -> QuantizeState:
         """The grids that are fitted to the weights as the transformations before leave them."""
-        (params, asked), values = inputs, jax.tree.leaves(weights)
+        (params, before, since), values = inputs, jax.tree.leaves(weights)
         by_path, kinds = plans(params), [p.dtype for p in jax.tree.leaves(params)]
         of_leaves = facts.governed(weights, known)
         limits = facts.shared(leaf_grid.max_level, of_leaves, kinds)
@@ -181,7 +182,14 @@ def fake_quantize(
         else:
             fitted, width = _chosen(widths.choose, by_path, measured)
         found = dict(zip(names, fitted, strict=True))
-        return quantize_state.gathered(found, width, leaf_levels.asked(by_path, found, asked))
+        rate: quantize_state.RateState | tuple[()] = ()
+        if by_rate is not None:
+            on_grid = _rated(by_path)
+            chosen = [i for i, name in enumerate(names) if name in on_grid]
+            rate = rating.rated(
+                by_rate, on_grid, [measured[i] for i in chosen], [fitted[i] for i in chosen], width, before, since
+            )
+        return quantize_state.gathered(found, width, leaf_levels.asked(by_path, found, before.asked), rate)
 
     def apply_fn(target: Tree, state: QuantizeState, context: Context) -> tuple[Tree, QuantizeState]:
         by_path = plans(context.params)
@@ -189,7 +197,7 @@ def fake_quantize(
             return target, state
         leaf_levels.check_zeros(by_path, facts.governed(target, context.known))
         outdated = leaf_levels.outdated(by_path, target, state, refreshing.doubling(cycle, context.count))
-        inputs = context.params, state.asked
+        inputs = context.params, state, (context.count - start).astype(jnp.float32)
         new = refreshing.refreshed(cycle, context, refresh, inputs, state, target, outdated)
         return frozen_fn(target, new, context), new
 
@@ -259,50 +267,15 @@ def fake_quantize(
 
     def checked_init(params: Tree) -> projecting.ProjectState:
         widths.check(params)
-        return tx.init(params)
+        state = tx.init(params)
+        return state._replace(projection=rating.with_rest(state.projection, params))
 
     return optax.GradientTransformationExtraArgs(checked_init, tx.update)
 
 
-def _warn_if_it_shrinks(rule: Step, cycle: refreshing.Cycle, carry: bool) -> None:
-    """Warn of a rule that cuts its weights at every refresh, where these are all that is left of them."""
-    if rule.covers or carry or not refreshing.repeated(cycle):
-        return
-    warnings.warn(
-        "`step` cuts the largest weights, and without latent weights every refresh cuts them again: the weights shrink."
-        " Use `carry=True`, `every=None`, or `steps.mse()`.",
-        stacklevel=3,
-    )
-
-
-def _warn_if_it_searches(searched: bool, cycle: refreshing.Cycle) -> None:
-    """Warn of scales that are searched for at every update."""
-    if searched and refreshing.repeated(cycle) and arguments.known(cycle.every) and cycle.every == 1:
-        warnings.warn(
-            "`step=steps.mse()` searches for the scales of a format at every refresh, in 32 passes over the weights,"
-            " and `every=1` refreshes at every update. Use `every=100`, or leave `step` out.",
-            stacklevel=3,
-        )
-
-
-def _rounding(rounding: RoundingMode) -> tuple[str, leaf_grid.Soften | None]:
-    """Read `rounding`: the name of a hard rounding, and the function of one that hardens with time."""
-    if isinstance(rounding, Rounding):
-        return "nearest", rounding.soften
-    if not isinstance(rounding, str):
-        remedy = "Give 'nearest', or call a factory: `roundings.parq(100)`."
-        arguments.instance(rounding, Rounding, "rounding", remedy)
-    arguments.choice(rounding, "rounding", grids.ROUNDINGS)
-    return rounding, None
-
-
-def _check_alone(form: Format | None, group: int | PerLeaf | None, rounding: RoundingMode) -> None:
-    """Refuse what a format says itself."""
-    if form is None:
-        return
-    remedy = f"The format {form.name!r} has its own: leave it out."
-    arguments.require(group is None, "group", "be None with a format", group, remedy)
-    arguments.require(rounding == "nearest", "rounding", 'be "nearest" with a format', rounding, remedy)
+def _rated(plans: dict[str, LeafPlan]) -> dict[str, Plan]:
+    """The leaves whose codes are chosen by their cost: those on a grid."""
+    return {path: plan for path, plan in plans.items() if isinstance(plan, Plan)}
 
 
 def _chosen(

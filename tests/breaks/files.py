@@ -3,6 +3,22 @@
 from breaks.mutant import Mutant
 
 MUTANTS = (
+    Mutant("_files/one_entry.py", "self._sum != self._expected", "False", "one_entry", "damage"),
+    Mutant(
+        "_files/one_entry.py", "if zlib.crc32(entry[4:], _VERSION) != checksum:", "if False:", "one_entry", "damage"
+    ),
+    Mutant("_files/one_entry.py", "len(set(names)) != len(names)", "False", "one_entry", "damage"),
+    Mutant("_files/one_entry.py", "if not coder.eof or", "if", "one_entry", "inflates"),
+    Mutant("_files/one_entry.py", "if len(rows) > _MOST_LEAVES:", "if False:", "one_entry", "does_not_take"),
+    Mutant("_files/one_entry.py", "if len(name) > _LONGEST_NAME:", "if False:", "one_entry", "does_not_take"),
+    Mutant("_files/saving.py", "writer.size <= SMALL", "True", "one_entry", "large_tree"),
+    Mutant(
+        "_files/byte_stream.py",
+        "if checksum is None and self.seen is not None:",
+        "if False:",
+        "one_entry",
+        "comes_back",
+    ),
     Mutant("_files/step_search.py", " + np.float32(0)  # no -0", "  # no -0", "saving", "sign_of_zero"),
     Mutant(
         "_files/alphabets.py", "np.where(there, searched, book.size)", "book.size", "symbol_codes", "book_has_every"
@@ -15,7 +31,9 @@ MUTANTS = (
         "order_0",
     ),
     Mutant("_files/zero_densities.py", "classes[order] = sorted", "classes[:] = sorted", "symbol_codes", "densities"),
-    Mutant("_files/leaf_entries.py", "if zlib.crc32(data) != self.checksum:", "if False:", "fuzz", "damage"),
+    Mutant(
+        "_files/leaf_entries.py", "if self.checksum not in (None, zlib.crc32(data)):", "if False:", "fuzz", "damage"
+    ),
     Mutant("_files/leaf_entries.py", "if not reader.intact():", "if False:", "fuzz", "damage"),
     Mutant("_files/atomic_file.py", "os.fsync(file.fileno())", "pass", "files", "flushed"),
     Mutant(
@@ -94,7 +112,9 @@ MUTANTS = (
     Mutant(
         "_files/format_leaves.py", "fields.shapes != _usual_shapes(fields, shape)", "True", "format_leaves", "follows"
     ),
-    Mutant("_files/format_leaves.py", "_commonest(codes))", "None)", "format_leaves", "no_more_bytes"),
+    Mutant(
+        "_files/format_leaves.py", "_commonest(codes), checked)", "None, checked)", "format_leaves", "no_more_bytes"
+    ),
     Mutant("_files/format_leaves.py", "fields.dtypes != _stored(form)", "False", "format_leaves", "cannot_hold"),
     Mutant(
         "_files/format_leaves.py", "if not set(fields.axis) <= set", "if False and set", "format_leaves", "cannot_hold"
@@ -102,8 +122,8 @@ MUTANTS = (
     Mutant("_files/integer_arrays.py", "if size > most:", "if False:", "quantized_leaves", "hostile_fields"),
     Mutant(
         "_files/integer_arrays.py",
-        "if checksum not in (None, zlib.crc32(alphabets.patterns(x).data)):",
-        "if False:",
+        "cursor.compare(checksum, alphabets.patterns(x))",
+        "pass",
         "quantized_leaves",
         "hostile_fields",
     ),

@@ -1,7 +1,8 @@
-"""Breaks of clipjax/_weights."""
+"""Breaks of clipjax/_weights, and of what codes cost."""
 
 from breaks.mutant import Mutant
 
+COSTS, RATING, GRID = "_maths/code_costs.py", "_weights/rating.py", "_weights/leaf_grid.py"
 MUTANTS = (
     Mutant("_weights/quantizing.py", "state, target, outdated)", "state, target)", "changed_arguments", "another"),
     Mutant("_weights/leaf_grid.py", "step != number)", "step > 2 * number)", "changed_arguments", "another_number"),
@@ -257,7 +258,7 @@ MUTANTS = (
         "same_bits",
     ),
     Mutant(
-        "_weights/quantizing.py",
+        "_weights/quantize_arguments.py",
         "if searched and refreshing.repeated(cycle)",
         "if searched",
         "quantizing_formats",
@@ -273,4 +274,28 @@ MUTANTS = (
         "_weights/quantizing.py", "elementwise.keep, ready(state)", "elementwise.keep, None", "formats_begun", "stay_as"
     ),
     Mutant("_weights/quantizing.py", "found & begun", "found", "formats_begun", "a_mask_holds"),
+    Mutant(COSTS, "(levels[1:] % 2 == 0)", "(levels[1:] % 2 == 1)", "code_costs", "halves"),
+    Mutant(COSTS, "counts + 0.5)", "counts)", "code_costs", "finite"),
+    Mutant(COSTS, "jax.lax.cummax(even, axis=1)", "even", "code_costs", "brute"),
+    Mutant(COSTS, "jax.lax.cummin(found, reverse=True)", "found", "code_costs", "brute"),
+    Mutant(COSTS, "where(usable[:, None], even, FAR)", "where(True, even, FAR)", "code_costs", "brute"),
+    Mutant(COSTS, "where(usable[None, :], even, -FAR)", "where(True, even, -FAR)", "rating", "minimize"),
+    Mutant(COSTS, "where(ratio == 0,", "where(ratio != ratio,", "code_costs", "zero_stays"),
+    Mutant(RATING, "elementwise.where(begun, *pair)", "pair[0]", "rating", "minimize"),
+    Mutant(RATING, "<= given, jnp.zeros", "<= -1, jnp.zeros", "rating", "budget_is_met"),
+    Mutant(RATING, "jnp.where(fits, low, middle)", "jnp.where(fits, middle, low)", "rating", "budget_is_met"),
+    Mutant(RATING, "path not in on_grid]", "path in on_grid]", "rating", "budget_is_met"),
+    Mutant(GRID, "within & ((every != 0) | ~jnp.asarray(binary))", "within", "rating", "minimize"),
+    Mutant(GRID, "if grid.step.ndim == 0:", "if True:", "rating", "own_step_group"),
+    Mutant(GRID, "if plan.rated:\n        assert grid.thresholds is not None\n", "if False:\n", "rating", "mask_wins"),
+    Mutant("_weights/leaf_levels.py", "found == plan.rated", "True", "rating", "another_rounding"),
+    Mutant("_weights/quantize_arguments.py", "rounding is None or carry", "True or carry", "rating", "wrong_calls"),
+    Mutant(
+        "_weights/quantizing.py",
+        "(context.count - start).astype(jnp.float32)\n        new",
+        "context.count\n        new",
+        "rating",
+        "counts_from_start",
+    ),
+    Mutant("_reports/reporting.py", '"bytes": state.bytes', '"bytes": state.rest', "rating", "budget_is_met"),
 )

@@ -24,6 +24,7 @@ from clipjax._files import container
 
 ROOT = pathlib.Path(clipjax.__file__).parents[1]
 RNG = np.random.default_rng(0)
+pytestmark = pytest.mark.usefixtures("listed")
 SPARSE = np.where(RNG.random((200, 100)) < 0.9, 0, np.rint(3 * RNG.normal(size=(200, 100)))).astype(np.float32) / 4
 NET = {"head": {"bias": RNG.normal(size=5).astype(np.float32), "kernel": SPARSE}, "scale": jnp.bfloat16(2)}
 

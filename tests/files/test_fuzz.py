@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import clipjax
+from clipjax._files import byte_stream, container, one_entry, saving
 from clipjax._maths.grids import short
 
 RNG = np.random.default_rng(0)
@@ -56,7 +57,15 @@ NET = {
         clipjax.Quantized(jnp.full(9, 2**20, jnp.int32).at[0].set(-5), jnp.ones(3), jnp.int32(0), None, None, None),
     ],
 }
-DATA = clipjax.pack(NET)
+
+
+def packed(small):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "SMALL", small)
+        return clipjax.pack(NET)
+
+
+DATA, ONE = packed(-1), packed(1 << 20)
 
 
 def facts(tree):
@@ -90,7 +99,7 @@ def test_net_has_every_code():
     header = json.loads(DATA[8 : 8 + struct.unpack("<Q", DATA[:8])[0]])
     flags = {name: DATA[begin(name) + 4] for name, spec in header.items() if ":" in note(header, name)}
     assert flags == {"book": 2, "columns": 1, "constant": 1, "lines": 1, "order0": 1, "packed": 2, "rest": 6}
-    assert opened(DATA) == KNOWN
+    assert opened(DATA) == opened(ONE) == KNOWN and len(ONE) < len(DATA) - 1000
     assert facts(clipjax.unpack(DATA, dequantize=False)["quantized"]) == facts(NET["quantized"])
 
 
@@ -105,9 +114,9 @@ def note(header, name):
     ).get(name, "")
 
 
-def damaged(rng):
+def damaged(rng, data):
     """Flipped bits, a cut, an extension, a stretch of zeros, a stretch from elsewhere."""
-    data = bytearray(DATA)
+    data = bytearray(data)
     kind = rng.randrange(5)
     if kind == 0:
         for _ in range(rng.choice([1, 1, 2, 8, 64])):
@@ -159,22 +168,46 @@ def hostile(rng):
     return struct.pack("<Q", len(text)) + text + bytes(entries)
 
 
+def hostile_one(rng):
+    """One entry whose head or leaves are changed, with the checksum of its bytes made right again."""
+    start = 8 + struct.unpack("<Q", ONE[:8])[0]
+    *_, begin = one_entry.unpack(ONE[start:])
+    cursor = byte_stream.Cursor(ONE[start + 4 :])
+    check = bytes(cursor.take(2))
+    coder = zlib.decompressobj(-15, zdict=one_entry._WORDS)
+    head, leaves = bytearray(coder.decompress(cursor.take(cursor.whole(cursor.left)))), bytearray(ONE[start + begin :])
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        part = head if rng.random() < 0.6 else leaves
+        at = rng.randrange(len(part))
+        part[at] = rng.choice([part[at] ^ (1 << rng.randrange(8)), 0, 255, 127, 128, rng.randrange(256)])
+    if rng.random() < 0.1:
+        del head[rng.randrange(len(head)) :]
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, one_entry._WORDS)
+    small = coder.compress(bytes(head)) + coder.flush()
+    if rng.random() < 0.1:
+        small = bytes(rng.randbytes(1)[0] if rng.random() < 0.02 else b for b in small)
+    body = check + byte_stream.whole(len(small)) + small + leaves
+    return container.alone(one_entry.NAME, zlib.crc32(body, one_entry._VERSION).to_bytes(4, "little") + body)
+
+
 CHUNK = [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, CHUNKS))]
 
 
 @pytest.mark.parametrize("chunk", CHUNK)
-def test_damage_is_seen(chunk):
+@pytest.mark.parametrize("data", [DATA, ONE], ids=["listed", "one_entry"])
+def test_damage_is_seen(chunk, data):
     rng = random.Random(chunk)
     for _ in range(CASES):
-        found = opened(damaged(rng))
+        found = opened(damaged(rng, data))
         assert found is None or found == KNOWN
 
 
 @pytest.mark.parametrize("chunk", CHUNK)
-def test_hostile_files_only_raise_value_errors(chunk):
+@pytest.mark.parametrize("made", [hostile, hostile_one], ids=["listed", "one_entry"])
+def test_hostile_files_only_raise_value_errors(chunk, made):
     rng = random.Random(chunk)
     tracemalloc.start()
-    results = [opened(hostile(rng)) for _ in range(CASES)]
+    results = [opened(made(rng)) for _ in range(CASES)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 32 << 20  # the limit of 2 MiB of arrays, and what decoding them takes

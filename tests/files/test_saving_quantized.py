@@ -14,7 +14,7 @@ from same_bits import bits, q, same
 
 import clipjax
 from clipjax import Quantized, __main__, steps
-from clipjax._files import alphabets, step_search
+from clipjax._files import alphabets, saving, step_search
 
 RNG = np.random.default_rng(0)
 
@@ -141,7 +141,7 @@ def test_it_is_a_leaf_wherever_it_stands():
         {"bits": None, "step": 0.05},
     ],
 )
-def test_integers_of_a_trained_net(kwargs):
+def test_integers_of_a_trained_net(kwargs, monkeypatch):
     """`quantized` saved and loaded gives the params bit for bit, in their dtype, and the integers as they were."""
     dtype = kwargs.pop("dtype", jnp.float32)
     params = {"kernel": jnp.asarray(RNG.normal(size=(64, 40)), dtype), "bias": jnp.ones(40, dtype)}
@@ -152,6 +152,8 @@ def test_integers_of_a_trained_net(kwargs):
     assert isinstance(integers["kernel"], Quantized)
     same(round_trip(integers), integers)
     same(round_trip(integers, dequantize=True, like=params), params)
+    assert len(clipjax.pack(integers)) <= len(clipjax.pack(params)) + 8
+    monkeypatch.setattr(saving, "SMALL", -1)
     assert len(clipjax.pack(integers)) <= len(clipjax.pack(params))
 
 
@@ -166,7 +168,7 @@ def test_nothing_is_searched_for(monkeypatch):
         clipjax.pack(np.arange(100, dtype=np.float32).repeat(3))
 
 
-def test_only_files_with_a_quantized_are_of_the_second_or_third_version():
+def test_only_files_with_a_quantized_are_of_the_second_or_third_version(listed):
     """Who knows the first version alone refuses such a file by that number; other files stay as they were."""
     assert metadata(clipjax.pack({"a": jnp.arange(3.0)}))["clipjax"] == "1"
     data = clipjax.pack({"a": CASES["columns"](), "b": jnp.arange(3.0)})
