@@ -19,14 +19,11 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-import tarfile
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
+import registries
 from rich.progress import track
 
 PACKAGES = Path(__file__).with_name("packages.txt")
@@ -43,38 +40,6 @@ def digest(text: str) -> int:
 def split(package: str) -> str:
     """Train, tuning or test."""
     return SPLITS[digest(package) % len(SPLITS)]
-
-
-def fetch(registry: str, name: str, folder: Path) -> None:
-    """Downloads a package into a folder and unpacks it there."""
-    run = lambda *words: subprocess.run(words, cwd=folder, check=True, capture_output=True, timeout=300)  # noqa: E731
-    if registry == "deb":
-        run("apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", name)
-        for found in [*folder.glob("*.deb")]:
-            run("dpkg-deb", "--extract", found.name, "files")
-            found.unlink()
-    elif registry == "npm":
-        run("npm", "pack", "--silent", name)
-        for found in [*folder.glob("*.tgz")]:
-            unpack(found, folder / "files")
-    elif registry == "pip":
-        words = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "-qq", "--dest", ".")
-        run(*words, "--only-binary", ":all:", name)
-        for found in [*folder.glob("*.*")]:
-            unpack(found, folder / "files")
-    else:
-        raise ValueError(f"A line of packages.txt starts with deb, pip or npm, not with {registry!r}.")
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpacks a wheel, or what npm packs."""
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as opened:
-            opened.extractall(folder)
-    else:
-        with tarfile.open(archive) as opened:
-            opened.extractall(folder, filter="data")
-    archive.unlink()
 
 
 def chosen(folder: Path) -> list[Path]:
@@ -98,7 +63,7 @@ def collect(line: str, out: Path) -> list[dict[str, Any]]:
     """The rows of a package, whose files are copied to OUT under the hash of what they hold."""
     registry, name = line.split()
     with tempfile.TemporaryDirectory() as temporary:
-        fetch(registry, name, Path(temporary))
+        registries.unpack(registries.fetch(registry, name, Path(temporary)), Path(temporary, "files"))
         rows = []
         for path in chosen(Path(temporary, "files")):
             key = hashlib.sha256(path.read_bytes()).hexdigest()[:24]
@@ -140,7 +105,7 @@ def main() -> None:
             line = running[future]
             try:
                 found = future.result()
-            except (subprocess.SubprocessError, OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+            except registries.ERRORS as error:
                 print(f"{line}: left out, {type(error).__name__}", flush=True)
                 continue
             rows += found

