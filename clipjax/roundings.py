@@ -106,15 +106,15 @@ def rate(lam: Number | Schedule | None = None, budget: Number | Schedule | None 
         k(w) = \arg\min_{k} \left(\frac{w}{s} - k\right)^2 + \lambda\, c(k),\qquad
         c(k) = -\log_2 \frac{n_k + 1/2}{n + L/2}
 
-    over the L codes k of the leaf, of whose n weights n_k have the code k. Codes that are rare cost more and become
-    rarer, and most of what is small becomes 0: the file of `clipjax.save`, whose code takes about c(k) bits for a k,
-    gets smaller at each refresh until training holds against it. No code is ever too dear to come back. With λ = 0 this
-    is "nearest".
+    over the L codes k of the leaf, of whose n weights n_k have the code k; c(0) is at most the least of the others.
+    Codes that are rare cost more and become rarer, and most of what is small becomes 0: the file of `clipjax.save`,
+    whose code takes about c(k) bits for a k, gets smaller at each refresh until training holds against it. No code is
+    ever too dear to come back. With λ = 0 this is "nearest".
 
     How often codes occur is counted at the refreshes of `fake_quantize`; thresholds between codes then stay in the
-    state until the next one, and an update compares each weight with them: 2^b - 2 comparisons a weight, without a
-    search. Where step groups have levels of their own, codes beyond them are limited to them at last. A weight that is
-    exactly 0 has the code 0. Formats among the widths have roundings of their own, and are left as they are.
+    state until the next one, and an update finds the code of each weight in b comparisons. Where step groups have
+    levels of their own, codes beyond them are limited to them at last. Formats among the widths have roundings of
+    their own, and are left as they are.
 
     Args:
       lam: λ ≥ 0, squared steps that a bit is worth: 0.01 changes little, 0.1 prunes much. A number, which may be

@@ -19,13 +19,19 @@ FAR = 2.0**60
 def bits(counts: jax.Array, usable: jax.Array) -> jax.Array:
     r"""Bits of each level: :math:`-\log_2 \frac{n_l + 1/2}{n + L/2}`, finite for a level that no weight has.
 
+    Zero costs no more than any other level, so that a weight is at 0 where 0 is the nearest, as one that a mask holds
+    there. On a fine grid the levels beside it are nearly as frequent, and one that is the most frequent by chance would
+    draw all small weights to itself.
+
     Args:
-      counts: n_l, how many weights have the level, f32[levels].
+      counts: n_l, how many weights have the level, f32[levels], 0 being the one in the middle.
       usable: bool[levels], the L levels that there are.
     """
     counts = jnp.where(usable, counts, 0)
     total = jnp.sum(counts) + jnp.sum(usable) / 2
-    return jnp.log2(total) - jnp.log2(counts + 0.5)
+    found = jnp.log2(total) - jnp.log2(counts + 0.5)
+    zero = jnp.arange(counts.size) == counts.size // 2
+    return jnp.where(zero, jnp.min(jnp.where(usable, found, jnp.inf)), found)
 
 
 def information(counts: jax.Array) -> jax.Array:
@@ -76,8 +82,7 @@ def chosen(ratio: jax.Array, thresholds: jax.Array, lowest: float) -> jax.Array:
         pairs = zip(left[middle + 1 :], left[:middle], strict=True)
         left = [elementwise.where(above, *(jnp.broadcast_to(t, ratio.shape) for t in pair)) for pair in pairs]
         bit /= 2
-    # A mask may hold a weight at 0, which then has the code 0, whatever it costs.
-    return elementwise.where(ratio == 0, jnp.zeros_like(code), code)
+    return code
 
 
 def histogram(codes: jax.Array, lowest: float, size: int) -> jax.Array:

@@ -273,11 +273,6 @@ def surely_zero(plan: Plan, x: jax.Array, grid: LeafGrid) -> jax.Array:
     w, grid = step_groups.view(x, plan.groups), in_view(plan, grid)
     if plan.rounding == "stochastic" or plan.soften is not None or 1 in plan.allowed:
         return step_groups.joined(w == 0, plan.groups, x)
-    if plan.rated:
-        assert grid.thresholds is not None
-        top = grids.top(plan.widest)
-        gap = 2 * jnp.minimum(-grid.thresholds[top - 1], grid.thresholds[top])
-        return step_groups.joined(jnp.abs(w) * 2.004 <= (grid.step * gap).astype(w.dtype), plan.groups, x)
     # |w| <= .499 s: half a step, less the error of a division. A product with s may become a kernel of its own.
     return step_groups.joined(jnp.abs(w) * 2.004 <= grid.step.astype(w.dtype), plan.groups, x)
 

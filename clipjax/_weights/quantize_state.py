@@ -50,7 +50,7 @@ class RateState(NamedTuple):
       error: f32, the mean squared error of a weight.
       lam: f32, λ, squared steps a bit.
       bytes: f32, of the file as estimated.
-      rest: f32, the bytes of leaves that are not quantized, which follow from their shapes.
+      rest: f32, the bytes of all but codes and steps: names, shapes, leaves that are not quantized.
     """
 
     thresholds: Tree

@@ -16,7 +16,7 @@ from clipjax._weights.quantize_state import LeafLevels, QuantizeState, RateState
 from clipjax.typing import Rounding, Tree
 
 _LOWEST, _HIGHEST, _HALVINGS = -12, 8, 11  # log2 of λ, found to a hundredth of an octave
-_STEP_BYTES = 4
+_FILE, _LEAF, _STEP = 80, 12, 4  # bytes of a file around its leaves, of a leaf around its codes, and of a step
 
 
 class _Coded(NamedTuple):
@@ -42,12 +42,13 @@ def begin(plans: dict[str, Plan]) -> RateState:
 
 
 def with_rest(state: QuantizeState, params: Tree) -> QuantizeState:
-    """The state with the bytes of the params that are not on a grid; nothing changes with other roundings."""
+    """The state with the bytes of all but codes and steps; nothing changes with other roundings."""
     if not isinstance(state.rate, RateState):
         return state
     on_grid = set(quantize_state.paths(state))
-    others = [leaf for path, leaf in trees.governed(params) if path not in on_grid]
-    rest = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in others)
+    leaves = trees.governed(params)
+    others = [leaf for path, leaf in leaves if path not in on_grid]
+    rest = _FILE + _LEAF * len(leaves) + sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in others)
     return state._replace(rate=state.rate._replace(rest=jnp.asarray(rest, jnp.float32)))
 
 
@@ -93,9 +94,10 @@ def rated(
         return found, stacks.mapped(_coded, names, static, measured, new)
 
     def size(coded: list[_Coded]) -> jax.Array:
-        steps = sum(levels[0].size for levels in fitted) * _STEP_BYTES
+        steps = sum(levels[0].size for levels in fitted) * _STEP
         codes = sum((code_costs.information(c.counts) for c in coded), jnp.zeros((), jnp.float32))
-        return codes / 8 + steps + state.rest
+        tables = sum((jnp.sum(c.counts > 0) for c in coded), jnp.zeros((), jnp.int32))
+        return codes / 8 + steps + tables + state.rest
 
     lam = _lam(rounding, lambda lam: size(at(lam)[1]), since)
     thresholds, coded = at(lam)

@@ -51,14 +51,14 @@ def test_free_codes_are_the_nearest_with_halves_to_even(top):
     np.testing.assert_array_equal(codes, np.clip(np.rint(ratio), -top, top))
 
 
-def test_zero_stays_zero_however_much_it_costs():
-    codes, bits = chosen(np.float32([0.0, -0.0]), [1000, 0, 0], np.ones(3, bool), 100.0, 1)
-    assert bits[0] < bits[1] and (codes == 0).all()
+def test_zero_costs_no_more_than_any_other_level():
+    codes, bits = chosen(np.float32([0.0, -0.0, 0.4, -0.4]), [1000, 0, 0], np.ones(3, bool), 100.0, 1)
+    assert bits[0] == bits[1] < bits[2] and (codes == 0).all()
 
 
 def test_costs_are_finite_for_levels_that_nobody_has():
-    got = code_costs.bits(jnp.float32([6, 0, 2]), jnp.asarray([True, True, True]))
-    np.testing.assert_allclose(got, -np.log2(np.array([6.5, 0.5, 2.5]) / 9.5), rtol=1e-6)
+    got = code_costs.bits(jnp.float32([6, 2, 0]), jnp.asarray([True, True, True]))
+    np.testing.assert_allclose(got, -np.log2(np.array([6.5, 6.5, 0.5]) / 9.5), rtol=1e-6)
 
 
 def test_information_is_the_entropy_times_the_number_of_weights():
