@@ -1,7 +1,7 @@
 """Makes Magika small: channels go, 2 or 3 bits a weight are left, and the unmodified package runs what comes out.
 
     python benchmarks/real/file_corpus.py                               # once: files of some 800 packages
-    python examples/magika_small.py [--files out/files] [--out out/magika] [--channels 448] [--bits 3] [--epochs 4]
+    python examples/magika_small.py [--files out/files] [--out out/magika] [--channels 448] [--bits 3] [--epochs 2]
 
 The original answers for every file that is trained on, and the small one learns its answers (distillation):
 
@@ -33,13 +33,25 @@ from clipjax import scores, structures
 BATCH = 32
 
 
+def cut(content, rng):
+    """A file as three: all of it, its start alone, and what is behind its start."""
+    end, begin = rng.integers(len(content) // 8 + 1, len(content) + 1), rng.integers(len(content) // 2 + 1)
+    return [content, content[:end], content[begin:]]
+
+
 def data(files, split):
-    """Tokens[files, 2048] of a split, and the logits that the original gives; both are kept beside the files."""
+    """Tokens[files, 2048] of a split, and the logits that the original gives; both are kept beside the files.
+
+    For training there are parts of files too, which the original answers as well.
+    """
     kept = Path(files, f"{split}.npz")
     if not kept.exists():
+        rng = np.random.default_rng(0)
         rows = [json.loads(line) for line in Path(files, "index.jsonl").read_text().splitlines()]
         paths = [Path(files, row["path"]) for row in rows if row["split"] == split]
-        tokens = np.stack([magika_net.tokens(path.read_bytes()) for path in track(paths, f"reading {split}")])
+        read = (path.read_bytes() for path in track(paths, f"reading {split}"))
+        contents = (part for content in read for part in (cut(content, rng) if split == "train" else [content]))
+        tokens = np.stack([magika_net.tokens(content) for content in contents])
         np.savez_compressed(kept, tokens=tokens.astype(np.uint16), logits=answers(magika_net.pretrained(), tokens))
     read = np.load(kept)
     return read["tokens"], read["logits"]
@@ -89,14 +101,14 @@ def prune(model, channels, tokens, logits, steps=100, seed=0):
     ramp = optax.polynomial_schedule(0.0, fraction, power=3, transition_steps=steps * 4 // 5)
     units = structures.unit(groups=[group])
     mask = clipjax.prune_mask(ramp, every=10, stop=steps * 9 // 10, structure=units, score=scores.taylor())
-    train(model, clipjax.with_gradient(optax.chain(optax.adam(3e-4), mask)), tokens, logits, steps, seed, "pruning")
+    train(model, clipjax.with_gradient(optax.chain(optax.adam(3e-5), mask)), tokens, logits, steps, seed, "pruning")
     clipjax.shrink(model, [group], exact=False)
 
 
 def quantizer(steps, bits):
     """A chain that trains on a grid for each output, of so many bits in the convolution."""
     widths = {"bytes/kernel": 8, "conv/kernel": bits, "types/kernel": 4}
-    rate = optax.warmup_cosine_decay_schedule(0.0, 5e-4, steps // 20, steps)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-4, steps // 20, steps)
     grid = clipjax.fake_quantize(clipjax.per_leaf(lambda path, leaf: widths.get(path)), axis=-1, every=20)
     return optax.chain(clipjax.clip_norm(1.0), optax.adam(rate), grid)
 
@@ -138,7 +150,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/magika"))
     parser.add_argument("--channels", type=int, default=448)
     parser.add_argument("--bits", type=int, default=3, help="of a weight of the convolution")
-    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     model, opt_state = small(options.files, options.channels, options.bits, options.epochs, options.seed)

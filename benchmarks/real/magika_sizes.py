@@ -5,12 +5,13 @@
     python benchmarks/real/magika_sizes.py --final [...]                      # the same on the packages held out
     python benchmarks/real/magika_sizes.py --table                            # from the saved rows
 
-The rows: the model of the package; the same in 8 bits by onnxruntime's own static quantizer, calibrated on 512 files;
-and what `examples/magika_small.py` trains at three sizes, each from some seeds. Measured on the files of packages that
-no training has seen: how often the package, which says "txt" or "unknown" where its model is not sure, answers as with
-its own model; how often the largest answer of the model is that of the original; and of the files whose extension
-belongs to one type alone, how often a model says this type, over all and as the mean over types. Time is that of
-onnxruntime alone, on one thread, as the ratio to the original in the same process.
+The rows: the model of the package; the same in 8 bits by onnxruntime's own quantizers, the static one calibrated on 512
+files, the dynamic one, which quantizes what it reads as it runs; and what `examples/magika_small.py` trains at three
+sizes, each from some seeds. Measured on the files of packages that no training has seen: how often the package, which
+says "txt" or "unknown" where its model is not sure, answers as with its own model; how often the largest answer of the
+model is that of the original; and of the files whose extension belongs to one type alone, how often a model says this
+type, over all and as the mean over types. Time is that of onnxruntime alone, on one thread, as the ratio to the
+original in the same process.
 
 Without `--final` the split for tuning is measured. Rows that OUT has are not made again.
 """
@@ -37,7 +38,7 @@ import magika_net
 import magika_small
 
 KEPT = Path(__file__).with_suffix(".jsonl")
-ORIGINAL, POSTERIOR = "magika 1.0.3", "int8 by onnxruntime"
+ORIGINAL, POSTERIOR, DYNAMIC = "magika 1.0.3", "int8 by onnxruntime, static", "int8 by onnxruntime, dynamic"
 
 
 def types_by_extension() -> dict[str, int]:
@@ -145,6 +146,10 @@ def measure(judge: Judge, options: argparse.Namespace, made: set[tuple[str, int]
             magika_small.copy_config(Path(folder))
             without_training(tokens, Path(folder, "model.onnx"))
             yield {"model": POSTERIOR, "seed": 0} | judge.row(Path(folder, "model.onnx"))
+        if (DYNAMIC, 0) not in made:
+            magika_small.copy_config(Path(folder))
+            quantization.quantize_dynamic(magika_net.folder() / "model.onnx", Path(folder, "model.onnx"))
+            yield {"model": DYNAMIC, "seed": 0} | judge.row(Path(folder, "model.onnx"))
         for seed in range(options.seeds):
             for size in options.sizes:
                 channels, bits = map(int, size.split("x"))
@@ -184,7 +189,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("out/magika"), help="where the models go")
     parser.add_argument("--sizes", nargs="+", default=["432x3", "320x3", "432x2"], help="channels x bits")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/magika.jsonl"))
     parser.add_argument("--final", action="store_true", help="measure on the packages held out")
     parser.add_argument("--table", action="store_true", help="print the saved rows")

@@ -212,7 +212,10 @@ def test_the_bytes_of_the_report_are_those_of_the_file(name):
     trees = {
         "two": PARAMS,
         "lists": {"layers": [{"kernel": jnp.asarray(rng.normal(size=(30, 50)), jnp.float32)} for _ in range(4)]},
-        "wide": {"kernel": jnp.asarray(rng.laplace(size=(400, 500)), jnp.float32), "scale": jnp.asarray(rng.normal(size=500))},
+        "wide": {
+            "kernel": jnp.asarray(rng.laplace(size=(400, 500)), jnp.float32),
+            "scale": jnp.asarray(rng.normal(size=500)),
+        },
         "sparse": {"kernel": jnp.asarray(rng.normal(size=(300, 200)) ** 7, jnp.float32), "count": jnp.arange(40)},
         "biases": {"kernel": jnp.asarray(W), "bias": jnp.asarray(rng.normal(size=48), jnp.float32)},
     }
