@@ -51,8 +51,8 @@ def data(files, split):
         paths = [Path(files, row["path"]) for row in rows if row["split"] == split]
         read = (path.read_bytes() for path in track(paths, f"reading {split}"))
         contents = (part for content in read for part in (cut(content, rng) if split == "train" else [content]))
-        tokens = np.stack([magika_net.tokens(content) for content in contents])
-        np.savez_compressed(kept, tokens=tokens.astype(np.uint16), logits=answers(magika_net.pretrained(), tokens))
+        tokens = np.stack([magika_net.tokens(content).astype(np.uint16) for content in contents])
+        np.savez_compressed(kept, tokens=tokens, logits=answers(magika_net.pretrained(), tokens))
     read = np.load(kept)
     return read["tokens"], read["logits"]
 
