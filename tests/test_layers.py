@@ -30,7 +30,8 @@ LEVELS = (
     },
     {
         "_programs": "axes origins equations rules walking means exactness layers proving groups roles program"
-        " models analysis tapping sensitivities group_leaves group_units cutting verifying shrinking",
+        " models analysis tapping sensitivities group_leaves group_units cutting dead_units verifying"
+        " shrinking",
     },
     {"": FAMILIES},
     {

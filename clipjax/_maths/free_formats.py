@@ -21,7 +21,8 @@ def int4(group: int | None = 128, scale: Scale = "bfloat16") -> Format:
     times this one: bytes are compared under the scales of a file.
 
     Args:
-      group: entries along the inputs that share a scale; None for one scale an output. Static.
+      group: entries along the inputs that share a scale, 128 by default, which must divide the inputs of every picked
+        kernel; None for one scale an output. Static.
       scale: its dtype, "bfloat16", "float16" or "float32". Static.
 
     Returns:

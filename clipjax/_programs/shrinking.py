@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments, dtypes, picking, trees
-from clipjax._programs import cutting, group_leaves, models, verifying
+from clipjax._programs import cutting, dead_units, group_leaves, models, verifying
 from clipjax._programs import groups as grouping
 from clipjax._programs.analysis import Analysis
 from clipjax._programs.cutting import Cut, Cuts
@@ -28,7 +27,7 @@ class _Three(NamedTuple):
 
 
 class Shrunk(_Three):
-    """The result of `shrink`; unpacks as three values, and has two more.
+    """The result of `shrink`; unpacks as three values, and has three more.
 
     Attributes:
       variables: the given tree with smaller arrays, the given module itself for NNX.
@@ -38,10 +37,13 @@ class Shrunk(_Three):
       epsilons: for each scale behind a root mean square over units, by its path, the number that the model must add to
         the mean square now; empty where there is none.
       change: the largest change of an output over its range, as `verify` measured it; None without `verify`.
+      dead: how many dead units stay since a statistic runs over them, by the path of the first leaf of their group in
+        `Analysis.inexact`; ``exact=False`` cuts them too.
     """
 
     epsilons: dict[str, float]
     change: float | None
+    dead: dict[str, int]
 
     def __new__(
         cls,
@@ -50,16 +52,17 @@ class Shrunk(_Three):
         widths: dict[str | tuple[str, int], int],
         epsilons: dict[str, float] | None = None,
         change: float | None = None,
+        dead: dict[str, int] | None = None,
     ) -> Shrunk:
         """The three values, and what stands beside them."""
         made = super().__new__(cls, variables, opt_state, widths)
-        made.epsilons, made.change = epsilons or {}, change
+        made.epsilons, made.change, made.dead = epsilons or {}, change, dead or {}
         return made
 
     def _replace(self, **fields: Any) -> Shrunk:
         """Other values; what stands beside them stays."""
         made = super()._replace(**fields)
-        made.epsilons, made.change = self.epsilons, self.change
+        made.epsilons, made.change, made.dead = self.epsilons, self.change, self.dead
         return made
 
 
@@ -129,7 +132,8 @@ def shrink(
         without the units that are cut.
 
     Returns:
-      `Shrunk(variables, opt_state, widths)` with `epsilons` and `change`; build the model again with these widths.
+      `Shrunk(variables, opt_state, widths)` with `epsilons`, `change` and `dead`; build the model again with these
+      widths.
 
     Raises:
       ValueError: if a dead unit still has a non-zero bias, scale or offset; for an unknown or ambiguous path, an axis
@@ -179,7 +183,7 @@ def shrink(
     fewer: list[tuple[Group, int]] = []
     units: dict[str, tuple[tuple[int, ...], Cuts]] = {}
     for group, members in zip(found, resolved, strict=True):
-        left = _left(members, int(round_to or 1))
+        left = dead_units.left(members, int(round_to or 1))
         known = grouping.analyzed(group)
         if known is not None and not left.all():
             _check_evidence(known, exact, verify)
@@ -214,7 +218,8 @@ def shrink(
         change = max((change for change, _ in changes.values()), default=0.0)
     # Nothing is refused from here on: a model that is changed in place is changed whole.
     made, made_state = models.updated(variables, small), models.updated(opt_state, small_state)
-    return Shrunk(made, made_state, _widths(resolved, kept), epsilons, change)
+    dead = dead_units.staying(groups, tree) if isinstance(groups, Analysis) and exact else {}
+    return Shrunk(made, made_state, _widths(resolved, kept), epsilons, change, dead)
 
 
 def _read(groups: Groups | Analysis, exact: bool) -> tuple[Groups, Callable[..., Any] | None]:
@@ -263,30 +268,6 @@ def _check_epsilons(changed: dict[str, float]) -> None:
     arguments.require(not changed, "verify", rule, None, remedy)
 
 
-def _left(members: list[GroupLeaf], multiple: int) -> np.ndarray:
-    """bool[layers, units]: which units are left, as many in each layer; without layers one row.
-
-    A layer that has fewer alive than another keeps dead units, the first ones, and so do all for a multiple.
-    """
-    first = members[0]
-    alive = np.zeros((first.depth, first.units), bool)
-    for leaf in members:
-        if leaf.owns:
-            layers, entries = np.nonzero(_nonzero(leaf) & (leaf.places >= 0))
-            alive[layers, leaf.places[entries]] = True
-    remedy = "Prune with `structures.unit(min_keep=1)`, or take the layer out of the model."
-    arguments.require(alive.any(), first.path, "have a unit alive", f"{alive.size} dead units", remedy)
-    size = min(-(-alive.sum(1).max() // multiple) * multiple, first.units)
-    return alive | (~alive & (np.cumsum(~alive, 1) <= size - alive.sum(1, keepdims=True)))
-
-
-def _nonzero(leaf: GroupLeaf) -> np.ndarray:
-    """bool[layers, entries]: where, along its axis, a leaf has an entry that is not 0; NaN is none."""
-    others = tuple(a for a in range(-leaf.leaf.ndim, 0) if a not in leaf.own)
-    found = np.asarray(jnp.any(jnp.asarray(leaf.leaf) != 0, axis=others))
-    return found[None] if leaf.layers is None else found if leaf.layers < leaf.axis else found.T
-
-
 def _of_entries(left: np.ndarray, leaf: GroupLeaf, first: GroupLeaf) -> Cut:
     """The entries along the axis of a leaf that belong to the units that are left, or to none."""
     kept = left[:, leaf.places] | (leaf.places < 0)
@@ -297,7 +278,7 @@ def _of_entries(left: np.ndarray, leaf: GroupLeaf, first: GroupLeaf) -> Cut:
 
 def _check_zero(dead: np.ndarray, leaf: GroupLeaf, owner: GroupLeaf) -> None:
     """A bias, scale or offset of a dead unit must be 0, else the outputs would change without it."""
-    wrong = np.nonzero(dead & _nonzero(leaf))[1]
+    wrong = np.nonzero(dead & dead_units.nonzero(leaf))[1]
     units = sorted({int(leaf.places[i]) for i in wrong})
     remedy = (
         f"The weights of these units in {owner.path!r} are 0, but cutting them would change the outputs: set them"

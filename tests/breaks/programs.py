@@ -3,6 +3,13 @@
 from breaks.mutant import Mutant
 
 MUTANTS = (
+    Mutant(
+        "_programs/dead_units.py",
+        "for path, count in found.items() if count}",
+        "for path, count in ()}",
+        "verifying",
+        "needs_a_word",
+    ),
     Mutant("_programs/analysis.py", "if models.is_module(apply_fn):", "if False:", "analysis", "in_the_place"),
     Mutant("_programs/tapping.py", "total if part is None else total + part", "total", "sensitivities", "hidden"),
     Mutant(
@@ -50,8 +57,10 @@ MUTANTS = (
         "collide",
     ),
     Mutant("_programs/shrinking.py", "sorted({int(leaf.places[i])", "sorted({int(i)", "shrinking", "flattened"),
-    Mutant("_programs/shrinking.py", "-(-alive.sum(1).max() // multiple)", "alive.sum(1).max() // multiple", "cutting"),
-    Mutant("_programs/shrinking.py", "alive.sum(1).max()", "alive.sum(1).min()", "cutting", "each_layer"),
+    Mutant(
+        "_programs/dead_units.py", "-(-alive.sum(1).max() // multiple)", "alive.sum(1).max() // multiple", "cutting"
+    ),
+    Mutant("_programs/dead_units.py", "alive.sum(1).max()", "alive.sum(1).min()", "cutting", "each_layer"),
     Mutant("_programs/shrinking.py", "+ repair.offset) *", ") *", "cutting", "makes_up"),
     Mutant("_programs/shrinking.py", "repair.epsilon * ratio", "repair.epsilon / ratio", "cutting", "makes_up"),
     Mutant("_programs/shrinking.py", "group.proved or verify", "group.members or verify", "verifying", "walk_alone"),

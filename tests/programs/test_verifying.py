@@ -75,9 +75,10 @@ def test_a_group_of_a_walk_alone_or_with_a_statistic_needs_a_word():
         shrink(params(), [statistic], verify=(normed, X))
     assert shrink(params(), [statistic], exact=False).widths == {"in": 3, "out": 3}
     analysis = Analysis([], [], [statistic], normed)
-    assert shrink(params(), analysis).widths == {}
+    kept = shrink(params(), analysis)
+    assert kept.widths == {} and kept.dead == {"in": 2} and kept._replace(opt_state=0).dead == {"in": 2}
     shrunk = shrink(params(), analysis, exact=False, verify=(normed, X))
-    assert shrunk.widths == {"in": 3, "out": 3} and shrunk.change > 0.01
+    assert shrunk.widths == {"in": 3, "out": 3} and shrunk.change > 0.01 and shrunk.dead == {}
     alive = {"in": jnp.ones((4, 5)), "out": jnp.ones((5, 3))}  # nothing is cut: nothing to prove
     assert shrink(alive, [walk, statistic]).widths == {"in": 5, "out": 5}
 
