@@ -24,6 +24,7 @@ from clipjax._exports.safetensors_writing import export_safetensors
 from clipjax._files.saving import load, pack, save, unpack
 from clipjax._gradients.clipping import clip
 from clipjax._gradients.norm_clipping import clip_norm
+from clipjax._gradients.scaling import scale_to_norm
 from clipjax._gradients.skipping import skip_spikes
 from clipjax._gradients.with_gradient import with_gradient
 from clipjax._maths.integers import Quantized, dequantize, quantize, round_to_step
@@ -100,6 +101,7 @@ __all__ = [
     "round_to_step",
     "roundings",
     "save",
+    "scale_to_norm",
     "scores",
     "selections",
     "sensitivity",

@@ -93,6 +93,20 @@ GRADIENT_SIDE = [
         lambda _, key: clipjax.clip_norm(0.1, select=selections.bernoulli(0.5, key=key)),
         key=KEY,
     ),
+    row(
+        "clip_norm_rms_leaf",
+        "gradient",
+        lambda _, threshold: clipjax.clip_norm(threshold, per="leaf", ord="rms"),
+        threshold=(0.1, 1.0),
+    ),
+    row(
+        "scale_to_norm",
+        "gradient",
+        lambda _, target, gamma: clipjax.scale_to_norm(target, gamma),
+        target=(0.1, 1.0),
+        gamma=(0.0, 0.5),
+    ),
+    row("scale_to_norm_leaf", "gradient", lambda _: clipjax.scale_to_norm(0.5, per="leaf")),
     row("skip_spikes", "around", lambda opt, threshold: clipjax.skip_spikes(opt, threshold), threshold=(10.0, 2.5)),
     row(
         "skip_spikes_zscore",

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipjax._arrays import trees
+from clipjax._weights import checking
+
 
 def named(tree):
     """The float arrays of a tree with the last key of each, boxes removed, as exact NumPy f64."""
@@ -20,3 +23,14 @@ def named(tree):
 def kernels(tree):
     """What is pruned and quantized by default."""
     return [x for name, x in named(tree) if x.ndim >= 2 and name not in ("bias", "b", "scale", "offset")]
+
+
+def on_spheres(params, state):
+    """Every leaf has the norms in the state, as near as its dtype allows; a leaf that begins at 0 is on no sphere."""
+    radii = dict(trees.governed(checking.states(state)[0].projection))
+    for path, x in trees.governed(params):
+        if path in radii and np.any(radii[path]):
+            r = np.float64(radii[path])
+            axes = tuple(i for i, n in enumerate(r.shape) if n == 1)
+            norm = np.sqrt(np.square(np.asarray(x, np.float64)).sum(axes, keepdims=True))
+            np.testing.assert_allclose(norm, r, rtol=2.0**-8 if x.dtype == jnp.bfloat16 else 1e-6)

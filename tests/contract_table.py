@@ -12,6 +12,7 @@ from contract_formats import FORMAT_ROWS
 from contract_gradients import GRADIENT_SIDE
 from contract_leaves import kernels as kernels
 from contract_leaves import named as named
+from contract_leaves import on_spheres
 from contract_row import ALIKE as ALIKE
 from contract_row import KEY, TIMES, row
 from contract_row import KINDS as KINDS
@@ -76,6 +77,10 @@ def short_rows(bound):
             assert np.sqrt(np.square(x).sum()) <= bound
 
     return holds
+
+
+def of_rank_2(path, leaf):
+    return leaf.ndim == 2
 
 
 def both(*checks):
@@ -261,6 +266,13 @@ ROWS = [
     row("project", "weight", lambda _, start: clipjax.project(projections.identity(), start=start), start=(0, 2)),
     row("project_master", "inner", lambda opt: clipjax.project(projections.identity(), carry=True, inner=opt)),
     row("project_norm", "weight", lambda _: clipjax.project(projections.max_norm(0.9)), short_rows(0.9)),
+    row("project_sphere", "weight", lambda _: clipjax.project(projections.sphere()), on_spheres),
+    row(
+        "project_sphere_unit",
+        "inner",
+        lambda opt: clipjax.project(projections.sphere(0.5, axis=-1), carry=True, inner=opt, where=of_rank_2),
+        on_spheres,
+    ),
     row("project_function", "weight", lambda _: clipjax.project(positive, carry=True), nowhere_negative),
 ]
 

@@ -176,7 +176,7 @@ def test_nonfinite_gradient(row):
     init, update = compiled(row.name)
     out, state = update(bad, init(bad))
     first = np.asarray(out["dense"]["kernel"])
-    if row.name.startswith("clip_norm"):
+    if row.name.startswith(("clip_norm", "scale_to_norm")):
         assert int(optax.tree.get(state, "nonfinite")) == 1
         if row.name in ("clip_norm_largest", "clip_norm_random"):  # which govern a part of the entries
             assert 1 < np.isnan(first).sum() < first.size

@@ -35,7 +35,8 @@ LEVELS = (
     },
     {"": FAMILIES},
     {
-        "_gradients": "incoming threshold_state error_feedback norm_clipping clipping skipping with_gradient",
+        "_gradients": "incoming threshold_state error_feedback rescaling norm_clipping clipping scaling skipping"
+        " with_gradient",
         "_weights": "refreshing facts constraints latents moments surroundings visiting projecting clamping sparsities"
         " masks zeros pruning bit_widths quantize_state leaf_grid leaf_format leaf_levels rating"
         " quantize_arguments quantizing quantized_params choosing checking holding",

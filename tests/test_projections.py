@@ -177,3 +177,78 @@ def test_max_norm_of_many_weights_is_as_long_as_it_may_be(dtype):
 def test_max_norm_leaves_what_is_short_at_both_ends_of_the_floats(size):
     x = jnp.asarray([size, size / 4], jnp.float32)
     np.testing.assert_array_equal(apply(projections.max_norm(size * 1.1), x), x)
+
+
+def drift(projection, params, dtype=jnp.float32, steps=2000):
+    """The largest relative distance of a norm from its radius after so many updates."""
+    params = jax.tree.map(lambda p: jnp.asarray(p, dtype), params)
+    tx = optax.chain(optax.sgd(0.1), clipjax.project(projection))
+    state = tx.init(params)
+
+    def step(loop, i):
+        params, state = loop
+        grads = jax.tree.map(lambda p: jnp.cos(9 * p + i.astype(p.dtype)), params)
+        updates, state = tx.update(grads, state, params)
+        moved = jax.tree.map(lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), params, updates)
+        return (moved, state), None
+
+    params, state = jax.jit(lambda: jax.lax.scan(step, (params, state), jnp.arange(float(steps)))[0])()
+    assert clipjax.check(params, state, tx) == []
+    worst = 0.0
+    for p, r in zip(jax.tree.leaves(params), jax.tree.leaves(state[1].projection), strict=True):
+        axes = tuple(i for i, n in enumerate(r.shape) if n == 1)
+        norm = np.sqrt(np.square(np.asarray(p, np.float64)).sum(axes, keepdims=True))
+        worst = max(worst, float(np.abs(norm / np.float64(r) - 1).max()))
+    return worst
+
+
+KERNELS = {"a": W, "heads": np.random.default_rng(1).normal(size=(5, 3, 4))}
+
+
+@pytest.mark.parametrize("axis", [None, -1, (0, -1)])
+@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8), (jnp.float16, 2**-10)])
+def test_a_sphere_is_not_left(axis, dtype, most):
+    kernels = {"heads": KERNELS["heads"]} if axis == (0, -1) else KERNELS
+    assert drift(projections.sphere(axis=axis), kernels, dtype) <= most
+
+
+@pytest.mark.slow
+def test_a_sphere_is_not_left_in_a_hundred_thousand_updates():
+    assert drift(projections.sphere(), KERNELS, steps=100_000) <= 1e-6
+
+
+def test_a_radius_is_given_or_that_of_the_start():
+    np.testing.assert_allclose(reference_norms(np.asarray(apply(projections.sphere(2.0), jnp.asarray(W))), None), 2.0)
+    sphere = projections.sphere()
+    state = sphere.init(jnp.asarray(W))
+    got = sphere.apply(3 * jnp.asarray(W), state, None)[0]
+    np.testing.assert_allclose(got, W, rtol=1e-6)
+    radii = projections.sphere(clipjax.per_leaf(lambda path, leaf: 3.0 if path == "a" else None), axis=-1)
+    tree = {"a": jnp.asarray(W), "b": jnp.asarray(2 * W)}
+    got = radii.apply(jax.tree.map(lambda x: 5 * x, tree), radii.init(tree), None)[0]
+    np.testing.assert_allclose(reference_norms(np.asarray(got["a"]), 0), 3.0, rtol=1e-6)
+    np.testing.assert_allclose(got["b"], 2 * W, rtol=1e-6)
+
+
+def test_what_is_zero_at_the_start_is_held_to_no_sphere_and_zero_stays_zero():
+    sphere = projections.sphere()
+    state = sphere.init(jnp.zeros(3))
+    np.testing.assert_array_equal(sphere.apply(jnp.array([1.0, 2.0, 3.0]), state, None)[0], [1, 2, 3])
+    np.testing.assert_array_equal(apply(projections.sphere(1.0), jnp.zeros(3)), 0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_a_sphere_of_any_size(scale):
+    x = jnp.array([3.0, 4.0]) * jnp.float32(scale)
+    np.testing.assert_allclose(apply(projections.sphere(), x), x, rtol=1e-6)
+
+
+def test_entries_that_are_not_finite_stay_and_count_for_nothing():
+    got = apply(projections.sphere(5.0), jnp.array([3.0, jnp.nan, 4.0]))
+    np.testing.assert_allclose(got, [3.0, np.nan, 4.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("radius", [0.0, -1.0, float("nan"), clipjax.per_leaf(lambda path, leaf: -1.0)])
+def test_a_radius_must_be_positive(radius):
+    with pytest.raises(ValueError, match="`radius` must be positive"):
+        projections.sphere(radius).init(jnp.ones(3))

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from clipjax._arrays import arguments, dtypes, elementwise, trees
-from clipjax._gradients import error_feedback, incoming, threshold_state
-from clipjax._maths import drawing, norms
+from clipjax._gradients import error_feedback, incoming, rescaling, threshold_state
+from clipjax._maths import drawing
 from clipjax.typing import LeafThreshold, Number, Selection, State, Tree
 
 
@@ -47,7 +47,7 @@ def clip_norm(
     threshold: LeafThreshold,
     *,
     per: Literal["global", "leaf"] = "global",
-    ord: float = 2,
+    ord: float | Literal["rms"] = 2,
     eps: Number = 0.0,
     select: Selection | None = None,
     carry: bool = False,
@@ -76,7 +76,9 @@ def clip_norm(
         tree such as a dict path -> C, of numbers or schedules; leaves that it does not name are not clipped.
       per: "global": one norm and one factor for all arrays together. "leaf": one for each array, compared with the same
         C; a rule then keeps a state and computes a C for each array.
-      ord: p > 0 in :math:`n = (\sum |g|^p)^{1/p}`; 2 is the Euclidean norm, `math.inf` the largest magnitude. Static.
+      ord: p > 0 in :math:`n = (\sum |g|^p)^{1/p}`; 2 is the Euclidean norm, `math.inf` the largest magnitude. Or "rms":
+        :math:`n = \sqrt{\sum g^2 / m}` over m (selected) entries, so that C does not depend on the size of an array:
+        ``clip_norm(1.0, per="leaf", ord="rms")`` behind the optimizer is Adafactor's clipping of updates. Static.
       eps: ε >= 0, added to n where C is divided by it, so that the clipped norm falls short of C by about C ε / n. May
         be traced.
       select: a selection of `clipjax.selections`, such as `largest(0.1)` or `bernoulli(0.5, key=key)`, evaluated at
@@ -109,7 +111,8 @@ def clip_norm(
 
     References:
       Pascanu et al., "On the difficulty of training recurrent neural networks", 2013,
-      https://arxiv.org/abs/1211.5063. D3, section 2, item 2.
+      https://arxiv.org/abs/1211.5063. D3, section 2, item 2. Shazeer and Stern, "Adafactor", 2018,
+      https://arxiv.org/abs/1804.04235, section 6, for "rms".
     """
     arguments.choice(per, "per", ("global", "leaf"))
     each = per == "leaf"
@@ -117,13 +120,16 @@ def clip_norm(
     feedback = error_feedback.resolve(carry)
     select = drawing.resolve(select)
     arguments.static(ord, "ord")
-    arguments.require(arguments.is_number(ord) and ord > 0, "ord", "be a number > 0", ord, "2 is the usual norm.")
+    rms = isinstance(ord, str) and ord == "rms"
+    known = rms or (arguments.is_number(ord) and float(ord) > 0)
+    arguments.require(known, "ord", 'be a number > 0 or "rms"', ord, "2 is the usual norm.")
+    power = 2 if rms else float(ord)
     arguments.non_negative(eps, "eps", "It is added to a norm.")
 
     def init_fn(params: Tree) -> ClipNormState:
         thresholds.check(params)
         dtype = dtypes.widest(jax.tree.leaves(params))
-        place = _places(params) if each else ()
+        place = rescaling.places(params) if each else ()
         shape = (len(jax.tree.leaves(place)),) if each else ()
         # arrays of their own: donation refuses shared ones
         count, clipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
@@ -138,53 +144,19 @@ def clip_norm(
         incoming.check_real(updates)
         total = feedback.add(updates, state.carry)
         chosen = drawing.choose(select, total, None, state.count)
-        measured = _measured(total, chosen, state.place if each else None)
-        norm = _norm(measured, ord, axis_name, each)
+        measured = rescaling.measured(total, chosen, state.place if each else None)
+        norm = rescaling.norm_of(measured, power, axis_name, each)
+        if rms:
+            norm = rescaling.mean(norm, total, chosen, state.place if each else None, axis_name)
         limit, history = thresholds.update(state.count, norm, state.rule, measured)
         factor = _coefficient(norm, limit, eps)
         of_leaf = dict(zip((path for path, _ in measured), factor, strict=True)) if each else {}
         factors = [of_leaf.get(path, factor) for path in trees.paths(total)]
-        clipped = _rescaled(total, chosen, factors)
+        clipped = rescaling.rescaled(total, chosen, factors)
         emitted, left = feedback.emit(clipped, total, updates, state.carry, [jnp.isfinite(f) for f in factors])
         return emitted, _next_state(state, norm, limit, factor, [x is not None for _, x in measured], history, left)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _places(params: Tree) -> Tree:
-    """A number for each leaf, by path: 0, 1, ... in the order of the tree that results, whatever that of the params."""
-    numbers, treedef = trees.arrays(trees.by_path(jax.tree.map(lambda p: 0, params)))
-    return treedef.unflatten([jnp.asarray(i, jnp.int32) for i in range(len(numbers))])
-
-
-def _measured(total: Tree, chosen: Tree, place: Tree | None) -> list[tuple[str, jax.Array | None]]:
-    """What norms are taken of: each leaf with its path, entries that are not chosen set to 0.
-
-    In the order of their places in the state where leaves have some, and then with None for those without a gradient.
-    """
-    rows = zip(trees.paths(total), trees.flatten(total)[0], trees.flatten(chosen)[0], strict=True)
-    picked: list[tuple[str, jax.Array | None]] = [
-        (path, elementwise.where(m, x, jnp.zeros_like(x))) for path, x, m in rows if x is not None
-    ]
-    if place is None:
-        return picked
-    by_path, order = dict(picked), [path for path, _ in trees.governed(place)]
-    unknown = sorted(by_path.keys() - set(order))
-    trees.check_state(not unknown, f"gradients at {unknown}, where there were no params")
-    return [(path, by_path.get(path)) for path in order]
-
-
-def _norm(
-    measured: list[tuple[str, jax.Array | None]], ord: float, axis_name: incoming.AxisName, each: bool
-) -> jax.Array:
-    """The norm: one, or one for each leaf, 0 for a leaf without a gradient."""
-    given = [(path, x) for path, x in measured if x is not None]
-    over: dict[str, tuple[str, ...]] = {}
-    if axis_name is not None:
-        names, arrays = [path for path, _ in given], [x for _, x in given]
-        over = dict(zip(names, incoming.sharded_over(axis_name, names, arrays), strict=True))
-    arrays = [jnp.zeros((1,)) if x is None else x for _, x in measured]
-    return norms.norm(arrays, ord, axes=[over.get(path, ()) for path, _ in measured], each=each)
 
 
 @elementwise.leafwise
@@ -195,20 +167,6 @@ def _coefficient(norm: jax.Array, limit: jax.Array, eps: Number) -> jax.Array:
     divisor = jnp.where(within, jnp.ones_like(norm), norm + jnp.asarray(eps, norm.dtype))
     factor = jnp.where(within, jnp.ones_like(norm), elementwise.quotient(limit, divisor))
     return jnp.where(jnp.isfinite(norm), factor, jnp.full_like(norm, math.nan))
-
-
-def _rescaled(total: Tree, chosen: Tree, factors: list[jax.Array]) -> Tree:
-    """The chosen entries times the factor of their leaf, the others as they are."""
-    leaves, treedef = trees.flatten(total)
-    rows = zip(leaves, factors, trees.flatten(chosen)[0], strict=True)
-    return treedef.unflatten([None if x is None else elementwise.where(m, _scaled(x, f), x) for x, f, m in rows])
-
-
-@elementwise.leafwise
-def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
-    wide = dtypes.wide(x.dtype)
-    scaled = (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
-    return elementwise.where(factor != 1, scaled, x)  # a product with 1 would flush denormals
 
 
 def _next_state(

@@ -12,6 +12,7 @@ from clipjax._arrays import trees
 from clipjax._gradients import threshold_state
 from clipjax._gradients.clipping import ClipState
 from clipjax._gradients.norm_clipping import ClipNormState
+from clipjax._gradients.scaling import ScaleState
 from clipjax._gradients.skipping import SkipState
 from clipjax._weights import quantize_state
 from clipjax._weights.clamping import ClampState
@@ -62,7 +63,7 @@ def report(opt_state: State, per_leaf: bool = False) -> Metrics:
 
 def _states(opt_state: State) -> Iterator[State]:
     """The state of every clipjax transformation, in the order in which they act: those inside another one first."""
-    outer = (ClipState, ClipNormState, SkipState, ProjectState)
+    outer = (ClipState, ClipNormState, ScaleState, SkipState, ProjectState)
     for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, outer)):
         if not isinstance(state, outer):
             continue
@@ -86,13 +87,25 @@ def _threshold(threshold: jax.Array) -> jax.Array:
 
 def _clip_norm(state: ClipNormState, per_leaf: bool) -> Metrics:
     """With per="leaf" the means over the leaves that had a gradient; NaN for a leaf that had none."""
-    given = ~(state.norm_pre < 0)
     values = {
         "norm_pre": state.norm_pre,
         "threshold": _threshold(state.threshold),
         "coefficient": state.coefficient,
         "norm_post": state.norm_pre * state.coefficient,
     }
+    metrics = _of_norms(state, values, per_leaf)
+    fraction = state.clipped / jnp.maximum(state.count, 1)
+    return metrics | {"clipped": state.clipped, "fraction_clipped": fraction, "nonfinite": state.nonfinite}
+
+
+def _scale(state: ScaleState, per_leaf: bool) -> Metrics:
+    """As `_clip_norm`."""
+    values = {"norm_pre": state.norm_pre, "coefficient": state.coefficient}
+    return _of_norms(state, values, per_leaf) | {"nonfinite": state.nonfinite}
+
+
+def _of_norms(state: ClipNormState | ScaleState, values: Metrics, per_leaf: bool) -> Metrics:
+    given = ~(state.norm_pre < 0)
     count = jnp.maximum(jnp.sum(given), 1)
     metrics = {
         key: value if value.ndim == 0 else jnp.sum(jnp.where(given, value, 0)) / count.astype(value.dtype)
@@ -102,8 +115,7 @@ def _clip_norm(state: ClipNormState, per_leaf: bool) -> Metrics:
         paths = [path for path, _ in trees.governed(state.place)]
         for key, value in values.items():
             metrics |= {f"{key}/{path}": x for path, x in zip(paths, jnp.where(given, value, jnp.nan), strict=True)}
-    fraction = state.clipped / jnp.maximum(state.count, 1)
-    return metrics | {"clipped": state.clipped, "fraction_clipped": fraction, "nonfinite": state.nonfinite}
+    return metrics
 
 
 def _skip(state: SkipState, per_leaf: bool) -> Metrics:
@@ -172,6 +184,7 @@ def _project(state: ProjectState, per_leaf: bool) -> Metrics:
 _KINDS: dict[type, tuple[str, Callable[[Any, bool], Metrics]]] = {
     ClipState: ("clip", _clip),
     ClipNormState: ("clip_norm", _clip_norm),
+    ScaleState: ("scale_to_norm", _scale),
     SkipState: ("skip_spikes", _skip),
     ClampState: ("clamp_weights", _clamp),
     PruneState: ("prune_mask", _prune),

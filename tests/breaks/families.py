@@ -3,6 +3,9 @@
 from breaks.mutant import Mutant
 
 MUTANTS = (
+    Mutant("projections.py", "(r > 0) & (power > 0)", "(power > 0)", "projections", "zero_at_the_start"),
+    Mutant("projections.py", "2 * norm * power, jnp.zeros", "norm, jnp.zeros", "projections", "radius_is_given"),
+    Mutant("projections.py", "if i not in own)", "if i in own)", "projections", "radius_is_given"),
     Mutant(
         "structures.py", "(other == groups) & (j < place)", "(other == groups) & (j > place)", "structures", "n_of_m"
     ),

@@ -2,7 +2,13 @@
 
 from breaks.mutant import Mutant
 
+SCALING, RESCALING = "_gradients/scaling.py", "_gradients/rescaling.py"
 MUTANTS = (
+    Mutant(SCALING, "norm + jnp.asarray(gamma", "norm - jnp.asarray(gamma", "scaling", "together or gamma"),
+    Mutant(SCALING, "jnp.where(norm > 0, factor,", "jnp.where(norm < 0, factor,", "scaling", "together"),
+    Mutant(SCALING, "jnp.where(jnp.isfinite(norm), factor,", "jnp.where(True, factor,", "scaling", "zero_and"),
+    Mutant(RESCALING, "norm_of(counted, 2, axis_name,", "norm_of(counted, 2, None,", "scaling", "shard_map"),
+    Mutant(RESCALING, "ones_like, total), chosen,", "ones_like, total), total,", "scaling", "selection"),
     Mutant(
         "_gradients/with_gradient.py",
         '{"grad": updates, **extra}',
