@@ -37,7 +37,9 @@ def begin(plans: dict[str, Plan]) -> RateState:
     def zeros() -> Tree:
         return trees.by_path({path: jnp.zeros((), jnp.float32) for path in plans})
 
-    thresholds = trees.by_path({path: jnp.zeros(2 * grids.top(plan.widest), jnp.float32) for path, plan in plans.items()})
+    thresholds = trees.by_path(
+        {path: jnp.zeros(2 * grids.top(plan.widest), jnp.float32) for path, plan in plans.items()}
+    )
     return RateState(thresholds, zeros(), zeros(), *(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
