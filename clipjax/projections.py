@@ -189,8 +189,7 @@ def sphere(radius: Number | PerLeaf | None = None, *, axis: Axis | PerLeaf = Non
     a weight decay is not needed, and the learning rate alone says by which angle an update turns the weights. The norm
     is taken anew at every update, so that nothing drifts: it is within :math:`10^{-6}` of r for f32 weights, and for
     narrower ones as near as the rounding of the entries allows. Weights whose radius is 0, as those of a layer that
-    starts at zero, are not held, and weights that are all 0 stay 0. It costs one pass more over the weights; across
-    devices go the sums of squares.
+    starts at zero, are not held, and weights that are all 0 stay 0. Across devices go the sums of squares alone.
 
     Args:
       radius: r > 0, which may be traced, or ``per_leaf`` numbers; None for the norms of the params at `init`, which the

@@ -121,7 +121,7 @@ def rate(lam: Number | Schedule | None = None, budget: Number | Schedule | None 
         traced, or a schedule of the updates since `start`, that is evaluated at refreshes.
       budget: instead of λ, how many bytes the params may take in a file, as `report` estimates them: all params that
         the transformation is given, those that it does not quantize with all their bytes. A number or a schedule.
-        Every refresh then looks for the least λ of at most 2^8 that fits, in 14 passes over the weights.
+        Every refresh then looks for the least λ of at most 2^8 that fits, and counts all codes 14 times for it.
 
     Returns:
       A `Rounding`. It needs the latent weights of ``carry=True`` and widths of at most 8 bits.

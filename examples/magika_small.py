@@ -1,7 +1,7 @@
 """Makes Magika small: channels go, 2 or 3 bits a weight are left, and the unmodified package runs what comes out.
 
     python benchmarks/real/file_corpus.py                               # once: files of some 800 packages
-    python examples/magika_small.py [--files out/files] [--out out/magika] [--channels 448] [--bits 3] [--epochs 2]
+    python examples/magika_small.py [--files out/files] [--out out/magika] [--channels 432] [--bits 3] [--epochs 2]
 
 The original answers for every file that is trained on, and the small one learns its answers (distillation):
 
@@ -148,7 +148,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=Path, default=Path("out/files"))
     parser.add_argument("--out", type=Path, default=Path("out/magika"))
-    parser.add_argument("--channels", type=int, default=448)
+    parser.add_argument("--channels", type=int, default=432)
     parser.add_argument("--bits", type=int, default=3, help="of a weight of the convolution")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--seed", type=int, default=0)

@@ -153,7 +153,10 @@ def measure(judge: Judge, options: argparse.Namespace, made: set[tuple[str, int]
         for seed in range(options.seeds):
             for size in options.sizes:
                 channels, bits = map(int, size.split("x"))
-                name, kept = f"clipjax, {channels} channels, {bits} bits", options.models / f"{size}-{seed}"
+                name, kept = (
+                    f"clipjax, {channels} channels, {bits} bits",
+                    options.models / f"{size}-{options.epochs:g}-{seed}",
+                )
                 if (name, seed) in made:
                     continue
                 if not (kept / "model.onnx").exists():

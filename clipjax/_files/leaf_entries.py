@@ -53,7 +53,7 @@ def together(names: list[str], leaves: list[np.ndarray | Quantized], layout: str
         kind, shape = (0, np.shape(x.codes)) if isinstance(x, Quantized) else (_DTYPES.index(x.dtype.name), x.shape)
         rows.append(one_entry.Row(name, _FORMS.index(form), kind, shape, len(data)))
         parts.append(data)
-        seen: list[int] = []
+        seen: list[int] = []  # decoded once more: the checksum is that of what a reader will see
         if form == _CODED:
             leaf_codec.unpack(data, leaf_codec.DTYPES[_DTYPES[kind]], shape, seen)
         elif form in _PAYLOADS:

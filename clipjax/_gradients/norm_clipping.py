@@ -78,7 +78,8 @@ def clip_norm(
         C; a rule then keeps a state and computes a C for each array.
       ord: p > 0 in :math:`n = (\sum |g|^p)^{1/p}`; 2 is the Euclidean norm, `math.inf` the largest magnitude. Or "rms":
         :math:`n = \sqrt{\sum g^2 / m}` over m (selected) entries, so that C does not depend on the size of an array:
-        ``clip_norm(1.0, per="leaf", ord="rms")`` behind the optimizer is Adafactor's clipping of updates. Static.
+        ``clip_norm(1.0, per="leaf", ord="rms")`` behind the optimizer is Adafactor's clipping of updates, as
+        `optax.clip_by_block_rms` does it for a constant C. Static.
       eps: ε >= 0, added to n where C is divided by it, so that the clipped norm falls short of C by about C ε / n. May
         be traced.
       select: a selection of `clipjax.selections`, such as `largest(0.1)` or `bernoulli(0.5, key=key)`, evaluated at
@@ -150,8 +151,7 @@ def clip_norm(
             norm = rescaling.mean(norm, total, chosen, state.place if each else None, axis_name)
         limit, history = thresholds.update(state.count, norm, state.rule, measured)
         factor = _coefficient(norm, limit, eps)
-        of_leaf = dict(zip((path for path, _ in measured), factor, strict=True)) if each else {}
-        factors = [of_leaf.get(path, factor) for path in trees.paths(total)]
+        factors = rescaling.factors(total, measured, factor)
         clipped = rescaling.rescaled(total, chosen, factors)
         emitted, left = feedback.emit(clipped, total, updates, state.carry, [jnp.isfinite(f) for f in factors])
         return emitted, _next_state(state, norm, limit, factor, [x is not None for _, x in measured], history, left)

@@ -54,6 +54,12 @@ def mean(norm: jax.Array, total: Tree, chosen: Tree, place: Tree | None, axis_na
     return jnp.where(root > 0, norm / jnp.where(root > 0, root, jnp.ones_like(root)), norm)
 
 
+def factors(total: Tree, measured: list[tuple[str, jax.Array | None]], factor: jax.Array) -> list[jax.Array]:
+    """The factor of each leaf: its own where there is one for each that was measured, else the one of all."""
+    own = dict(zip((path for path, _ in measured), factor, strict=True)) if factor.ndim else {}
+    return [own.get(path, factor) for path in trees.paths(total)]
+
+
 def rescaled(total: Tree, chosen: Tree, factors: list[jax.Array]) -> Tree:
     """The chosen entries times the factor of their leaf, the others as they are."""
     leaves, treedef = trees.flatten(total)

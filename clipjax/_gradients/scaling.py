@@ -43,7 +43,9 @@ def scale_to_norm(
 
     Unlike `clip_norm` it makes small gradients larger too, so that their size has no part in the training, only their
     direction. With γ > 0 gradients that are small beside γ stay small. A gradient of 0 stays 0; one whose norm is not
-    finite becomes NaN and is counted, as in `clip_norm`. The factor is applied in f32 (f64), and the dtype stays.
+    finite becomes NaN and is counted, as in `clip_norm`. The factor is applied in f32 (f64), and the dtype stays. For a
+    constant T and all arrays together `optax.normalize_by_update_norm` does the same, while a float can hold
+    the square of the norm.
 
     Args:
       target: T >= 0: a number, which may be traced, or a schedule count -> T.
@@ -95,8 +97,7 @@ def scale_to_norm(
         norm = rescaling.norm_of(measured, 2, axis_name, each)
         wanted = jnp.asarray(arguments.schedule(target)(state.count)).astype(norm.dtype)
         factor = _coefficient(norm, jnp.maximum(wanted, 0), gamma)
-        of_leaf = dict(zip((path for path, _ in measured), factor, strict=True)) if each else {}
-        factors = [of_leaf.get(path, factor) for path in trees.paths(updates)]
+        factors = rescaling.factors(updates, measured, factor)
         return rescaling.rescaled(updates, chosen, factors), ScaleState(
             optax.safe_increment(state.count),
             state.nonfinite + jnp.any(~jnp.isfinite(norm)).astype(jnp.int32),

@@ -2,7 +2,7 @@
 
 The weight r, in units of the step, takes the level l of least (r - l)² + λ c(l), c(l) being what the level costs in
 bits. As a function of r the best level never falls, so that a leaf needs one threshold between each two of its levels,
-and a weight as many comparisons: no search, no table that is read weight by weight.
+and a weight of b bits, which halves them at each, b comparisons: no table is read weight by weight.
 """
 
 from __future__ import annotations

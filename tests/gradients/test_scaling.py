@@ -32,6 +32,11 @@ def test_all_arrays_together_get_the_norm():
         assert clipjax.report(state)["scale_to_norm/norm_pre"] == pytest.approx(n)
 
 
+def test_all_arrays_together_get_the_norm_as_with_optax():
+    theirs, _ = once(optax.normalize_by_update_norm(3.0, 0.5))
+    chex.assert_trees_all_close(once(clipjax.scale_to_norm(3.0, 0.5))[0], theirs, rtol=1e-6)
+
+
 def test_every_array_gets_the_norm():
     got, state = once(clipjax.scale_to_norm(2.0, per="leaf"))
     np.testing.assert_allclose([jnp.linalg.norm(g) for g in jax.tree.leaves(got)], 2.0, rtol=1e-6)
