@@ -79,8 +79,8 @@ def short_rows(bound):
     return holds
 
 
-def of_rank_2(path, leaf):
-    return leaf.ndim == 2
+def of_matrices(path, leaf):
+    return leaf.ndim >= 2
 
 
 def both(*checks):
@@ -270,7 +270,7 @@ ROWS = [
     row(
         "project_sphere_unit",
         "inner",
-        lambda opt: clipjax.project(projections.sphere(0.5, axis=-1), carry=True, inner=opt, where=of_rank_2),
+        lambda opt: clipjax.project(projections.sphere(0.5, axis=-1), carry=True, inner=opt, where=of_matrices),
         on_spheres,
     ),
     row("project_function", "weight", lambda _: clipjax.project(positive, carry=True), nowhere_negative),
