@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,14 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments, elementwise, stacks, trees
-from clipjax._maths import code_costs, grids
+from clipjax._maths import code_costs, grids, line_classes
 from clipjax._weights import leaf_grid, quantize_state
 from clipjax._weights.leaf_grid import LeafGrid, Measured, Plan
 from clipjax._weights.quantize_state import LeafLevels, QuantizeState, RateState
 from clipjax.typing import Rounding, Tree
 
 _LOWEST, _HIGHEST, _HALVINGS = -12, 8, 11  # log2 of λ, found to a hundredth of an octave
-_FILE, _LEAF, _STEP = 80, 12, 4  # bytes of a file around its leaves, of a leaf around its codes, and of a step
+_FILE, _LEAF, _STEP, _FLUSH = 80, 12, 4, 5  # bytes around leaves, around codes, of a step, and at the end of a code
 
 
 class _Coded(NamedTuple):
@@ -25,10 +26,12 @@ class _Coded(NamedTuple):
     Attributes:
       counts: f32[codes], how many weights have each.
       error: f32, the mean squared error of a weight.
+      bytes: f32, of the codes in a file.
     """
 
     counts: jax.Array
     error: jax.Array
+    bytes: jax.Array
 
 
 def begin(plans: dict[str, Plan]) -> RateState:
@@ -97,9 +100,7 @@ def rated(
 
     def size(coded: list[_Coded]) -> jax.Array:
         steps = sum(levels[0].size for levels in fitted) * _STEP
-        codes = sum((code_costs.information(c.counts) for c in coded), jnp.zeros((), jnp.float32))
-        tables = sum((jnp.sum(c.counts > 0) for c in coded), jnp.zeros((), jnp.int32))
-        return codes / 8 + steps + tables + state.rest
+        return sum((c.bytes for c in coded), jnp.zeros((), jnp.float32)) + steps + state.rest
 
     lam = _lam(rounding, lambda lam: size(at(lam)[1]), since)
     thresholds, coded = at(lam)
@@ -138,4 +139,21 @@ def _coded(plan: Plan, measured: Measured, grid: LeafGrid) -> _Coded:
     grid = leaf_grid.in_view(plan, grid)
     codes = leaf_grid.codes(plan, measured.values, grid)
     error = jnp.mean(jnp.square(codes * grid.step - measured.values)) if codes.size else jnp.zeros((), jnp.float32)
-    return _Coded(code_costs.histogram(codes, float(-grids.top(plan.widest)), 2 * grids.top(plan.widest) + 1), error)
+    counts = code_costs.histogram(codes, float(-grids.top(plan.widest)), 2 * grids.top(plan.widest) + 1)
+    return _Coded(counts, error, _bytes(plan, codes, counts))
+
+
+def _bytes(plan: Plan, codes: jax.Array, counts: jax.Array) -> jax.Array:
+    """What a file takes for the codes: packed, by how often each occurs, or with rows and columns of unlike density."""
+    there = counts > 0
+    levels = counts.size - jnp.argmax(there) - jnp.argmax(there[::-1])  # from the first code that occurs to the last
+    packed = codes.size * jnp.ceil(jnp.log2(jnp.maximum(levels, 1).astype(jnp.float32))) / 8
+    coded = code_costs.information(counts) / 8 + levels + _FLUSH
+    found = jnp.where(levels > 1, jnp.minimum(packed, coded), 0)
+    last = codes.ndim - 1 - (plan.groups.at == codes.ndim - 2)  # the axis of columns; in a view it may be cut
+    rows = math.prod(codes.shape[:last])
+    if rows < 2 or codes.size < 2 * rows:
+        return found
+    zero = jnp.arange(counts.size) == counts.size // 2
+    values = code_costs.information(jnp.where(zero, 0, counts)) / 8 + levels + _FLUSH
+    return jnp.minimum(found, values + line_classes.size(jnp.reshape((codes != 0).astype(jnp.float32), (rows, -1))))

@@ -206,7 +206,7 @@ def test_codes_are_limited_to_the_levels_of_their_own_step_group():
     np.testing.assert_array_equal(got, [[3, 1], [-3, -1]])
 
 
-@pytest.mark.parametrize("name", ["two", "lists", "wide", "sparse", "biases"])
+@pytest.mark.parametrize("name", ["two", "lists", "wide", "sparse", "biases", "lines"])
 def test_the_bytes_of_the_report_are_those_of_the_file(name):
     rng = np.random.default_rng(1)
     trees = {
@@ -217,6 +217,7 @@ def test_the_bytes_of_the_report_are_those_of_the_file(name):
             "scale": jnp.asarray(rng.normal(size=500)),
         },
         "sparse": {"kernel": jnp.asarray(rng.normal(size=(300, 200)) ** 7, jnp.float32), "count": jnp.arange(40)},
+        "lines": {"kernel": jnp.asarray(rng.normal(size=(300, 200)) * rng.beta(0.2, 1, (300, 1)), jnp.float32)},
         "biases": {"kernel": jnp.asarray(W), "bias": jnp.asarray(rng.normal(size=48), jnp.float32)},
     }
     where = (lambda path, leaf: True) if name == "biases" else None
