@@ -48,9 +48,9 @@ def _information(counts: jax.Array) -> jax.Array:
 
 def _classes(alive: jax.Array, width: int) -> jax.Array:
     """The class of every line by how many of its `width` entries are alive, i32: bit by bit the best split."""
-    have = jnp.zeros(width + 1).at[alive.astype(jnp.int32)].add(1.0)  # how many lines have 0, 1, 2, … nonzeros
+    have = jnp.zeros(width + 1, jnp.float32).at[alive.astype(jnp.int32)].add(1.0)  # how many lines have 0, 1, 2, … nonzeros
     ones = have * jnp.arange(width + 1, dtype=jnp.float32)
-    lines, total = (jnp.concatenate([jnp.zeros(1), jnp.cumsum(x)]) for x in (have, ones))
+    lines, total = (jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(x)]) for x in (have, ones))
     place = jnp.arange(width + 2)
 
     def split(ends: jax.Array) -> jax.Array:

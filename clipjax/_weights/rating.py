@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments, elementwise, stacks, trees
-from clipjax._maths import code_costs, grids, line_classes
+from clipjax._maths import blocks, code_costs, grids, line_classes
 from clipjax._weights import leaf_grid, quantize_state
 from clipjax._weights.leaf_grid import LeafGrid, Measured, Plan
 from clipjax._weights.quantize_state import LeafLevels, QuantizeState, RateState
@@ -150,10 +149,12 @@ def _bytes(plan: Plan, codes: jax.Array, counts: jax.Array) -> jax.Array:
     packed = codes.size * jnp.ceil(jnp.log2(jnp.maximum(levels, 1).astype(jnp.float32))) / 8
     coded = code_costs.information(counts) / 8 + levels + _FLUSH
     found = jnp.where(levels > 1, jnp.minimum(packed, coded), 0)
-    last = codes.ndim - 1 - (plan.groups.at == codes.ndim - 2)  # the axis of columns; in a view it may be cut
-    rows = math.prod(codes.shape[:last])
-    if rows < 2 or codes.size < 2 * rows:
+    alive, at = (codes != 0).astype(jnp.float32), plan.groups.at
+    if at is not None:  # the array of which this is a view
+        alive = blocks.join(alive, at, codes.shape[at] * codes.shape[at + 1])
+    if alive.ndim < 2 or alive.shape[-1] < 2 or alive.size < 2 * alive.shape[-1]:
         return found
     zero = jnp.arange(counts.size) == counts.size // 2
     values = code_costs.information(jnp.where(zero, 0, counts)) / 8 + levels + _FLUSH
-    return jnp.minimum(found, values + line_classes.size(jnp.reshape((codes != 0).astype(jnp.float32), (rows, -1))))
+    rows = blocks.flattened(alive, tuple(range(alive.ndim - 1)))[0]
+    return jnp.minimum(found, values + line_classes.size(rows))
