@@ -12,6 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from clipjax._arrays import sharding
+from clipjax._maths import code_costs
+
 _DEPTH = 4  # there are at most 2^4 classes
 _WORTH = 16.0  # bits that a split must save
 
@@ -24,9 +27,11 @@ def size(alive: jax.Array) -> jax.Array:
     Args:
       alive: f32[rows, columns], 1 where an entry is not 0.
     """
-    rows, columns = _classes(alive.sum(1), alive.shape[1]), _classes(alive.sum(0), alive.shape[0])
-    ones = [jax.nn.one_hot(c, 1 << _DEPTH, dtype=jnp.float32) for c in (rows, columns)]
-    fine, numbers = _times(_times(ones[0].T, alive), ones[1]), [one.sum(0) for one in ones]
+    classes = [_classes(alive.sum(axis), alive.shape[axis]) for axis in (1, 0)]
+    ones = [jax.nn.one_hot(c, 1 << _DEPTH, dtype=jnp.float32) for c in classes]
+    nowhere = sharding.respecified(alive, lambda spec: (None, None))
+    fine = jnp.einsum("rc,ri,cj->ij", alive, *ones, precision=jax.lax.Precision.HIGHEST, out_sharding=nowhere)
+    numbers = [one.sum(0) for one in ones]
     depths = jnp.stack(jnp.meshgrid(*[jnp.arange(_DEPTH + 1)] * 2), -1).reshape(-1, 2)
     return jnp.min(jax.lax.map(lambda depth: _merged(fine, numbers, depth), depths))
 
@@ -37,8 +42,9 @@ def _merged(fine: jax.Array, numbers: list[jax.Array], depth: jax.Array) -> jax.
     merge = [jax.nn.one_hot(places >> (_DEPTH - d), 1 << _DEPTH, dtype=jnp.float32) for d in depth]
     lines = [_times(n, m) for n, m in zip(numbers, merge, strict=True)]
     known = _bits(_times(_times(merge[0].T, fine), merge[1]), lines[0][:, None] * lines[1][None, :])
-    tables = [jnp.where(d > 0, _information(n) / 8 + 1 + 2.0**d, 0.0) for n, d in zip(lines, depth, strict=True)]
-    return jnp.sum(known) / 8 + 2 + 2 * 2.0 ** jnp.sum(depth) + tables[0] + tables[1]
+    classes = jnp.exp2(depth.astype(jnp.float32))
+    tables = [jnp.where(d > 0, _information(n) / 8 + 1 + c, 0) for n, d, c in zip(lines, depth, classes, strict=True)]
+    return jnp.sum(known) / 8 + 2 + 2 * jnp.prod(classes) + tables[0] + tables[1]
 
 
 def _information(counts: jax.Array) -> jax.Array:
@@ -48,7 +54,7 @@ def _information(counts: jax.Array) -> jax.Array:
 
 def _classes(alive: jax.Array, width: int) -> jax.Array:
     """The class of every line by how many of its `width` entries are alive, i32: bit by bit the best split."""
-    have = jnp.zeros(width + 1, jnp.float32).at[alive.astype(jnp.int32)].add(1.0)  # how many lines have 0, 1, 2, … nonzeros
+    have = code_costs.histogram(alive, 0.0, width + 1)  # how many lines have 0, 1, 2, ... nonzeros
     ones = have * jnp.arange(width + 1, dtype=jnp.float32)
     lines, total = (jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(x)]) for x in (have, ones))
     place = jnp.arange(width + 2)
@@ -81,9 +87,7 @@ def _classes(alive: jax.Array, width: int) -> jax.Array:
         return jnp.where(first[:, None], halves[:, 0], jnp.where(second[:, None], other, parts))
 
     ends = jax.lax.fori_loop(0, _DEPTH, halve, parts)[:, 1]
-    count = jnp.arange(width + 1)
-    found = jnp.sum((count[:, None] >= ends) & (ends < width + 1), axis=1)
-    return found[alive.astype(jnp.int32)]
+    return jnp.sum((alive[:, None] >= ends) & (ends < width + 1), axis=1)
 
 
 def _bits(alive: jax.Array, cells: jax.Array) -> jax.Array:
