@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax._arrays import arguments, dtypes, elementwise, leaf_axes, picking, trees
-from clipjax._maths import intervals, norms, square_sums
+from clipjax._arrays import arguments, dtypes, leaf_axes, picking, trees
+from clipjax._maths import intervals, singular_values, square_sums
 from clipjax.typing import Axis, Context, Leaf, Number, PerLeaf, Projection, State, Tree
 
-__all__ = ["Projection", "clamp", "identity", "max_norm", "sphere", "stateless", "unit_norm"]
+__all__ = [
+    "Projection",
+    "clamp",
+    "identity",
+    "max_norm",
+    "orthonormal",
+    "spectral_cap",
+    "sphere",
+    "stateless",
+    "unit_norm",
+]
 
 
 def __dir__() -> list[str]:
@@ -136,23 +144,7 @@ def max_norm(bound: float, *, axis: int | tuple[int, ...] | None = None) -> Proj
     arguments.non_negative(bound, "bound", "A norm is at least 0.")
 
     def scale(x: jax.Array, p: jax.Array) -> jax.Array:
-        shown = dtypes.narrowed(x, p.dtype)  # what the params would be
-        axes = _axes(x, axis)
-        scaled, power, norm = _norm(jnp.where(jnp.isfinite(shown), shown, x), axes)
-        # In units of u, half an ulp of 1, the norm is off by e at most: half the error of the sum, and the root. So it
-        # is surely within C where it is found to be at most C (1 - margin), one rounding more. What is scaled is off by
-        # e and four roundings, and must be found to be so by the next update, which may be off by e the other way.
-        unit = float(jnp.finfo(x.dtype).eps) / 2
-        e = square_sums.error(x.shape, axes) / 2 + 1
-        margin = math.ceil(e + 1)
-        short = math.ceil(margin + 2 * e + 4)
-        limit = jnp.asarray(bound, x.dtype)
-        limit = jnp.where(limit < 0, jnp.zeros_like(limit), limit)
-        beyond = 2 * norm * power > limit * (1 - margin * unit)
-        # a factor that is not used has a derivative all the same
-        reached = jnp.where(beyond, limit, jnp.ones_like(norm))
-        within = dtypes.truncated(scaled * (reached * (1 - short * unit) / norm), p.dtype)
-        return jnp.where(beyond & jnp.isfinite(x), within, x)
+        return square_sums.shortened(x, p.dtype, _axes(x, axis), bound)
 
     def apply(target: Tree, state: State, context: Context | None) -> tuple[Tree, State]:
         return jax.tree.map(scale, target, _like(target, context)), state
@@ -176,7 +168,7 @@ def unit_norm(*, axis: int | tuple[int, ...] | None = None) -> Projection:
     """
 
     def scale(x: jax.Array) -> jax.Array:
-        scaled, _, norm = _norm(x, _axes(x, axis))
+        scaled, _, norm = square_sums.norm(x, _axes(x, axis))
         return jnp.where(jnp.isfinite(x), scaled / norm, x)
 
     return stateless(lambda tree: jax.tree.map(scale, tree))
@@ -234,11 +226,11 @@ def sphere(radius: Number | PerLeaf | None = None, *, axis: Axis | PerLeaf = Non
             return jnp.full(shape, given, dtype)
         if isinstance(p, jax.ShapeDtypeStruct):
             return jnp.zeros(shape, dtype)
-        _, power, norm = _norm(p.astype(dtype), axes)
+        _, power, norm = square_sums.norm(p.astype(dtype), axes)
         return jnp.where(power > 0, 2 * norm * power, jnp.zeros_like(power))
 
     def held(path: str, x: jax.Array, r: jax.Array) -> jax.Array:
-        scaled, power, norm = _norm(x, over(path, x))
+        scaled, power, norm = square_sums.norm(x, over(path, x))
         r = r.astype(x.dtype)
         return jnp.where(jnp.isfinite(x) & (r > 0) & (power > 0), scaled * (r / norm), x)
 
@@ -251,24 +243,102 @@ def sphere(radius: Number | PerLeaf | None = None, *, axis: Axis | PerLeaf = Non
     return Projection(init, apply)
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _norm(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The finite entries over twice a power of two, so that the largest is at least 1/2, that power, and their norm."""
-    finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(finite), axis=axes, keepdims=True, initial=0))
-    power = _power_of_two(largest)
-    unit, part = norms.divisor(power)
-    scaled = finite * part / unit * 0.5
-    norm = elementwise.root(square_sums.squares(scaled, axes))
-    return scaled, power, jnp.where(norm > 0, norm, jnp.ones_like(norm))
+def spectral_cap(
+    bound: Number, iterations: int = 8, *, axis: Axis | PerLeaf = None, layers: Axis | PerLeaf = None
+) -> Projection:
+    r"""Matrices of a largest singular value of at most the bound: :math:`w \leftarrow w \min(1, C / s)`.
+
+    The number s is an upper bound of the largest singular value :math:`\sigma_1`; an iteration of vectors would give a
+    lower one. With the Gram matrix G of the shorter side, of n entries, and k iterations
+
+    .. math:: s = \lVert G^{2^k} \rVert_F^{1 / 2^{k + 1}}, \qquad
+        \sigma_1 \le s \le n^{1 / 2^{k + 2}} \sigma_1
+
+    so that 8 iterations find it to 0.7 % from above for n = 1024, and to 0.9 % for n = 8192. Held weights have
+    :math:`\sigma_1 \le C`, up to rounding: of f32 in the products, and of the entries of narrower params. All singular
+    values shrink alike, as by `max_norm`; matrices within the bound stay as they are. An update costs k + 1 products of
+    the shorter side with itself, n² numbers in memory, and these n² numbers across devices.
+
+    Args:
+      bound: C > 0, may be traced.
+      iterations: k >= 0, how often G is squared. Static.
+      axis: the axis or axes of the outputs, or ``per_leaf``, as ``analysis.outputs``; None for the last one. All axes
+        but these and `layers` are contracted, as in the kernel of a convolution.
+      layers: axes along which each index is a matrix of its own, as 0 in a stack, or ``per_leaf``, as
+        ``analysis.layers``; None for none.
+
+    Returns:
+      A `Projection`.
+
+    Raises:
+      ValueError: for a bound that is not positive; at init for a leaf without two sides: pick kernels by `where`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kernel = jnp.array([[3.0, 0.0], [0.0, 1.0]])
+      >>> [round(x, 4) for x in jnp.diag(spectral_cap(1.5).apply(kernel, (), None)[0]).tolist()]
+      [1.5, 0.5]
+
+    References:
+      Miyato et al., "Spectral Normalization", 2018, https://arxiv.org/abs/1802.05957. Newhouse et al., "Training
+      Transformers with Enforced Lipschitz Constants", 2025, https://arxiv.org/abs/2507.13338. D3: what to limit.
+    """
+    arguments.scalar(bound, "bound", "All matrices have the same bound.")
+    arguments.check_positive(bound, "bound", "`projections.clamp(0.0)` holds weights at 0.")
+    arguments.static(iterations, "iterations")
+    arguments.whole(iterations, "iterations", low=0, remedy="8 are usual.")
+    sides = leaf_axes.sides(axis, layers)
+
+    def scale(path: str, x: jax.Array, p: jax.Array) -> jax.Array:
+        return singular_values.capped(x, p.dtype, sides(path, x), bound, iterations)
+
+    def apply(target: Tree, state: State, context: Context | None) -> tuple[Tree, State]:
+        return trees.map_with_path(scale, target, _like(target, context)), state
+
+    return Projection(lambda params: (trees.map_with_path(sides, params), ())[1], apply)
 
 
-def _power_of_two(largest: jax.Array) -> jax.Array:
-    """The power of two that is not above a number; 0 for 0."""
-    kind = jnp.dtype(f"int{8 * largest.dtype.itemsize}")
-    exponent = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, largest.dtype), kind)  # its bits, all set
-    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(largest, kind) & exponent, largest.dtype)
-    return jnp.where(largest > 0, jnp.maximum(power, jnp.finfo(largest.dtype).tiny), power)
+def orthonormal(iterations: int = 12, *, axis: Axis | PerLeaf = None, layers: Axis | PerLeaf = None) -> Projection:
+    r"""Matrices whose singular values are all 1, the nearest ones: :math:`w \leftarrow U V^T` of :math:`w = U S V^T`.
+
+    Columns are then orthonormal, or rows where there are fewer of these. The factor is found by matrix products:
+
+    .. math:: X \leftarrow (15 X - 10\, X G + 3\, X G^2) / 8, \qquad G = X^T X
+
+    from :math:`w / \lVert w^T w \rVert_F^{1/2}` on. Each iteration brings small singular values 15/8 times nearer to 1,
+    and one that is d away to 2.5 d³ of it. What starts near 0 takes some updates, and singular values of 0 stay 0. An
+    iteration costs three products with the shorter side, of n entries, and moves n² numbers across devices.
+
+    Args:
+      iterations: how many, at least 1. Static.
+      axis: the axis or axes of the outputs, as in `spectral_cap`, and `layers` as well.
+      layers: axes along which each index is a matrix of its own.
+
+    Returns:
+      A `Projection`.
+
+    Raises:
+      ValueError: for less than one iteration; at init for a leaf without two sides: pick kernels by `where`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> q, _ = orthonormal().apply(jnp.array([[2.0, 1.0], [0.0, 1.0], [1.0, 0.0]]), (), None)
+      >>> bool(jnp.allclose(q.T @ q, jnp.eye(2), atol=1e-6))
+      True
+
+    References:
+      Björck and Bowie, "An iterative algorithm for computing the best estimate of an orthogonal matrix", 1971. Higham,
+      "Functions of Matrices", 2008, chapter 8. D3: which values to limit.
+    """
+    arguments.static(iterations, "iterations")
+    arguments.whole(iterations, "iterations", low=1, remedy="12 are usual.")
+    sides = leaf_axes.sides(axis, layers)
+
+    def apply(target: Tree, state: State, context: Context | None) -> tuple[Tree, State]:
+        nearest = lambda path, x: singular_values.polar(x, sides(path, x), iterations)  # noqa: E731
+        return trees.map_with_path(nearest, target), state
+
+    return Projection(lambda params: (trees.map_with_path(sides, params), ())[1], apply)
 
 
 def _axes(x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:

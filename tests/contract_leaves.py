@@ -34,3 +34,15 @@ def on_spheres(params, state):
             axes = tuple(i for i, n in enumerate(r.shape) if n == 1)
             norm = np.sqrt(np.square(np.asarray(x, np.float64)).sum(axes, keepdims=True))
             np.testing.assert_allclose(norm, r, rtol=2.0**-8 if x.dtype == jnp.bfloat16 else 1e-6)
+
+
+def capped(bound):
+    """No singular value of a matrix [contracted, outputs] is above the bound, up to rounding."""
+
+    def holds(params, state):
+        for _, x in named(params):
+            if x.ndim >= 2 and x.size and np.isfinite(x).all():
+                largest = np.linalg.norm(x.reshape(-1, x.shape[-1]), 2)
+                assert largest <= bound * 1.01, f"a singular value of {largest}, {bound} promised"
+
+    return holds

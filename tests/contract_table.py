@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from contract_formats import FORMAT_ROWS
 from contract_gradients import GRADIENT_SIDE
+from contract_leaves import capped, on_spheres
 from contract_leaves import kernels as kernels
 from contract_leaves import named as named
-from contract_leaves import on_spheres
 from contract_row import ALIKE as ALIKE
 from contract_row import KEY, TIMES, row
 from contract_row import KINDS as KINDS
@@ -272,6 +272,18 @@ ROWS = [
         "inner",
         lambda opt: clipjax.project(projections.sphere(0.5, axis=-1), carry=True, inner=opt, where=of_matrices),
         on_spheres,
+    ),
+    row(
+        "project_cap",
+        "weight",
+        lambda _: clipjax.project(projections.spectral_cap(0.6), where=of_matrices),
+        capped(0.6),
+    ),
+    row(
+        "project_frame",
+        "inner",
+        lambda opt: clipjax.project(projections.orthonormal(), carry=True, inner=opt, where=of_matrices),
+        capped(1.0),
     ),
     row("project_function", "weight", lambda _: clipjax.project(positive, carry=True), nowhere_negative),
 ]

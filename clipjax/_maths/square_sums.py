@@ -7,8 +7,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from clipjax._maths import blocks
+from clipjax._arrays import dtypes, elementwise
+from clipjax._maths import blocks, norms
+from clipjax.typing import Number
 
 _GROUP = 2**12  # terms that are summed at once
 _WORD = {"float32": 30, "float64": 62}  # bits of a sum in i32 and i64: less a sign and one to spare
@@ -44,6 +47,46 @@ def _slope(
 ) -> tuple[jax.Array, jax.Array]:
     (x,), (dx,) = primals, tangents
     return squares(x, axes, group), jnp.sum(2 * x * dx, axis=axes, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def norm(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The finite entries over twice a power of two, so that the largest is at least 1/2, that power, and their norm."""
+    finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(finite), axis=axes, keepdims=True, initial=0))
+    power = _power_of_two(largest)
+    unit, part = norms.divisor(power)
+    scaled = finite * part / unit * 0.5
+    root = elementwise.root(squares(scaled, axes))
+    return scaled, power, jnp.where(root > 0, root, jnp.ones_like(root))
+
+
+def _power_of_two(largest: jax.Array) -> jax.Array:
+    """The power of two that is not above a number; 0 for 0."""
+    kind = jnp.dtype(f"int{8 * largest.dtype.itemsize}")
+    exponent = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, largest.dtype), kind)  # its bits, all set
+    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(largest, kind) & exponent, largest.dtype)
+    return jnp.where(largest > 0, jnp.maximum(power, jnp.finfo(largest.dtype).tiny), power)
+
+
+def shortened(x: jax.Array, dtype: DTypeLike, axes: tuple[int, ...], bound: Number) -> jax.Array:
+    """The array, or what is parallel to it, whose norm in a dtype is at most the bound; only norms beyond it change."""
+    shown = dtypes.narrowed(x, dtype)  # what the params would be
+    scaled, power, root = norm(jnp.where(jnp.isfinite(shown), shown, x), axes)
+    # In units of u, half an ulp of 1, the norm is off by e at most: half the error of the sum, and the root. So it
+    # is surely within C where it is found to be at most C (1 - margin), one rounding more. What is scaled is off by
+    # e and four roundings, and must be found to be so by the next update, which may be off by e the other way.
+    unit = float(jnp.finfo(x.dtype).eps) / 2
+    e = error(x.shape, axes) / 2 + 1
+    margin = math.ceil(e + 1)
+    short = math.ceil(margin + 2 * e + 4)
+    limit = jnp.asarray(bound, x.dtype)
+    limit = jnp.where(limit < 0, jnp.zeros_like(limit), limit)
+    beyond = 2 * root * power > limit * (1 - margin * unit)
+    # a factor that is not used has a derivative all the same
+    reached = jnp.where(beyond, limit, jnp.ones_like(root))
+    within = dtypes.truncated(scaled * (reached * (1 - short * unit) / root), dtype)
+    return jnp.where(beyond & jnp.isfinite(x), within, x)
 
 
 def error(shape: tuple[int, ...], axes: tuple[int, ...], group: int = _GROUP) -> float:

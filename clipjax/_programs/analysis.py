@@ -38,6 +38,12 @@ class Row(NamedTuple):
     groups: tuple[tuple[int, ...], ...]
     pins: tuple[tuple[str, ...], ...]
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The axes of a kernel that a loop runs over."""
+        found = {*self.inputs, *self.outputs}
+        return tuple(a for a in range(-len(self.shape), 0) if a not in found) if self.role == "kernel" else ()
+
 
 class Analysis:
     """What `analyze` found.
@@ -73,6 +79,11 @@ class Analysis:
     def outputs(self) -> PerLeaf:
         """For `axis=` of `structures.unit` and `fake_quantize`: the axes of a kernel that keep steps of their own."""
         return PerLeaf(lambda path, leaf: self._row(path).outputs)
+
+    @property
+    def layers(self) -> PerLeaf:
+        """For `layers=` of `projections.spectral_cap`: the axes of a kernel that a loop runs over."""
+        return PerLeaf(lambda path, leaf: self._row(path).layers)
 
     def _row(self, path: str) -> Row:
         found = self._by_path.get(param(path))

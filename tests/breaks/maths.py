@@ -2,6 +2,7 @@
 
 from breaks.mutant import Mutant
 
+SINGULAR = "_maths/singular_values.py"
 MUTANTS = (
     Mutant("_maths/products.py", "i - q.codes.ndim + 1", "0 * i", "products", "stacked"),
     Mutant(
@@ -31,6 +32,13 @@ MUTANTS = (
     Mutant(
         "_maths/blocks.py", "sorted(range(len(order)), key=order.__getitem__)", "order", "structures", "several_axes"
     ),
+    Mutant(SINGULAR, "jnp.log(norm) / 2**i", "jnp.log(norm) / 2", "singular_values", "from_above"),
+    Mutant(SINGULAR, "short = 1 - max(", "short = 1 - 0 * max(", "singular_values", "a_cap_is_held"),
+    Mutant(SINGULAR, "beyond & jnp.isfinite(x)", "beyond", "singular_values", "count_for_nothing"),
+    Mutant(
+        SINGULAR, "if jnp.finfo(dtype).bits <", "if 0 * jnp.finfo(dtype).bits >", "singular_values", "a_cap_is_held"
+    ),
+    Mutant(SINGULAR, "gram * (10 / 8)", "gram * (9 / 8)", "singular_values", "values_of_1"),
     Mutant("_maths/square_sums.py", "sums[i - 1] += carry", "sums[i - 1] += 0", "square_sums", "bound"),
     Mutant("_maths/square_sums.py", "(tail.astype(v.dtype) + fraction)", "fraction", "square_sums", "bound"),
     Mutant("_maths/levels.py", "near > largest, near / 2, near", "near > largest, near, near", "steps", "power_of_two"),

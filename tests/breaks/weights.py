@@ -288,7 +288,9 @@ MUTANTS = (
         "zero_costs or behind_a_mask",
     ),
     Mutant(RATING, "elementwise.where(begun, *pair)", "pair[0]", "rating", "minimize"),
-    Mutant("_maths/line_classes.py", "+ cost(place, end)", "+ 0 * cost(place, end)", "line_classes", "those_of_the_coder"),
+    Mutant(
+        "_maths/line_classes.py", "+ cost(place, end)", "+ 0 * cost(place, end)", "line_classes", "those_of_the_coder"
+    ),
     Mutant("_maths/line_classes.py", "(1 << (_DEPTH - 1)) >> step", "1 << step", "line_classes", "those_of_the_coder"),
     Mutant(RATING, "jnp.minimum(found, values", "jnp.maximum(found, values", "rating", "bytes_of_the_report"),
     Mutant(RATING, "<= given, jnp.zeros", "<= -1, jnp.zeros", "rating", "budget_is_met"),
