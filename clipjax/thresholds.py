@@ -8,31 +8,23 @@ or not finite are never added to a history. A threshold that is not positive cli
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from clipjax._arrays import arguments, elementwise
-from clipjax._maths import ring_buffers
+from clipjax._maths import averages, ring_buffers
 from clipjax.typing import Count, Number, Rule
 
-__all__ = ["Rule", "ema_ratio", "mean_sigma", "percentile", "quantile_track", "spam", "zscore"]
+__all__ = ["Rule", "ema_ratio", "mean_sigma", "percentile", "quantile_track", "relative", "spam", "zscore"]
 
 _Mode: TypeAlias = Literal["adaptive", "mean", "percentile"]
 
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Moments(NamedTuple):
-    """How many norms there were (i32), and their mean and standard deviation (f32)."""
-
-    added: jax.Array
-    mean: jax.Array
-    deviation: jax.Array
 
 
 def zscore(
@@ -74,10 +66,10 @@ def zscore(
       Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025, https://arxiv.org/abs/2504.02507.
       D3, section 5: which values to clip.
     """
-    _check(z, "z", "be a number > 0", "It counts standard deviations; 2.5 is usual.")
-    _check(decay, "decay", "lie in [0, 1)", "It is the weight of the past, e.g. 0.97.")
-    _check(warmup, "warmup", "be a whole number >= 1", "The first mean needs a norm.")
-    _check(eps, "eps", "be a number >= 0", "It is added to a standard deviation.")
+    arguments.in_range(z, "z", "be a number > 0", "It counts standard deviations; 2.5 is usual.")
+    arguments.in_range(decay, "decay", "lie in [0, 1)", "It is the weight of the past, e.g. 0.97.")
+    arguments.in_range(warmup, "warmup", "be a whole number >= 1", "The first mean needs a norm.")
+    arguments.in_range(eps, "eps", "be a number >= 0", "It is added to a standard deviation.")
     arguments.choice(mode, "mode", ("adaptive", "mean", "percentile"))
 
     def limit(norm: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
@@ -89,35 +81,13 @@ def zscore(
         outlier = mean if mode == "mean" else mean + z * deviation * (spread / jnp.where(over, excess, 1.0))
         return jnp.where(over, outlier, jnp.inf)
 
-    def update(norm: jax.Array, state: _Moments) -> tuple[jax.Array, _Moments]:
-        added, mean, deviation = state
-        warm = added < warmup
-        threshold = jnp.where(warm, jnp.inf, limit(norm, mean, deviation))
+    def update(norm: jax.Array, state: averages.Moments) -> tuple[jax.Array, averages.Moments]:
+        warm = state.added < warmup
+        threshold = jnp.where(warm, jnp.inf, limit(norm, state.mean, state.deviation))
         clipped = jnp.minimum(norm, threshold)
-        # warm-up (Welford), r = 1 / (number of norms): μ' = μ + r (n - μ), σ'² = (1 - r) σ² + r (1 - r) (n - μ)²
-        rate = 1 / (added.astype(norm.dtype) + 1)
-        first = mean + rate * (norm - mean), _mixed(deviation, norm - mean, rate, 1 - rate)
-        new_mean = mean + (1 - decay) * (clipped - mean)
-        later = _mixed(deviation, clipped - new_mean, 1 - decay)
-        moments = jnp.where(warm, first[0], new_mean), jnp.where(warm, first[1], later)
-        return threshold, _Moments(optax.safe_increment(added), *moments)
+        return threshold, averages.followed(state, norm, clipped, decay, warm)
 
-    return Rule(lambda: _Moments(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(())), update)
-
-
-def _mixed(deviation: jax.Array, off: jax.Array, rate: Number, weight: Number = 1) -> jax.Array:
-    """The root of (1 - rate) deviation² + rate weight off², without a square that could overflow."""
-    unit = jnp.maximum(deviation, jnp.abs(off))
-    unit = jnp.where(unit > 0, unit, 1.0)
-    old, new = jnp.square(deviation / unit), jnp.square(off / unit) * weight
-    return unit * elementwise.root(old + rate * (new - old))
-
-
-class _Average(NamedTuple):
-    """How many norms there were (i32), and their moving average (f32)."""
-
-    added: jax.Array
-    average: jax.Array
+    return Rule(lambda: averages.Moments(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(())), update)
 
 
 def ema_ratio(ratio: Number = 1.05, decay: Number = 0.98, warmup: Count = 100, warmup_max: Number = 1.0) -> Rule:
@@ -151,22 +121,22 @@ def ema_ratio(ratio: Number = 1.05, decay: Number = 0.98, warmup: Count = 100, w
       Wang et al., "AdaGC: Improving Training Stability for LLM Pretraining", 2025, https://arxiv.org/abs/2502.11034.
       D3, section 5.
     """
-    _check(ratio, "ratio", "be a number > 0", "It multiplies the average norm; 1.05 is usual.")
-    _check(decay, "decay", "lie in [0, 1)", "It is the weight of the past, e.g. 0.98.")
-    _check(warmup, "warmup", "be a whole number >= 1", "The average starts from the norms of the warm-up.")
-    _check(warmup_max, "warmup_max", "be a number > 0", "It is the threshold of the warm-up; use math.inf for none.")
+    arguments.in_range(ratio, "ratio", "be a number > 0", "It multiplies the average norm; 1.05 is usual.")
+    arguments.in_range(decay, "decay", "lie in [0, 1)", "It is the weight of the past, e.g. 0.98.")
+    arguments.in_range(warmup, "warmup", "be a whole number >= 1", "The average starts from the norms of the warm-up.")
+    arguments.in_range(warmup_max, "warmup_max", "be a number > 0", "It is C of the warm-up; use math.inf for none.")
 
-    def update(norm: jax.Array, state: _Average) -> tuple[jax.Array, _Average]:
+    def update(norm: jax.Array, state: averages.Average) -> tuple[jax.Array, averages.Average]:
         added, average = state
         warm = added < warmup
         threshold = jnp.where(warm, warmup_max, ratio * average)
         clipped = jnp.minimum(norm, threshold)
         least = jnp.where(added == 0, clipped, jnp.minimum(average, clipped))
-        return threshold, _Average(
+        return threshold, averages.Average(
             optax.safe_increment(added), jnp.where(warm, least, average + (1 - decay) * (clipped - average))
         )
 
-    return Rule(lambda: _Average(jnp.zeros((), jnp.int32), jnp.zeros(())), update)
+    return Rule(lambda: averages.Average(jnp.zeros((), jnp.int32), jnp.zeros(())), update)
 
 
 def percentile(q: Number = 10.0, window: int = 1000) -> Rule:
@@ -197,7 +167,7 @@ def percentile(q: Number = 10.0, window: int = 1000) -> Rule:
       Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks", 2020,
       https://arxiv.org/abs/2007.14469. D3, section 5.
     """
-    _check(q, "q", "lie in [0, 100]", "AutoClip uses 10.")
+    arguments.in_range(q, "q", "lie in [0, 100]", "AutoClip uses 10.")
     window = _length(window)
 
     def update(norm: jax.Array, state: ring_buffers.Sorted) -> tuple[jax.Array, ring_buffers.Sorted]:
@@ -234,7 +204,7 @@ def mean_sigma(k: Number = 3.0, window: int = 128) -> Rule:
     References:
       Levanter, `levanter.optim.skipstep`, https://github.com/stanford-crfm/levanter. D3, section 5.
     """
-    _check(k, "k", "be a number >= 0", "It counts standard deviations.")
+    arguments.in_range(k, "k", "be a number >= 0", "It counts standard deviations.")
     window = _length(window)
 
     def update(norm: jax.Array, state: ring_buffers.Window) -> tuple[jax.Array, ring_buffers.Window]:
@@ -272,9 +242,9 @@ def quantile_track(q: Number, init: Number = 1.0, lr: Number = 0.2) -> Rule:
     References:
       Andrew et al., "Differentially Private Learning with Adaptive Clipping", 2021, https://arxiv.org/abs/1905.03871.
     """
-    _check(q, "q", "lie in [0, 1]", "It is the fraction left unclipped.")
-    _check(init, "init", "be a number > 0", "It is the first threshold.")
-    _check(lr, "lr", "be a number > 0", "It is the step in the logarithm of the threshold; 0.2 is usual.")
+    arguments.in_range(q, "q", "lie in [0, 1]", "It is the fraction left unclipped.")
+    arguments.in_range(init, "init", "be a number > 0", "It is the first threshold.")
+    arguments.in_range(lr, "lr", "be a number > 0", "It is the step in the logarithm of the threshold; 0.2 is usual.")
 
     def update(norm: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         log, rest = state  # log C + rest is exact: rest is the rounding error of the last sum (Kahan)
@@ -317,8 +287,8 @@ def spam(theta: Number = 5000.0, decay: Number = 0.999) -> Rule:
       Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025,
       https://arxiv.org/abs/2501.06842. D3, section 5.
     """
-    _check(theta, "theta", "be a number > 0", "It multiplies the second moment; SPAM uses 5000.")
-    _check(decay, "decay", "lie in [0, 1)", "It is the weight of the past, e.g. 0.999.")
+    arguments.in_range(theta, "theta", "be a number > 0", "It multiplies the second moment; SPAM uses 5000.")
+    arguments.in_range(decay, "decay", "lie in [0, 1)", "It is the weight of the past, e.g. 0.999.")
 
     def update(norm: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         threshold = elementwise.root(theta * state)
@@ -328,23 +298,47 @@ def spam(theta: Number = 5000.0, decay: Number = 0.999) -> Rule:
     return Rule(lambda: jnp.zeros(()), update)
 
 
+def relative(ratio: Number | Rule) -> Rule:
+    r"""Clip norms to a fraction of the norm of the weights, of the same leaves and entries (AGC).
+
+    .. math:: C = \lambda \lVert w \rVert \quad\text{or}\quad C = \lVert w \rVert\, C_r(n / \lVert w \rVert)
+
+    n is the norm, C the threshold, and :math:`C_r` another rule, which then follows the norms in units of those of the
+    weights. Norms of weights are taken as those of gradients are: of all arrays or of each (`per`), of the selected
+    entries, and with the same `ord`. Weights that are all 0 clip nothing. `update` must be given the params.
+
+    Args:
+      ratio: λ > 0; may be traced. Or a rule, such as ``zscore()``.
+
+    Returns:
+      A `Rule` for `clip_norm` and for `skip_spikes`.
+
+    Raises:
+      ValueError: for a ratio that is not positive, and a rule that is relative already.
+
+    Example:
+      >>> import clipjax
+      >>> tx = clipjax.clip_norm(relative(0.01), per="leaf")
+      >>> params = {"w": jnp.array([30.0, 40.0]), "new": jnp.zeros(2)}
+      >>> grads = {"w": jnp.array([3.0, 4.0]), "new": jnp.ones(2)}
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> {path: [round(x, 4) for x in g.tolist()] for path, g in updates.items()}
+      {'w': [0.3, 0.4], 'new': [1.0, 1.0]}
+
+    References:
+      Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization" (AGC), 2021,
+      https://arxiv.org/abs/2102.06171; `optax.adaptive_grad_clip` does it for each unit, with a least norm of the
+      weights. D3, section 5.
+    """
+    if isinstance(ratio, Rule):
+        remedy = "It is a rule of the norms themselves: `relative(zscore())`."
+        arguments.require(ratio.reference is None, "ratio", "be no relative rule", ratio, remedy)
+        return ratio._replace(reference=lambda norm: norm)
+    arguments.in_range(ratio, "ratio", "be a number > 0", "AGC uses 0.01.")
+    return Rule(tuple, lambda norm, state: (jnp.asarray(ratio, norm.dtype), state), lambda norm: norm)
+
+
 def _length(window: int) -> int:
     arguments.static(window, "window")
     arguments.whole(window, "window", low=1, remedy="It is the number of norms to remember.")
     return int(window)
-
-
-_RANGES = {
-    "be a number > 0": lambda n: n > 0,
-    "be a number >= 0": lambda n: n >= 0,
-    "be a whole number >= 1": lambda n: (n >= 1) & (n == n // 1),
-    "lie in [0, 1)": lambda n: (n >= 0) & (n < 1),
-    "lie in [0, 1]": lambda n: (n >= 0) & (n <= 1),
-    "lie in [0, 100]": lambda n: (n >= 0) & (n <= 100),
-}
-
-
-def _check(value: Number, name: str, rule: str, remedy: str) -> None:
-    """Check a number of a rule unless it is traced; None and schedules raise too."""
-    if not arguments.traced(value):
-        arguments.require(_RANGES[rule](arguments.numeric(value, name, remedy)), name, rule, value, remedy)

@@ -95,10 +95,14 @@ class Rule(NamedTuple):
       init: `init() -> state`, a tree of arrays of fixed shape; its f32 arrays are kept in f64 where norms are f64.
       update: `update(norm, state) -> (threshold, state)`, for scalars, f32 (f64 for f64 gradients): the norm before the
         clip, and the threshold that it is held against. After the clip it is `min(norm, threshold)`.
+      reference: `reference(norm) -> unit`, of the norm of the weights: what `update` is given is the gradient's norm in
+        these units, and so is what it returns. Where the unit is 0 or not finite nothing is clipped, and the history
+        stays. None for norms as they are.
     """
 
     init: Callable[[], State]
     update: Callable[[jax.Array, State], tuple[jax.Array, State]]
+    reference: Callable[[jax.Array], jax.Array] | None = None
 
 
 class Selection(NamedTuple):

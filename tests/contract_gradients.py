@@ -72,6 +72,8 @@ GRADIENT_SIDE = [
         init=(1.0, 0.1),
         lr=(0.2, 1.0),
     ),
+    ruled("clip_norm_relative", lambda ratio: thresholds.relative(ratio), ratio=(0.1, 0.5)),
+    ruled("clip_norm_relative_leaf", lambda ratio: thresholds.relative(ratio), leaf_norms, ratio=(0.1, 0.5)),
     ruled("clip_spam", lambda theta: thresholds.spam(theta, decay=0.5), clipjax.clip, theta=(1.5, 5000.0)),
     ruled("clip_spam_carry", lambda theta: thresholds.spam(theta, decay=0.5), element_carry, theta=(1.5, 5000.0)),
     row("clip_carry", "gradient", lambda _, threshold: clipjax.clip(threshold, carry=True), threshold=(0.05, 0.5)),
@@ -113,5 +115,11 @@ GRADIENT_SIDE = [
         "around",
         lambda opt, z: clipjax.skip_spikes(opt, thresholds.zscore(z, warmup=1)),
         z=(0.5, 2.5),
+    ),
+    row(
+        "skip_spikes_relative",
+        "around",
+        lambda opt, ratio: clipjax.skip_spikes(opt, thresholds.relative(ratio), patience=2, reset_moments=True),
+        ratio=(0.7, 0.3),
     ),
 ]

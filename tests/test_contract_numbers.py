@@ -174,7 +174,7 @@ def test_nonfinite_gradient(row):
     bad = table.at(table.gradients(), 0)
     bad["dense"]["kernel"] = bad["dense"]["kernel"].at[0, :3].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf]))
     init, update = compiled(row.name)
-    out, state = update(bad, init(bad))
+    out, state = update(bad, init(bad), table.params())
     first = np.asarray(out["dense"]["kernel"])
     if row.name.startswith(("clip_norm", "scale_to_norm")):
         assert int(optax.tree.get(state, "nonfinite")) == 1

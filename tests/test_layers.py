@@ -24,9 +24,10 @@ LEVELS = (
     {"": "_format typing"},
     {"_arrays": "arguments trees sharding stacks elementwise dtypes picking leaf_axes"},
     {
-        "_maths": "blocks wide counts drawing ring_buffers intervals norms square_sums singular_values ranking"
-        " code_costs line_classes grids step_groups float_codes block_bytes block_scales integer_blocks float_blocks"
-        " known_formats free_formats format_blocks integers products fitting levels spectra landing straight_through",
+        "_maths": "blocks wide counts drawing averages ring_buffers intervals norms square_sums singular_values"
+        " ranking code_costs line_classes grids step_groups float_codes block_bytes block_scales integer_blocks"
+        " float_blocks known_formats free_formats format_blocks integers products fitting levels spectra landing"
+        " straight_through",
     },
     {
         "_programs": "axes origins equations rules walking means exactness layers proving groups roles program"

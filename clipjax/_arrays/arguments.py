@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax.typing import Count, Format, PerLeaf
+from clipjax.typing import Count, Format, Number, PerLeaf
 
 Value = TypeVar("Value")
 
@@ -289,3 +289,19 @@ def check_positive(value: object, name: str, remedy: str) -> None:
         number = numeric(value, name, remedy)
         ok = np.all(number > 0) and finite(value)
         require(ok, name, "be positive and finite", value, remedy)
+
+
+_RANGES = {
+    "be a number > 0": lambda n: n > 0,
+    "be a number >= 0": lambda n: n >= 0,
+    "be a whole number >= 1": lambda n: (n >= 1) & (n == n // 1),
+    "lie in [0, 1)": lambda n: (n >= 0) & (n < 1),
+    "lie in [0, 1]": lambda n: (n >= 0) & (n <= 1),
+    "lie in [0, 100]": lambda n: (n >= 0) & (n <= 100),
+}
+
+
+def in_range(value: Number, name: str, rule: str, remedy: str) -> None:
+    """Check a number against a rule in these words, unless it is traced; None and schedules raise too."""
+    if not traced(value):
+        require(_RANGES[rule](numeric(value, name, remedy)), name, rule, value, remedy)

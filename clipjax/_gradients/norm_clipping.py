@@ -138,6 +138,11 @@ def clip_norm(
         history = thresholds.init(norm)
         return ClipNormState(count, clipped, nonfinite, norm, limit, factor, place, history, feedback.init(params))
 
+    def norms_of(tree: Tree, chosen: Tree, place: Tree) -> jax.Array:
+        measured = rescaling.measured(tree, chosen, place if each else None)
+        norm = rescaling.norm_of(measured, power, axis_name, each)
+        return rescaling.mean(norm, tree, chosen, place if each else None, axis_name) if rms else norm
+
     def update_fn(
         updates: Tree, state: ClipNormState, params: Tree | None = None, **extra: object
     ) -> tuple[Tree, ClipNormState]:
@@ -146,10 +151,9 @@ def clip_norm(
         total = feedback.add(updates, state.carry)
         chosen = drawing.choose(select, total, None, state.count)
         measured = rescaling.measured(total, chosen, state.place if each else None)
-        norm = rescaling.norm_of(measured, power, axis_name, each)
-        if rms:
-            norm = rescaling.mean(norm, total, chosen, state.place if each else None, axis_name)
-        limit, history = thresholds.update(state.count, norm, state.rule, measured)
+        norm = norms_of(total, chosen, state.place)
+        weights = norms_of(rescaling.of_weights(total, params), chosen, state.place) if thresholds.relative else None
+        limit, history = thresholds.update(state.count, norm, state.rule, measured, weights)
         factor = _coefficient(norm, limit, eps)
         factors = rescaling.factors(total, measured, factor)
         clipped = rescaling.rescaled(total, chosen, factors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import dtypes, elementwise, trees
+from clipjax._arrays import arguments, dtypes, elementwise, trees
 from clipjax._gradients import incoming
 from clipjax._maths import norms
 from clipjax.typing import Tree
@@ -45,6 +45,15 @@ def norm_of(
         over = dict(zip(names, incoming.sharded_over(axis_name, names, arrays), strict=True))
     arrays = [jnp.zeros((1,)) if x is None else x for _, x in measured]
     return norms.norm(arrays, ord, axes=[over.get(path, ()) for path, _ in measured], each=each)
+
+
+def of_weights(total: Tree, params: Tree | None) -> Tree:
+    """The params in the places of gradients, for norms that are taken alike."""
+    remedy = "Its threshold is relative to the weights: `tx.update(grads, state, params)`."
+    arguments.require(params is not None, "params", "be given", params, remedy)
+    leaves, treedef = trees.flatten(total)
+    weights = zip(leaves, trees.flatten(params)[0], strict=True)
+    return treedef.unflatten([None if x is None else jnp.asarray(p, dtypes.wide(p.dtype)) for x, p in weights])
 
 
 def mean(norm: jax.Array, total: Tree, chosen: Tree, place: Tree | None, axis_name: incoming.AxisName) -> jax.Array:

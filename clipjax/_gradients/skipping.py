@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from clipjax._arrays import dtypes, trees
-from clipjax._gradients import incoming, threshold_state
+from clipjax._arrays import arguments, dtypes, trees
+from clipjax._gradients import incoming, rescaling, threshold_state
 from clipjax._maths import norms
 from clipjax.typing import State, Threshold, Tree
 
@@ -21,10 +22,12 @@ class SkipState(NamedTuple):
       count: i32, updates so far.
       skipped: i32, updates that were left out.
       nonfinite: i32, the skipped updates whose norm was not finite.
-      norm_pre: f32 (f64 where a param is f64), the norm of the last gradient.
+      norm_pre: f32 (f64 where a param is f64), the norm of the last gradient; the last value with watch="value".
       threshold: likewise, the threshold of the last update; the largest float where every finite norm passes.
       rule: the state of a rule; () without a rule.
       inner: the state of the inner transformation.
+      streak: i32, how many updates in a row were skipped up to the last one.
+      stalled: bool, whether `patience` updates in a row have been skipped since `init`.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -34,17 +37,22 @@ class SkipState(NamedTuple):
     threshold: jax.Array
     rule: State
     inner: State
+    streak: jax.Array
+    stalled: jax.Array
 
 
 def skip_spikes(
     inner: optax.GradientTransformation,
     threshold: Threshold | None = None,
     *,
+    watch: Literal["norm", "value"] = "norm",
+    patience: int | None = None,
+    reset_moments: bool = False,
     axis_name: incoming.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Leave out updates whose gradient norm exceeds a threshold or is not finite.
+    r"""Leave out updates whose gradient norm, or loss, exceeds a threshold or is not finite.
 
-    .. math:: u = \mathrm{inner}(g) \ \text{if}\ \lVert g \rVert_2 \le C,\ \text{else}\ 0
+    .. math:: u = \mathrm{inner}(g) \ \text{if}\ n \le C,\ \text{else}\ 0, \quad n = \lVert g \rVert_2
 
     A skipped update is zero, is counted, and leaves the inner state as it was, moments and counts included. Put
     transformations that constrain weights (`clamp_weights`, `prune_mask`, `fake_quantize`) outside and behind it: their
@@ -57,6 +65,15 @@ def skip_spikes(
         rule is updated with the norms of skipped updates too. `mean_sigma`, `percentile` and `quantile_track` therefore
         follow a lasting rise of the norm. `ema_ratio` and `zscore` average min(n, C): after such a rise the first may
         skip hundreds of updates, the second all.
+      watch: "norm", or "value" for n = `value`, an extra argument of `update` as Optax's line searches take it, usually
+        the loss: ``tx.update(grads, state, params, value=loss)``. It is then all that is looked at: for both, put one
+        `skip_spikes` around another. On several devices it must be the same on all. Static.
+      patience: after so many skipped updates in a row, `clipjax.report` shows ``stalled`` and `clipjax.check` a
+        violation, from then on: a threshold that no update meets any more stops a training in silence. None for never.
+        Static.
+      reset_moments: True to forget at a skipped update what the optimizer remembers of gradients, as SPAM does: every
+        state in `inner` that has trees like the params, moments with their counts, begins anew; counts of schedules go
+        on. Static.
       axis_name: inside `jax.shard_map`, the mesh axes that gradients are split over, across which the norm is added up,
         as in `clip_norm`. Without it every device would decide by the norm of its own shard.
 
@@ -67,6 +84,7 @@ def skip_spikes(
       ValueError: for a negative or NaN threshold, or several numbers.
       TypeError: for an `inner` that is no transformation, a missing threshold or one of another kind; at update, for
         complex or integer gradients.
+      ValueError: also for a `patience` below 1; at update, for a missing `value`, and params that `relative` needs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,7 +99,8 @@ def skip_spikes(
       [0.0, 0.0] 2
 
     References:
-      Levanter, `levanter.optim.skipstep`; Chowdhery et al., "PaLM", 2022, section 5.1. D3, section 5.
+      Levanter, `levanter.optim.skipstep`; Chowdhery et al., "PaLM", 2022, section 5.1. Huang et al., "SPAM", 2025,
+      https://arxiv.org/abs/2501.06842, for `reset_moments`. D3, section 5.
     """
     if not (hasattr(inner, "init") and hasattr(inner, "update")):  # `optax.MultiSteps` has no other mark
         raise TypeError(
@@ -89,29 +108,47 @@ def skip_spikes(
             " Give the optimizer first: `skip_spikes(optax.adam(1e-3), 10.0)`."
         )
     thresholds = threshold_state.for_norms(threshold)
+    arguments.choice(watch, "watch", ("norm", "value"))
+    remedy = "A loss has no unit in common with weights."
+    arguments.require(watch == "norm" or not thresholds.relative, "threshold", "not be relative", threshold, remedy)
+    arguments.static(patience, "patience")
+    if patience is not None:
+        arguments.whole(patience, "patience", low=1, remedy="It counts updates in a row.")
+    arguments.choice(reset_moments, "reset_moments", (False, True))
     inside = optax.with_extra_args_support(inner)
 
     def init_fn(params: Tree) -> SkipState:
         count, skipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
         dtype = dtypes.widest(jax.tree.leaves(params))
         norm, limit = jnp.zeros((), dtype), jnp.asarray(dtypes.largest(dtype), dtype)
-        return SkipState(count, skipped, nonfinite, norm, limit, thresholds.init(norm), inside.init(params))
+        streak, stalled = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+        rule = thresholds.init(norm)
+        return SkipState(count, skipped, nonfinite, norm, limit, rule, inside.init(params), streak, stalled)
+
+    def watched(tree: Tree) -> jax.Array:
+        named = trees.governed(tree)
+        paths, leaves = [path for path, _ in named], [g for _, g in named]
+        axes = None if axis_name is None else incoming.sharded_over(axis_name, paths, leaves)
+        return norms.norm(leaves, axes=axes)
 
     def update_fn(
         updates: Tree, state: SkipState, params: Tree | None = None, **extra: object
     ) -> tuple[Tree, SkipState]:
         trees.check_kind(state, SkipState)
         incoming.check_real(updates)
-        named = trees.governed(updates)
-        paths, leaves = [path for path, _ in named], [g for _, g in named]
-        axes = None if axis_name is None else incoming.sharded_over(axis_name, paths, leaves)
-        norm = norms.norm(leaves, axes=axes)
-        limit, history = thresholds.update(state.count, norm, state.rule, ())
+        norm = watched(updates) if watch == "norm" else _value(extra, state.norm_pre.dtype)
+        weights = watched(rescaling.of_weights(updates, params)) if thresholds.relative else None
+        limit, history = thresholds.update(state.count, norm, state.rule, (), weights)
         good = jnp.isfinite(norm) & (norm <= limit)
         # selects and not `lax.cond`: they fuse with the optimizer, and a donated state is updated in place
         emitted, new_inner = inside.update(updates, state.inner, params, **extra)
         emitted = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), emitted)
-        new_inner = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_inner, state.inner)
+        if reset_moments:
+            remedy = "Moments begin anew: `tx.update(grads, state, params)`."
+            arguments.require(params is not None, "params", "be given", params, remedy)
+        old_inner = _forgotten(state.inner, inside, params) if reset_moments else state.inner
+        new_inner = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_inner, old_inner)
+        streak = jnp.where(good, jnp.zeros_like(state.streak), optax.safe_increment(state.streak))
         return emitted, SkipState(
             optax.safe_increment(state.count),
             state.skipped + (~good).astype(jnp.int32),
@@ -120,6 +157,37 @@ def skip_spikes(
             threshold_state.recorded(state.threshold, limit),
             history,
             new_inner,
+            streak,
+            state.stalled if patience is None else state.stalled | (streak >= patience),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _value(extra: dict[str, object], dtype: DTypeLike) -> jax.Array:
+    """The value that was handed in."""
+    value = extra.get("value")
+    remedy = "Hand in the loss: `tx.update(grads, state, params, value=loss)`."
+    arguments.require(value is not None, "value", "be given", value, remedy)
+    number = jnp.asarray(value)
+    real = number.ndim == 0 and jnp.issubdtype(number.dtype, jnp.floating)
+    arguments.require(real, "value", "be one float", f"{number.dtype} of shape {number.shape}", remedy)
+    return number.astype(dtype)
+
+
+def _forgotten(state: State, inner: optax.GradientTransformation, params: Tree) -> State:
+    """The state with all parts at their start that have trees of moments; the others, as counts of schedules, stay."""
+    moments = optax.tree.map_params(inner, lambda x: True, state, transform_non_params=lambda x: False)
+
+    def reset(old: State, new: State, mark: State) -> State:
+        fields = [jax.tree.leaves(field) for field in mark] if hasattr(mark, "_fields") else []
+        if any(field and all(field) for field in fields):
+            return new
+        if isinstance(old, dict):
+            return {key: reset(old[key], new[key], mark[key]) for key in old}
+        if isinstance(old, tuple | list):
+            parts = map(reset, old, new, mark)
+            return type(old)(*parts) if fields or hasattr(old, "_fields") else type(old)(parts)
+        return old
+
+    return reset(state, inner.init(params), moments)

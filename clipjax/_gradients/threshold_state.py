@@ -26,13 +26,15 @@ class NormThresholds(NamedTuple):
 
     Attributes:
       init: `init(norms) -> state`: the state of a rule for each norm; () without a rule.
-      update: `update(count, norms, state, named) -> (thresholds, state)`: C for each norm, in its dtype.
+      update: `update(count, norms, state, named, weights) -> (thresholds, state)`: C for each norm, in its dtype.
+      relative: True where `update` needs the norms of the weights, taken as those of the gradients are.
       check: `check(params)` raises for thresholds of leaves that are none, and where no leaf has one.
     """
 
     init: Callable[[jax.Array], State]
-    update: Callable[[jax.Array, jax.Array, State, Named], tuple[jax.Array, State]]
+    update: Callable[[jax.Array, jax.Array, State, Named, jax.Array | None], tuple[jax.Array, State]]
     check: Callable[[Tree], None] = lambda params: None
+    relative: bool = False
 
 
 class EntryThresholds(NamedTuple):
@@ -59,17 +61,18 @@ def for_norms(threshold: LeafThreshold | None, *, each: bool = False) -> NormThr
     if rule is not None:
         return NormThresholds(
             lambda norms: jax.tree.map(lambda x: _spread(x, norms, norms.dtype), rule.init()),
-            lambda count, norms, state, named: _follow(rule, norms, state, zeros=False),
+            lambda count, norms, state, named, weights: _follow_weights(rule, norms, state, weights),
+            relative=rule.reference is not None,
         )
     if _differs(threshold):
         return NormThresholds(
             lambda norms: (),
-            lambda count, norms, state, named: (_of_leaves(threshold, count, norms, named), ()),
+            lambda count, norms, state, named, weights: (_of_leaves(threshold, count, norms, named), ()),
             lambda params: _check_leaves(threshold, trees.governed(params)),
         )
     return NormThresholds(
         lambda norms: (),
-        lambda count, norms, state, named: (jnp.full_like(norms, _number(threshold, count, norms.dtype)), ()),
+        lambda count, norms, state, named, weights: (jnp.full_like(norms, _number(threshold, count, norms.dtype)), ()),
     )
 
 
@@ -97,6 +100,8 @@ def _rule_for_entries(rule: Rule) -> EntryThresholds:
     shapes = [jnp.shape(x) for x in jax.tree.leaves(rule.init())]
     remedy = "Every entry keeps a state of its own: use a rule of scalars such as `spam()`, or `clip_norm`."
     arguments.require(not any(shapes), "threshold", "remember single numbers", shapes, remedy)
+    remedy = "Entries are compared with nothing of their weights: use `clip_norm`."
+    arguments.require(rule.reference is None, "threshold", "not be relative to weights", rule, remedy)
 
     def init(params: Tree) -> tuple[jax.Array, State]:
         def every(number: jax.Array) -> Tree:
@@ -130,6 +135,19 @@ def _follow_leaf(rule: Rule, g: jax.Array | None, state: State) -> tuple[jax.Arr
         dtype = dtypes.wide(g.dtype)
         return jnp.asarray(dtypes.largest(dtype), dtype), state
     return _follow(rule, jnp.abs(g), state, zeros=True)
+
+
+def _follow_weights(rule: Rule, norms: jax.Array, state: State, weights: jax.Array | None) -> tuple[jax.Array, State]:
+    """`_follow` in the units that a rule makes of the norms of weights."""
+    if rule.reference is None or weights is None:
+        return _follow(rule, norms, state, zeros=False)
+    unit = rule.reference(weights.astype(norms.dtype))
+    usable = (unit > 0) & jnp.isfinite(unit)
+    unit = jnp.where(usable, unit, jnp.ones_like(unit))
+    # 0 enters no history
+    limit, new_state = _follow(rule, jnp.where(usable, norms / unit, jnp.zeros_like(norms)), state, zeros=False)
+    largest = jnp.full_like(limit, dtypes.largest(limit.dtype))
+    return jnp.where(usable & (limit < largest / jnp.maximum(unit, 1)), limit * unit, largest), new_state
 
 
 def _follow(rule: Rule, measured: jax.Array, state: State, *, zeros: bool) -> tuple[jax.Array, State]:

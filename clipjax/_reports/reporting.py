@@ -121,7 +121,8 @@ def _of_norms(state: ClipNormState | ScaleState, values: Metrics, per_leaf: bool
 def _skip(state: SkipState, per_leaf: bool) -> Metrics:
     fraction = state.skipped / jnp.maximum(state.count, 1)
     metrics = {"norm_pre": state.norm_pre, "threshold": _threshold(state.threshold), "skipped": state.skipped}
-    return metrics | {"fraction_skipped": fraction, "nonfinite": state.nonfinite}
+    metrics |= {"fraction_skipped": fraction, "nonfinite": state.nonfinite}
+    return metrics | {"streak": state.streak, "stalled": state.stalled}
 
 
 def _clamp(state: ClampState, per_leaf: bool) -> Metrics:

@@ -31,9 +31,9 @@ class Violation(NamedTuple):
       rule: the transformation, named as in `report`: "prune_mask", a second one "prune_mask_1".
       kind: "mask": weights that a mask removes are not 0; "bound": weights beyond a bound; "grid": weights between the
         levels of a grid; "projection": weights that a projection of `project` moves; "nearly empty": a mask keeps one
-        unit of the leaf where it would keep ten or more at the rate of all leaves; "unchecked": the state does not show
-        whether the constraint holds.
-      entries: how many weights; kept units for "nearly empty".
+        unit of the leaf where it would keep ten or more at the rate of all leaves; "stalled": `skip_spikes` left out as
+        many updates in a row as its `patience` says; "unchecked": the state does not show whether the constraint holds.
+      entries: how many weights; kept units for "nearly empty", updates in a row for "stalled", at least 1.
       distance: the largest |P(w) - w|, in the unit of a weight; 0 where it is not known.
     """
 
@@ -103,6 +103,7 @@ def check(
     """
     arguments.transformation(tx, "tx")
     rows = _of_state(params, opt_state) if tx is None else _of_optimizer(params, opt_state, tx)
+    rows += _stalled(opt_state, {})
     found = [Violation(row.path, row.rule, row.kind, int(row.entries), float(row.distance)) for row in rows]
     found = [violation for violation in found if violation.entries or violation.kind == "unchecked"]
     broken = [str(violation) for violation in found if violation.kind not in ("unchecked", "nearly empty")]
@@ -245,6 +246,21 @@ def _nearly_empty(state: State, rule: str) -> list[_Row]:
         _Row(path, rule, "nearly empty", jnp.where(flag, jnp.maximum(k, 1), zero), zero)
         for (path, _), k, flag in zip(masks, kept, flags, strict=True)
     ]
+
+
+def _stalled(opt_state: State, times: dict[str, int]) -> list[_Row]:
+    """What has run out of patience, those inside of another one first."""
+
+    def waits(x: object) -> bool:
+        return isinstance(x, tuple) and "stalled" in getattr(x, "_fields", ())
+
+    rows = []
+    for state in filter(waits, jax.tree.leaves(opt_state, is_leaf=waits)):
+        rows += _stalled(state.inner, times)
+        rule = _numbered("skip_spikes", times)
+        stalled, streak = trees.unboxed((state.stalled, state.streak))
+        rows.append(_Row("", rule, "stalled", jnp.where(stalled, jnp.maximum(streak, 1), 0), jnp.zeros(())))
+    return rows
 
 
 def _unchecked(path: str, rule: str) -> _Row:

@@ -66,5 +66,6 @@ def visit(
     Only the states of these transformations mean anything in what is returned.
     """
     zeros = jax.tree.map(jnp.zeros_like, params)
-    arguments = {**extra, _ARGUMENT: visit}
+    # some transformations refuse an update without a loss
+    arguments = {"value": jnp.zeros(()), **extra, _ARGUMENT: visit}
     return optax.with_extra_args_support(tx).update(zeros, opt_state, params, **arguments)[1]

@@ -3,7 +3,15 @@
 from breaks.mutant import Mutant
 
 SCALING, RESCALING = "_gradients/scaling.py", "_gradients/rescaling.py"
+SKIPPING, THRESHOLDS = "_gradients/skipping.py", "_gradients/threshold_state.py"
 MUTANTS = (
+    Mutant(SKIPPING, "streak >= patience", "streak > patience", "watching", "patience_is_lost"),
+    Mutant(SKIPPING, "state.stalled | (streak", "state.stalled & (streak", "watching", "patience_is_lost"),
+    Mutant(SKIPPING, "field and all(field)", "field", "watching", "begin_anew"),
+    Mutant(SKIPPING, 'if watch == "norm" else _value', "if watch else _value", "watching", "a_loss_above"),
+    Mutant(THRESHOLDS, "usable & (limit < largest", "(limit < largest", "watching", "zero_clip_nothing"),
+    Mutant(THRESHOLDS, "norms / unit, jnp", "norms, jnp", "watching", "in_units_of"),
+    Mutant(THRESHOLDS, ", limit * unit, largest", ", limit, largest", "watching", "fraction_of_their"),
     Mutant(SCALING, "norm + jnp.asarray(gamma", "norm - jnp.asarray(gamma", "scaling", "together or gamma"),
     Mutant(SCALING, "jnp.where(norm > 0, factor,", "jnp.where(norm < 0, factor,", "scaling", "together"),
     Mutant(SCALING, "jnp.where(jnp.isfinite(norm), factor,", "jnp.where(True, factor,", "scaling", "zero_and"),
