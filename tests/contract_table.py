@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from contract_formats import FORMAT_ROWS
 from contract_gradients import GRADIENT_SIDE
-from contract_leaves import capped, on_spheres
 from contract_leaves import kernels as kernels
 from contract_leaves import named as named
+from contract_projections import PROJECTION_ROWS
 from contract_row import ALIKE as ALIKE
 from contract_row import KEY, TIMES, row
 from contract_row import KINDS as KINDS
@@ -21,7 +21,7 @@ from contract_row import kinds as kinds
 from contract_row import paths as paths
 
 import clipjax
-from clipjax import projections, roundings, scores, selections, steps, structures, widths
+from clipjax import roundings, scores, selections, steps, structures, widths
 
 
 def bounded(low, high):
@@ -71,18 +71,6 @@ def on_grid(bits):
     return holds
 
 
-def short_rows(bound):
-    def holds(params, state):
-        for _, x in named(params):
-            assert np.sqrt(np.square(x).sum()) <= bound
-
-    return holds
-
-
-def of_matrices(path, leaf):
-    return leaf.ndim >= 2
-
-
 def both(*checks):
     return lambda params, state: [check(params, state) for check in checks] and None
 
@@ -90,14 +78,6 @@ def both(*checks):
 def within(params, state):
     for x in kernels(params):
         assert x.min() >= np.float32(-0.2) and x.max() <= np.float32(0.3)
-
-
-def positive(params):
-    return jax.tree.map(jnp.abs, params)
-
-
-def nowhere_negative(params, state):
-    assert all((x >= 0).all() for _, x in named(params))
 
 
 HALF = {"sparsity": (0.5, 0.75)}
@@ -263,29 +243,7 @@ ROWS = [
     ),
     row("quantize_no_carry", "weight", lambda _: clipjax.fake_quantize(4, carry=False), on_grid(4)),
     row("quantize_inner", "inner", lambda opt: clipjax.fake_quantize(4, inner=opt), on_grid(4)),
-    row("project", "weight", lambda _, start: clipjax.project(projections.identity(), start=start), start=(0, 2)),
-    row("project_master", "inner", lambda opt: clipjax.project(projections.identity(), carry=True, inner=opt)),
-    row("project_norm", "weight", lambda _: clipjax.project(projections.max_norm(0.9)), short_rows(0.9)),
-    row("project_sphere", "weight", lambda _: clipjax.project(projections.sphere()), on_spheres),
-    row(
-        "project_sphere_unit",
-        "inner",
-        lambda opt: clipjax.project(projections.sphere(0.5, axis=-1), carry=True, inner=opt, where=of_matrices),
-        on_spheres,
-    ),
-    row(
-        "project_cap",
-        "weight",
-        lambda _: clipjax.project(projections.spectral_cap(0.6), where=of_matrices),
-        capped(0.6),
-    ),
-    row(
-        "project_frame",
-        "inner",
-        lambda opt: clipjax.project(projections.orthonormal(), carry=True, inner=opt, where=of_matrices),
-        capped(1.0),
-    ),
-    row("project_function", "weight", lambda _: clipjax.project(positive, carry=True), nowhere_negative),
+    *PROJECTION_ROWS,
 ]
 
 MASK = {"dense": {"kernel": jnp.arange(128).reshape(8, 16) % 3 > 0, "bias": None}, "out": {"kernel": None}}
