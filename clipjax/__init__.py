@@ -40,6 +40,7 @@ from clipjax._weights.checking import Violation, check
 from clipjax._weights.choosing import choose_bits, choose_step
 from clipjax._weights.clamping import clamp_weights
 from clipjax._weights.holding import hold_once
+from clipjax._weights.logit_clipping import clip_logits
 from clipjax._weights.masks import make_mask
 from clipjax._weights.projecting import project
 from clipjax._weights.pruning import prune_mask
@@ -73,6 +74,7 @@ __all__ = [
     "clamp",
     "clamp_weights",
     "clip",
+    "clip_logits",
     "clip_norm",
     "dequantize",
     "dot",

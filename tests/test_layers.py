@@ -40,7 +40,7 @@ LEVELS = (
         " with_gradient",
         "_weights": "refreshing facts constraints latents moments surroundings visiting projecting clamping sparsities"
         " masks zeros pruning bit_widths quantize_state leaf_grid leaf_format leaf_levels rating"
-        " quantize_arguments quantizing quantized_params choosing checking holding",
+        " quantize_arguments quantizing quantized_params choosing checking holding logit_clipping",
         "_files": "byte_stream symbol_counts ans zero_densities symbol_codes step_search alphabets leaf_codec"
         " integer_arrays quantized_fields quantized_leaves format_leaves container one_entry atomic_file"
         " leaf_entries layouts saving",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax.typing import Count, Format, Number, PerLeaf
+from clipjax.typing import Count, Format, Number, PerLeaf, Schedule
 
 Value = TypeVar("Value")
 
@@ -289,6 +289,15 @@ def check_positive(value: object, name: str, remedy: str) -> None:
         number = numeric(value, name, remedy)
         ok = np.all(number > 0) and finite(value)
         require(ok, name, "be positive and finite", value, remedy)
+
+
+def positive_schedule(value: Number | Schedule, name: str, remedy: str) -> Schedule:
+    """The function of a count that a positive number, or a schedule, is."""
+    check_schedule(value, name, "a number or a schedule")
+    if not callable(value):
+        scalar(value, name, remedy)
+        check_positive(value, name, remedy)
+    return schedule(value)
 
 
 _RANGES = {

@@ -16,6 +16,7 @@ from clipjax._gradients.scaling import ScaleState
 from clipjax._gradients.skipping import SkipState
 from clipjax._weights import quantize_state
 from clipjax._weights.clamping import ClampState
+from clipjax._weights.logit_clipping import ClipLogitsState
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.quantize_state import QuantizeState, RateState
 from clipjax._weights.zeros import PruneState
@@ -63,7 +64,7 @@ def report(opt_state: State, per_leaf: bool = False) -> Metrics:
 
 def _states(opt_state: State) -> Iterator[State]:
     """The state of every clipjax transformation, in the order in which they act: those inside another one first."""
-    outer = (ClipState, ClipNormState, ScaleState, SkipState, ProjectState)
+    outer = (ClipState, ClipNormState, ScaleState, SkipState, ClipLogitsState, ProjectState)
     for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, outer)):
         if not isinstance(state, outer):
             continue
@@ -123,6 +124,10 @@ def _skip(state: SkipState, per_leaf: bool) -> Metrics:
     metrics = {"norm_pre": state.norm_pre, "threshold": _threshold(state.threshold), "skipped": state.skipped}
     metrics |= {"fraction_skipped": fraction, "nonfinite": state.nonfinite}
     return metrics | {"streak": state.streak, "stalled": state.stalled}
+
+
+def _logits(state: ClipLogitsState, per_leaf: bool) -> Metrics:
+    return {key: getattr(state, key) for key in ("max_logit", "threshold", "clipped", "nonfinite")}
 
 
 def _clamp(state: ClampState, per_leaf: bool) -> Metrics:
@@ -186,6 +191,7 @@ _KINDS: dict[type, tuple[str, Callable[[Any, bool], Metrics]]] = {
     ClipState: ("clip", _clip),
     ClipNormState: ("clip_norm", _clip_norm),
     ScaleState: ("scale_to_norm", _scale),
+    ClipLogitsState: ("clip_logits", _logits),
     SkipState: ("skip_spikes", _skip),
     ClampState: ("clamp_weights", _clamp),
     PruneState: ("prune_mask", _prune),

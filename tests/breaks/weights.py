@@ -3,7 +3,14 @@
 from breaks.mutant import Mutant
 
 COSTS, RATING, GRID = "_maths/code_costs.py", "_weights/rating.py", "_weights/leaf_grid.py"
+LOGITS = "_weights/logit_clipping.py"
 MUTANTS = (
+    Mutant(LOGITS, "jnp.sqrt(jnp.max(grouped", "jnp.sqrt(jnp.min(grouped", "logit_clipping", "factor_of_its_head"),
+    Mutant(LOGITS, "factors[path] = factors[_beside(path)]", "factors[path]", "logit_clipping", "factor_of_its_head"),
+    Mutant(LOGITS, "jnp.isfinite(logits) & (logits", "(logits", "logit_clipping", "not_finite_change"),
+    Mutant(LOGITS, "(wide + step) * by", "wide * by", "logit_clipping", "next_weights"),
+    Mutant(LOGITS, "jnp.where(by == 1, step,", "jnp.where(by == 0, step,", "logit_clipping", "pass_as_they_are"),
+    Mutant("_weights/visiting.py", '"value": jnp.zeros(()), ', "", "watching", "patience_is_lost"),
     Mutant("_weights/quantizing.py", "state, target, outdated)", "state, target)", "changed_arguments", "another"),
     Mutant("_weights/leaf_grid.py", "step != number)", "step > 2 * number)", "changed_arguments", "another_number"),
     Mutant("_weights/masks.py", "leaves, along, stacked)", "leaves, stacked)", "structures", "axes_of_each_leaf"),
