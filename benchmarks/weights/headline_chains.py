@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import lenet_chains as chains
 import optax
-from lenet_training import Course, Lesson
+from lenet_training import MODELS, Course, Lesson
 
 import clipjax
-from clipjax import scores
+from clipjax import roundings, scores, structures
 
 
 class Recipe(NamedTuple):
@@ -27,6 +29,9 @@ class Recipe(NamedTuple):
       dropout: the share of hidden units that are dropped.
       mix: what the answers of the dense net of the same seed count (distillation); 0 trains no such net.
       scope: of the mask, where `level` is one number.
+      units: the fraction of units removed from each group of `clipjax.analyze`, by layer; none for ().
+      lam: what a bit costs (`roundings.rate`), in squared steps, rising over the first 60 % to this; 0 for nothing.
+      distortion: how strongly the training images are distorted, see `lenet_training.distorted`.
     """
 
     level: float | tuple[float, ...]
@@ -39,6 +44,9 @@ class Recipe(NamedTuple):
     dropout: float = 0.1
     mix: float = 0.0
     scope: str = "erk"
+    units: tuple[float, ...] = ()
+    lam: float = 0.0
+    distortion: float = 0.0
 
     @property
     def words(self) -> str:
@@ -76,9 +84,18 @@ def chain(network: str, recipe: Recipe, course: Course) -> optax.GradientTransfo
     def bits(path: str, leaf: jax.Array) -> int:
         return recipe.bits[layers.index(layer(path))] if leaf.ndim > 1 else recipe.bias_bits
 
-    inner = optax.chain(optimizer(recipe.rate, recipe.decay, course.steps), *masks(layers, recipe, course))
-    stop = int(0.9 * course.steps)
-    grid = clipjax.fake_quantize(clipjax.per_leaf(bits), where=lambda path, leaf: True, stop=stop, inner=inner)
+    def lam(count: jax.Array) -> jax.Array:
+        return recipe.lam * jnp.minimum(count / (chains.LAST * course.steps), 1)
+
+    optimize, held = optimizer(recipe.rate, recipe.decay, course.steps), masks(layers, recipe, course)
+    inner = optax.chain(optimize, *held, *unit_masks(network, recipe, course))
+    grid = clipjax.fake_quantize(
+        clipjax.per_leaf(bits),
+        rounding=roundings.rate(lam) if recipe.lam else "nearest",
+        where=lambda path, leaf: True,
+        stop=int(0.9 * course.steps),
+        inner=inner,
+    )
     return clipjax.with_gradient(grid)  # movement is a sum of weight times gradient
 
 
@@ -95,9 +112,35 @@ def masks(layers: tuple[str, ...], recipe: Recipe, course: Course) -> list[optax
     return [chains.gradual(course._replace(level=x), score=score, where=only(name)) for name, x in levels]
 
 
+@functools.cache
+def groups(network: str) -> tuple[Any, ...]:
+    """The groups of units that can go, in the order of the layers; call it outside of a compiled function."""
+    model, x = MODELS[network](), jnp.zeros((2, 28, 28, 1))
+    params = model.init(jax.random.key(0), x)["params"]
+    found = clipjax.analyze(lambda params, x: model.apply({"params": params}, x), params, x).groups
+    return tuple(sorted(found, key=lambda group: LAYERS[network].index(layer(next(iter(group))))))
+
+
+def unit_masks(network: str, recipe: Recipe, course: Course) -> list[optax.GradientTransformation]:
+    """One mask for the units of each group of which some go."""
+    kernels, levels = lambda path, leaf: leaf.ndim > 1, recipe.units or (0.0,) * len(groups(network))
+    return [
+        chains.gradual(
+            course._replace(level=level),
+            score=scores.movement(0.9999),
+            structure=structures.unit(groups=(group,)),
+            where=kernels,
+        )
+        for group, level in zip(groups(network), levels, strict=True)
+        if level
+    ]
+
+
 BEST = {
     "LeNet-300-100-80x": Recipe(0.95, (3, 3, 4)),
     "LeNet-300-100-120x": Recipe(0.972, (3, 3, 3)),
+    "LeNet-300-100-6kB": Recipe(0.98, (3, 3, 3), distortion=0.5, dropout=0.0),
+    "LeNet-300-100-4.5kB": Recipe(0.986, (3, 3, 3), distortion=0.5, dropout=0.0),
     "LeNet-5-200x": Recipe((0.4, 0.92, 0.9905, 0.87), (4, 3, 3, 3), epochs=28, batch=64, rate=2e-3),
 }
 TRIED = {
@@ -114,6 +157,19 @@ TRIED = {
         Recipe(0.96, (3, 3, 4), dropout=0.2),
         Recipe(0.96, (3, 3, 4), mix=0.7, scope="global"),
         Recipe(0.96, (3, 3, 4), rate=3e-3),
+        Recipe(0.98, (3, 3, 3), distortion=0.5),
+        Recipe(0.98, (3, 3, 3), distortion=0.5, dropout=0.0),
+        Recipe(0.98, (3, 3, 3), distortion=1.0, dropout=0.0),
+        Recipe(0.985, (3, 3, 3), distortion=0.5, dropout=0.0),
+        Recipe(0.985, (3, 3, 3), distortion=0.3, dropout=0.0),
+        Recipe(0.985, (3, 3, 3), distortion=0.5, dropout=0.0, epochs=80),
+        Recipe(0.985, (3, 3, 3), distortion=0.5, dropout=0.0, decay=0.02),
+        Recipe(0.98, (3, 3, 3), distortion=0.5, dropout=0.0, lam=0.05),
+        Recipe(0.97, (3, 3, 3), distortion=0.5, lam=0.1),
+        Recipe(0.9, (3, 3, 3), distortion=0.5, lam=0.5),
+        Recipe(0.0, (4, 4, 4), distortion=0.5, lam=4.0),
+        Recipe(0.98, (2, 3, 3), distortion=0.5, dropout=0.0),
+        Recipe(0.985, (3, 3, 3), distortion=0.5, dropout=0.0, units=(0.3, 0.0)),
     ),
     "LeNet-5": (
         Recipe((0.4, 0.92, 0.988, 0.85), (4, 3, 3, 3), epochs=8, batch=128, rate=3e-3),

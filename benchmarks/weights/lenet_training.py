@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,10 +20,14 @@ import mnist
 
 BATCH = 256
 HELD_OUT = 10_000  # the last training images, on which settings are chosen
+COPIES = 10  # of the training images, each distorted in another way: an epoch sees the next one
 
 
 class Data(NamedTuple):
-    """Images f32[n, 28, 28, 1] in [0, 1] and labels i32[n] to train on, then the same two to test on."""
+    """Images f32[n, 28, 28, 1] in [0, 1] and labels i32[n] to train on, then the same two to test on.
+
+    The images to train on may also be u8[copies, n, 28, 28, 1] of 0 to 255: each epoch then sees the next copy.
+    """
 
     x: jax.Array
     y: jax.Array
@@ -36,6 +41,25 @@ def load(folder: Path, validate: bool) -> Data:
     if validate:
         (x, x_test), (y, y_test) = np.split(x, [-HELD_OUT]), np.split(y, [-HELD_OUT])
     return Data(jnp.asarray(x), jnp.asarray(y), jnp.asarray(x_test), y_test)
+
+
+def distorted(x: jax.Array, strength: float, copies: int = COPIES) -> jax.Array:
+    """Copies of images under random affine maps, bilinear: u8[copies, n, 28, 28, 1] of 0 to 255.
+
+    At strength 1 the four entries of the matrix are off those of the identity by up to .15, shifts are up to 2 pixels.
+    """
+    place = jnp.stack(jnp.meshgrid(*[jnp.arange(28.0)] * 2, indexing="ij"), -1).reshape(-1, 2) - 13.5
+
+    @jax.jit
+    def copy(key: jax.Array, x: jax.Array) -> jax.Array:
+        turned, moved = (jax.random.uniform(k, (len(x), 2, 2), minval=-1) for k in jax.random.split(key))
+        matrix = jnp.eye(2) + 0.15 * strength * turned
+        at = jnp.einsum("nij,pj->npi", matrix, place) + 2 * strength * moved[:, None, 0] + 13.5
+        images = jax.vmap(lambda image, at: jax.scipy.ndimage.map_coordinates(image, at, order=1))
+        return jnp.rint(255 * images(x[..., 0], jnp.moveaxis(at, -1, 1))).astype(jnp.uint8).reshape(x.shape)
+
+    keys = jax.random.split(jax.random.key(7), (copies, len(x) // 1000))
+    return jnp.stack([jnp.concatenate([copy(k, x[i * 1000 :][:1000]) for i, k in enumerate(row)]) for row in keys])
 
 
 class LeNet300(nn.Module):
@@ -128,7 +152,8 @@ def trainer(
     argument is needed: the teacher's logits f32[n, 10] of the training images. With `together` so many trainings run as
     one batch, for a GPU: the seed is then i32[together], and every array of the result has that axis in front.
     """
-    model, batches = MODELS[network](lesson.dropout), len(data.x) // lesson.batch
+    model, batches = MODELS[network](lesson.dropout), len(data.y) // lesson.batch
+    copies = data.x if data.x.ndim == 5 else data.x[None]
 
     def loss_fn(params, x, y, taught=None, key=None):
         logits = model.apply(
@@ -142,31 +167,37 @@ def trainer(
         distance = optax.softmax_cross_entropy(logits / lesson.temperature, soft).mean()
         return (1 - lesson.mix) * loss + lesson.mix * lesson.temperature**2 * distance
 
-    def train(level, seed, x, y, taught):
-        key = jax.random.key(seed)
-        params = model.init(key, x[:1])["params"]
-        draws = jax.random.fold_in(key, lesson.epochs)
-        tx = chain(Course(level, lesson.epochs * batches, draws, params, lambda p: loss_fn(p, x[:1000], y[:1000])))
+    def floats(images):
+        return images if images.dtype == jnp.float32 else images.astype(jnp.float32) / 255
 
-        def step(carry, batch):
+    def train(level, seed, copies, y, taught):
+        key, first = jax.random.key(seed), floats(copies[0, :1000])
+        params = model.init(key, first[:1])["params"]
+        draws = jax.random.fold_in(key, lesson.epochs)
+        tx = chain(Course(level, lesson.epochs * batches, draws, params, lambda p: loss_fn(p, first, y[:1000])))
+
+        def step(x, carry, batch):
             params, state, key = carry
             key, mine = jax.random.split(key) if lesson.dropout else (key, None)
             soft = taught[batch] if lesson.mix else None
-            grads = jax.grad(loss_fn)(params, x[batch], y[batch], soft, mine)
+            grads = jax.grad(loss_fn)(params, floats(x[batch]), y[batch], soft, mine)
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state, key), None
 
         def epoch(carry, number):
-            order = jax.random.permutation(jax.random.fold_in(key, number), len(x))
-            return jax.lax.scan(step, carry, order[: batches * lesson.batch].reshape(batches, lesson.batch))
+            order = jax.random.permutation(jax.random.fold_in(key, number), len(y))
+            x = jax.lax.dynamic_index_in_dim(copies, number % len(copies), keepdims=False)
+            return jax.lax.scan(
+                functools.partial(step, x), carry, order[: batches * lesson.batch].reshape(batches, lesson.batch)
+            )
 
         return jax.lax.scan(epoch, (params, tx.init(params), draws), jnp.arange(lesson.epochs))[0][:2]
 
     def arguments(level, seed, taught=None):
         given = jnp.zeros(()) if taught is None else taught
-        return jnp.float32(level), seed, data.x, data.y, given
+        return jnp.float32(level), seed, copies, data.y, given
 
-    shape = jnp.zeros((len(data.x), 10)) if lesson.mix else None
+    shape = jnp.zeros((len(data.y), 10)) if lesson.mix else None
     first = jnp.zeros(together, jnp.int32) if together else 0
     compiled = jax.jit(jax.vmap(train, (None, 0, None, None, None)) if together else train)
     program = compiled.lower(*arguments(0, first, shape)).compile()
