@@ -45,10 +45,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import clipjax
-from clipjax import formats, steps, thresholds
+from clipjax import formats, projections, roundings, steps, thresholds
 
 LEAVES, ROWS, COLUMNS = 2, 2**14, 2**13  # of one device: a mask of 2^27 bytes does not fit into the vector memory
 PARAMS = LEAVES * ROWS * COLUMNS
+RATE = roundings.rate(0.1)
 RAMP = optax.polynomial_schedule(0.0, 0.9, 3, 1000)
 
 
@@ -126,7 +127,13 @@ VARIANTS = {
     "adam, quantize per column, frozen": (after(quantize(axis=-1)), False, 36.2, 0),
     **{f"adam, clamp, {form.name}, frozen": (held_on(form), False, 40.0, 0) for form in FORMATS},
     **{f"adam, clamp, {form.name}, every=1": (held_on(form, every=1), None, 60.0, None) for form in FORMATS[:4]},
+    "adam, quantize by rate, frozen": (after(quantize(rounding=RATE)), False, 36.2, 0),
+    "rate refresh": (after(quantize(rounding=RATE)), True, None, None),
     "adam, master weights": (master(), None, None, None),
+    "adam, sphere": (after(clipjax.project(projections.sphere())), None, None, None),
+    "adam, sphere of each unit": (after(clipjax.project(projections.sphere(axis=-1))), None, None, None),
+    "adam, spectral_cap": (after(clipjax.project(projections.spectral_cap(1.0))), None, None, None),
+    "adam, orthonormal": (after(clipjax.project(projections.orthonormal())), None, None, None),
     "whole chain, held mask, frozen": (chain(held(), quantize()), False, 37.2, 0),
     "whole chain, frozen": (chain(prune(), quantize()), False, 37.2, 0),
     "zscore and whole chain, frozen": (norm(thresholds.zscore(), clamp(), prune(), quantize()), False, 41.3, 0),
@@ -145,6 +152,13 @@ VARIANTS = {
     "clip_norm(percentile)": (norm(thresholds.percentile(50)), None, 32.1, 0),
     "clip_norm(mean_sigma)": (norm(thresholds.mean_sigma(3)), None, 32.1, 0),
     "clip_norm(quantile_track)": (norm(thresholds.quantile_track(0.5)), None, 32.1, 0),
+    "clip_norm(relative, per=leaf)": (norm(thresholds.relative(0.01), per="leaf"), None, None, None),
+    "scale_to_norm(1, per=leaf)": (
+        optax.chain(clipjax.scale_to_norm(1.0, per="leaf"), optax.adam(1e-3)),
+        None,
+        32.1,
+        0,
+    ),
     "skip_spikes(adam, zscore)": (clipjax.skip_spikes(optax.adam(1e-3), thresholds.zscore()), None, None, None),
     "optax.clip_by_global_norm": (optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), None, None, None),
 }

@@ -9,7 +9,7 @@ Goals are bytes of the file that `clipjax.save` writes and test errors, means ov
 others published stands beside them (headline_figures.py), also what is smaller or better.
 
 Recipes were chosen on the last 10,000 training images with one seed (headline_chains.py has all that was tried); test
-images see the final nets alone. Rows with a distortion are trained on distorted images. Every run asserts its zeros, its
+images see the final nets alone. Rows with a distortion train on distorted images. Every run asserts its zeros, its
 grids, and that the file gives back the very bits. Runs are kept beside this file, in headline.jsonl, and are not
 repeated.
 """
