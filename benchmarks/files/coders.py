@@ -3,9 +3,9 @@
     python benchmarks/files/coders.py [--side 800]
 
 Each net of files.py that is on a grid or pruned, as bytes: the file of `clipjax.save`; then what xz -9e, zstd -19
---long and brotli -11 make of the f32 values, and of codes with the steps as f32: packed in as many bits as the grid has,
-or one in a byte, whichever is smaller. All of it is decompressed and compared. NNCodec (DeepCABAC, the ISO standard for
-neural networks) has no wheel: where it is installed it gets a column, of its bitstream of the codes.
+--long and brotli -11 make of the f32 values, and of codes with the steps as f32: packed in as many bits as the grid
+has, or one in a byte, whichever is smaller. All of it is decompressed and compared. NNCodec (DeepCABAC, the ISO
+standard for neural networks) has no wheel: where it is installed it gets a column, of its bitstream of the codes.
 """
 
 from __future__ import annotations

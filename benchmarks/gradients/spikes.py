@@ -123,15 +123,16 @@ class Decoder(nn.Module):
     """A decoder-only transformer whose layer norms follow the residual sums."""
 
     letters: int
+    width: int = WIDTH
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps i32[batch, context] to logits f32[batch, context, letters]."""
-        place = self.param("place", nn.initializers.normal(0.02), (CONTEXT, WIDTH))
-        x = nn.Embed(self.letters, WIDTH)(tokens) + place[None]
+        place = self.param("place", nn.initializers.normal(0.02), (CONTEXT, self.width))
+        x = nn.Embed(self.letters, self.width)(tokens) + place[None]
         for _ in range(LAYERS):
             x = nn.LayerNorm()(x + nn.MultiHeadDotProductAttention(HEADS)(x, mask=nn.make_causal_mask(tokens)))
-            x = nn.LayerNorm()(x + nn.Dense(WIDTH)(nn.gelu(nn.Dense(4 * WIDTH)(x))))
+            x = nn.LayerNorm()(x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(x))))
         return nn.Dense(self.letters)(x)
 
 
