@@ -169,6 +169,9 @@ TRIED = {
         Recipe(0.9, (3, 3, 3), distortion=0.5, lam=0.5),
         Recipe(0.0, (4, 4, 4), distortion=0.5, lam=4.0),
         Recipe(0.98, (2, 3, 3), distortion=0.5, dropout=0.0),
+        Recipe(0.986, (3, 3, 3), distortion=0.5, dropout=0.0, epochs=160),
+        Recipe(0.98, (3, 3, 3), distortion=0.5, dropout=0.0, epochs=160),
+        Recipe(0.99, (3, 3, 3), distortion=0.5, dropout=0.0, epochs=160),
         Recipe(0.985, (3, 3, 3), distortion=0.5, dropout=0.0, units=(0.3, 0.0)),
     ),
     "LeNet-5": (
