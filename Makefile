@@ -9,7 +9,7 @@ RUNTIMES ?= .venv-runtimes
 H100 := $(wildcard ../shared/aot/h100.txtpb)
 BIN := $(VENV)/bin
 
-.PHONY: demo notebook test slow runtimes lint types mutants bench aot clean
+.PHONY: demo notebook test slow runtimes lint types docs mutants bench aot clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -34,6 +34,10 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(BIN)/mypy
+
+# The site, into out/site; a link that leads nowhere fails. MkDocs' plugins advertise others in its place.
+docs: $(VENV)/.docs
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants.py $(ARGS)

@@ -1,0 +1,155 @@
+"""The pages that are made of other files: the reference, the results, the changelog. Run by `mkdocs build`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+REFERENCE: dict[str, dict[str, str]] = {
+    "Gradients": {
+        "clip": "Entries held within a threshold.",
+        "clip_norm": "Norms held within a threshold: of all arrays, or of each.",
+        "scale_to_norm": "Gradients of one norm.",
+        "skip_spikes": "Updates left out where a norm or a loss is too large.",
+        "with_gradient": "Hands the gradient to transformations that need it.",
+    },
+    "Weights": {
+        "clamp_weights": "Weights held in an interval.",
+        "clip_logits": "Queries and keys rescaled where attention logits are too large.",
+        "prune_mask": "Exact zeros, by any score, of weights, units or blocks.",
+        "fake_quantize": "Weights held on a grid, or on the bytes of a format.",
+        "project": "Weights held in any set.",
+        "hold_once": "All constraints of a chain on a trained model, without training.",
+        "check": "Which constraints do not hold, and where.",
+        "Violation": "What `check` finds.",
+        "quantized": "The integers of weights on a grid.",
+        "choose_bits": "Bit widths by the distribution of the weights.",
+        "choose_step": "The step of a grid.",
+        "make_mask": "A mask of exactly so many zeros.",
+    },
+    "Programs": {
+        "analyze": "Which units belong together, read from the program.",
+        "Analysis": "What `analyze` finds.",
+        "shrink": "A model without its zero units.",
+        "Shrunk": "What `shrink` returns.",
+        "sensitivity": "How much the loss changes with each leaf's error.",
+        "snip": "Saliency of the first loss.",
+        "synflow": "Saliency without data.",
+    },
+    "Files": {
+        "save": "The small file.",
+        "load": "The same bits back.",
+        "pack": "The small file in memory.",
+        "unpack": "Params of its bytes.",
+        "export_gguf": "A file for llama.cpp.",
+        "import_gguf": "Params of such a file.",
+        "llama_names": "The names of llama.cpp for a Llama's params.",
+        "llama_metadata": "What llama.cpp must know of a Llama.",
+        "export_onnx": "Codes and scales in an ONNX graph.",
+        "export_safetensors": "A folder for vLLM and transformers.",
+        "import_safetensors": "Params of such a folder.",
+    },
+    "Reports": {
+        "report": "Metrics of a chain, inside jit too.",
+        "summarize": "A table of sparsity, bits and bytes by leaf.",
+        "Summary": "What `summarize` returns.",
+    },
+    "Arrays": {
+        "clamp": "One array held in an interval.",
+        "quantize": "Codes of an array.",
+        "dequantize": "Values of codes.",
+        "Quantized": "Codes, a step and what else a grid has.",
+        "round_to_step": "The nearest multiple of a step.",
+        "fake_quant": "Rounding with a straight-through gradient.",
+        "dot": "A product with the integers of a file.",
+        "per_leaf": "An argument that differs by leaf.",
+    },
+    "Families": {
+        "thresholds": "Rules that follow the history of norms.",
+        "selections": "Which entries may be touched.",
+        "scores": "How much each weight matters.",
+        "structures": "Units, blocks, n of m.",
+        "projections": "Sets that weights are held in.",
+        "formats": "Deployment formats: GGUF, MX, ONNX, compressed-tensors.",
+        "steps": "Steps of grids.",
+        "roundings": "Which code a weight takes.",
+        "widths": "Rules for bit widths.",
+        "plots": "Figures of weights, layers, norms and bytes.",
+        "flax": "What Flax needs.",
+        "typing": "The types that a function of yours may meet.",
+    },
+}
+"""Each public name with what it is, by the group of its page. The types of the families stand on the page `typing`."""
+
+TYPES = ("Context", "Format", "Projection", "Rounding", "Rule", "Score", "Selection", "Step", "Structure", "Width")
+COPIED = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+TITLES = ("Benchmarks", "Claims", "LeNets")
+RESULTS = {
+    "results/benchmarks.md": "benchmarks/README.md",
+    "results/claims.md": "benchmarks/weights/claims.md",
+    "results/lenet.md": "benchmarks/weights/lenet.md",
+}
+
+
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
+
+
+def sources() -> dict[Path, str]:
+    """For each Markdown file that becomes a page the path of the page."""
+    guides = {path: path.name for path in (ROOT / "docs").glob("*.md")}
+    return guides | {ROOT / source: page for page, source in (COPIED | RESULTS).items()}
+
+
+def on_page_markdown(markdown: str, *, page: Any, **kwargs: Any) -> str:
+    """A hook of MkDocs: links that are right in the tree lead to pages; those to other files become their names."""
+    pages = sources()
+    source = {page: path for path, page in pages.items()}.get(page.file.src_uri)
+    if source is None:
+        return markdown
+    up = "../" * page.file.src_uri.count("/")
+
+    def link(match: re.Match[str]) -> str:
+        words, (path, _, anchor) = match[1], match[2].partition("#")
+        target = (source.parent / path).resolve()
+        if re.match(r"[a-z]+:", path) or not path:
+            return match[0]
+        if target in pages and pages[target] != "rooms.md":
+            return f"[{words}]({up}{pages[target]}{'#' * bool(anchor)}{anchor})"
+        return words
+
+    return _LINK.sub(link, markdown)
+
+
+def main() -> None:
+    """Writes the pages that are no files of docs/."""
+    import mkdocs_gen_files as site
+
+    index, summary = ["# Reference\n"], ["* [Reference](index.md)"]
+    for group, names in REFERENCE.items():
+        summary.append(f"* {group}")
+        index.append(f"\n## {group}\n")
+        for name, words in names.items():
+            with site.open(f"api/{name}.md", "w") as page:
+                page.write(f"---\ntitle: {name}\n---\n\n::: clipjax.{name}\n")
+            summary.append(f"    * [{name}]({name}.md)")
+            index.append(f"- [`{name}`]({name}.md): {words}")
+    results = [f"* [{title}]({Path(page).name})" for title, page in zip(TITLES, RESULTS, strict=True)]
+    texts = {"api/SUMMARY.md": summary, "api/index.md": index, "results/SUMMARY.md": results}
+    for path, lines in texts.items():
+        with site.open(path, "w") as page:
+            page.write("\n".join(lines) + "\n")
+    for path, source in (COPIED | RESULTS).items():
+        with site.open(path, "w") as page:
+            page.write((ROOT / source).read_text())
+    for image in (ROOT / "benchmarks").rglob("*.png"):
+        below = image.relative_to(ROOT / "benchmarks")
+        for path in {f"results/{below}", f"results/{below.name}"}:
+            with site.open(path, "wb") as page:
+                page.write(image.read_bytes())
+
+
+if __name__ in ("__main__", "<run_path>"):
+    main()
