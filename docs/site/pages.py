@@ -86,6 +86,7 @@ REFERENCE: dict[str, dict[str, str]] = {
 
 TYPES = ("Context", "Format", "Projection", "Rounding", "Rule", "Score", "Selection", "Step", "Structure", "Width")
 COPIED = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+NOTEBOOKS = {"gallery/compression.ipynb": "examples/compression.ipynb"}
 TITLES = ("Benchmarks", "Claims", "LeNets")
 RESULTS = {
     "results/benchmarks.md": "benchmarks/README.md",
@@ -144,6 +145,11 @@ def main() -> None:
     for path, source in (COPIED | RESULTS).items():
         with site.open(path, "w") as page:
             page.write((ROOT / source).read_text())
+    for path, source in NOTEBOOKS.items():
+        with site.open(path, "w") as page:
+            page.write((ROOT / source).read_text())
+    with site.open("gallery/SUMMARY.md", "w") as page:
+        page.write("* [All examples](../gallery.md)\n* [A net, made small step by step](compression.ipynb)\n")
     for image in (ROOT / "benchmarks").rglob("*.png"):
         below = image.relative_to(ROOT / "benchmarks")
         for path in {f"results/{below}", f"results/{below.name}"}:
