@@ -49,7 +49,7 @@ from clipjax._weights.quantizing import fake_quantize
 from clipjax.scores import snip, synflow
 from clipjax.typing import Context, Format, Projection, Rounding, Rule, Score, Selection, Step, Structure, Width
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Analysis",

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import clipjax
 from clipjax._exports import gguf_writing, safetensors_writing
 from clipjax._files import alphabets, atomic_file, container, layouts, leaf_entries, saving
 from clipjax._maths.integers import Quantized
@@ -115,6 +116,7 @@ def _checkpointer() -> Any:  # Orbax is an extra, so that no type of it can be n
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m clipjax", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"clipjax {clipjax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("inspect", help="a table of the leaves of a file").add_argument("file")
     texts = {

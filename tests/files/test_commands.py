@@ -1,5 +1,6 @@
 """`python -m clipjax`: what it prints, and that files come back through plain safetensors and Orbax bit for bit."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -126,3 +127,11 @@ def test_errors_are_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, ar
     printed = capsys.readouterr()
     assert words in printed.err and printed.err.count("\n") == 1 and not printed.out
     assert sorted(os.listdir()) == before
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        __main__.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"clipjax {clipjax.__version__}\n"
+    assert importlib.metadata.version("clipjax") == clipjax.__version__
