@@ -90,7 +90,10 @@ def largest_logits(
       >>> [round(x, 4) for x in largest_logits(q, q).tolist()]  # 9 / sqrt(2)
       [6.364]
     """
-    key = jnp.repeat(key, query.shape[-2] // key.shape[-2], axis=-2)
+    heads = query.shape[-2], key.shape[-2]
+    remedy = "As many heads of queries must share each head of keys."
+    arguments.require(heads[0] % heads[1] == 0, "key", "have heads that divide those of `query`", heads, remedy)
+    key = jnp.repeat(key, heads[0] // heads[1], axis=-2)
     scaled = query.astype(jnp.float32) / query.shape[-1] ** 0.5
     logits = jnp.einsum("...qhd,...khd->...hqk", scaled, key.astype(jnp.float32))
     allowed = jnp.ones(logits.shape[-2:], bool)
@@ -104,6 +107,7 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    bias: jax.Array | None = None,
     mask: jax.Array | None = None,
     *,
     module: Any = None,
@@ -117,9 +121,10 @@ def attention(
     are not sown.
 
     Args:
-      query: as in Flax, as are `key`, `value`, `mask` and all other arguments.
+      query: as in Flax, as are all arguments.
       key: as in Flax.
       value: as in Flax.
+      bias: as in Flax; the logits that are sown are those before it.
       mask: as in Flax.
       module: where to sow; None for nowhere.
       **kwargs: as in Flax.
@@ -135,13 +140,13 @@ def attention(
       >>> {path: logits.shape for path, logits in max_logits(sown["intermediates"]).items()}
       {'query/kernel': (2,)}
     """
-    fn = nnx.dot_product_attention if isinstance(module, nnx.Module) else nn.dot_product_attention
+    # NNX's module always says whether it is causal, and hands itself over only where it sows; Linen's never says so.
+    in_nnx = "is_causal" in kwargs or isinstance(module, nnx.Module)
     if module is not None:
         logits = largest_logits(query, key, mask, bool(kwargs.get("is_causal")))
-        module.sow(nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates", _NAME, logits)
-    if fn is nn.dot_product_attention:
-        kwargs = {name: x for name, x in kwargs.items() if name != "is_causal"}
-    attended: jax.Array = fn(query, key, value, mask=mask, **kwargs)
+        module.sow(nnx.Intermediate if in_nnx else "intermediates", _NAME, logits)
+    fn = nnx.dot_product_attention if in_nnx else nn.dot_product_attention
+    attended: jax.Array = fn(query, key, value, bias=bias, mask=mask, **kwargs)
     return attended
 
 

@@ -210,6 +210,7 @@ def sphere(radius: Number | PerLeaf | None = None, *, axis: Axis | PerLeaf = Non
     """
     leaf_axes.check(axis)
     if radius is not None and not isinstance(radius, PerLeaf):
+        arguments.no_function(radius, "radius")
         arguments.scalar(radius, "radius", "Give one number, or `per_leaf` numbers.")
         arguments.check_positive(radius, "radius", "None takes the norms that the params have.")
 
@@ -256,8 +257,9 @@ def spectral_cap(
 
     so that 8 iterations find it to 0.7 % from above for n = 1024, and to 0.9 % for n = 8192. Held weights have
     :math:`\sigma_1 \le C`, up to rounding: of f32 in the products, and of the entries of narrower params. All singular
-    values shrink alike, as by `max_norm`; matrices within the bound stay as they are. An update costs k + 1 products of
-    the shorter side with itself, n² numbers in memory, and these n² numbers across devices.
+    values shrink alike, as by `max_norm`; matrices with s <= C stay as they are. An update costs k + 1 products of the
+    shorter side with itself and n² numbers in memory; these n² cross devices where the longer side is sharded, and the
+    matrix does where the shorter one is.
 
     Args:
       bound: C > 0, may be traced.
@@ -284,6 +286,7 @@ def spectral_cap(
       Transformers with Enforced Lipschitz Constants", 2025, https://arxiv.org/abs/2507.13338. D3: what to limit.
     """
     arguments.scalar(bound, "bound", "All matrices have the same bound.")
+    arguments.no_function(bound, "bound")
     arguments.check_positive(bound, "bound", "`projections.clamp(0.0)` holds weights at 0.")
     arguments.static(iterations, "iterations")
     arguments.whole(iterations, "iterations", low=0, remedy="8 are usual.")
@@ -306,8 +309,9 @@ def orthonormal(iterations: int = 12, *, axis: Axis | PerLeaf = None, layers: Ax
     .. math:: X \leftarrow (15 X - 10\, X G + 3\, X G^2) / 8, \qquad G = X^T X
 
     from :math:`w / \lVert w^T w \rVert_F^{1/2}` on. Each iteration brings small singular values 15/8 times nearer to 1,
-    and one that is d away to 2.5 d³ of it. What starts near 0 takes some updates, and singular values of 0 stay 0. An
-    iteration costs three products with the shorter side, of n entries, and moves n² numbers across devices.
+    and one that is d away to 2.5 d³ of it. What starts near 0 takes some updates, until then
+    `clipjax.check` reports it; of a singular value of 0 rounding decides the direction, and an array of zeros stays so.
+    An iteration costs three products with the shorter side, and moves across devices what `spectral_cap` moves.
 
     Args:
       iterations: how many, at least 1. Static.

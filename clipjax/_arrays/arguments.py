@@ -291,6 +291,14 @@ def check_positive(value: object, name: str, remedy: str) -> None:
         require(ok, name, "be positive and finite", value, remedy)
 
 
+def no_function(value: object, name: str) -> None:
+    """Refuse a schedule where none is followed."""
+    if callable(value):
+        raise TypeError(
+            f"`{name}` must be a number, got {value!r}. It is the same at every update: no schedule is taken."
+        )
+
+
 def positive_schedule(value: Number | Schedule, name: str, remedy: str) -> Schedule:
     """The function of a count that a positive number, or a schedule, is."""
     check_schedule(value, name, "a number or a schedule")

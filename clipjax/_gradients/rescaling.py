@@ -52,8 +52,11 @@ def of_weights(total: Tree, params: Tree | None) -> Tree:
     remedy = "Its threshold is relative to the weights: `tx.update(grads, state, params)`."
     arguments.require(params is not None, "params", "be given", params, remedy)
     leaves, treedef = trees.flatten(total)
-    weights = zip(leaves, trees.flatten(params)[0], strict=True)
-    return treedef.unflatten([None if x is None else jnp.asarray(p, dtypes.wide(p.dtype)) for x, p in weights])
+    weights = trees.flatten(params)[0]
+    remedy = "Pass the params that the gradients belong to."
+    arguments.require(len(weights) == len(leaves), "params", "have a leaf for each gradient", len(weights), remedy)
+    rows = zip(leaves, weights, strict=True)
+    return treedef.unflatten([None if x is None else jnp.asarray(p, dtypes.wide(p.dtype)) for x, p in rows])
 
 
 def mean(norm: jax.Array, total: Tree, chosen: Tree, place: Tree | None, axis_name: incoming.AxisName) -> jax.Array:

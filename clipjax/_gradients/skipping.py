@@ -67,13 +67,14 @@ def skip_spikes(
         skip hundreds of updates, the second all.
       watch: "norm", or "value" for n = `value`, an extra argument of `update` as Optax's line searches take it, usually
         the loss: ``tx.update(grads, state, params, value=loss)``. It is then all that is looked at: for both, put one
-        `skip_spikes` around another. On several devices it must be the same on all. Static.
+        `skip_spikes` around another. Rules are made for positive numbers: losses that are not positive enter no
+        history, and are never above a threshold. On several devices it must be the same on all. Static.
       patience: after so many skipped updates in a row, `clipjax.report` shows ``stalled`` and `clipjax.check` a
         violation, from then on: a threshold that no update meets any more stops a training in silence. None for never.
         Static.
-      reset_moments: True to forget at a skipped update what the optimizer remembers of gradients, as SPAM does: every
-        state in `inner` that has trees like the params, moments with their counts, begins anew; counts of schedules go
-        on. Static.
+      reset_moments: True to forget at a skipped update what the optimizer remembers of gradients, as SPAM does: arrays
+        in `inner` that belong to params begin anew, and so do counts beside them, as Adam's; those of schedules, of
+        wrappers such as `optax.inject_hyperparams`, and of transformations of clipjax go on. Static.
       axis_name: inside `jax.shard_map`, the mesh axes that gradients are split over, across which the norm is added up,
         as in `clip_norm`. Without it every device would decide by the norm of its own shard.
 
@@ -176,18 +177,32 @@ def _value(extra: dict[str, object], dtype: DTypeLike) -> jax.Array:
 
 
 def _forgotten(state: State, inner: optax.GradientTransformation, params: Tree) -> State:
-    """The state with all parts at their start that have trees of moments; the others, as counts of schedules, stay."""
+    """The state with moments at their start, and the counts that stand directly beside them; all else stays.
+
+    Moments are what belongs to params. Beside the state of another transformation nothing else begins anew: what wraps
+    it, as `optax.inject_hyperparams`, `optax.MultiSteps` and ourselves, has counts for other ends than moments.
+    """
     moments = optax.tree.map_params(inner, lambda x: True, state, transform_non_params=lambda x: False)
+    like_params = trees.paths(params)
+
+    def named(node: State) -> bool:
+        return isinstance(node, tuple) and hasattr(node, "_fields") and not isinstance(node, optax.MaskedNode)
+
+    def whole(mark: State) -> bool:
+        """True for the moments of one transformation: a tree of them, which holds no state of another one."""
+        leaves = jax.tree.leaves(mark)
+        states = [x for x in jax.tree.leaves(mark, is_leaf=named) if named(x)]
+        return bool(leaves) and all(leaves) and (not states or trees.paths(mark) == like_params)
 
     def reset(old: State, new: State, mark: State) -> State:
-        fields = [jax.tree.leaves(field) for field in mark] if hasattr(mark, "_fields") else []
-        if any(field and all(field) for field in fields):
-            return new
         if isinstance(old, dict):
-            return {key: reset(old[key], new[key], mark[key]) for key in old}
-        if isinstance(old, tuple | list):
-            parts = map(reset, old, new, mark)
-            return type(old)(*parts) if fields or hasattr(old, "_fields") else type(old)(parts)
-        return old
+            return type(old)((key, reset(old[key], new[key], mark[key])) for key in old)
+        if not isinstance(old, tuple | list):
+            return new if mark is True else old
+        wraps = any(named(x) for field in mark for x in jax.tree.leaves(field, is_leaf=named) if not whole(field))
+        if named(old) and not wraps and any(map(whole, mark)):
+            return new
+        parts = map(reset, old, new, mark)
+        return type(old)(*parts) if hasattr(old, "_fields") else type(old)(parts)
 
     return reset(state, inner.init(params), moments)

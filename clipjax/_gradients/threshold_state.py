@@ -141,7 +141,10 @@ def _follow_weights(rule: Rule, norms: jax.Array, state: State, weights: jax.Arr
     """`_follow` in the units that a rule makes of the norms of weights."""
     if rule.reference is None or weights is None:
         return _follow(rule, norms, state, zeros=False)
-    unit = rule.reference(weights.astype(norms.dtype))
+    one = rule.reference
+    for _ in range(norms.ndim):
+        one = jax.vmap(one)
+    unit = one(weights.astype(norms.dtype))
     usable = (unit > 0) & jnp.isfinite(unit)
     unit = jnp.where(usable, unit, jnp.ones_like(unit))
     # 0 enters no history

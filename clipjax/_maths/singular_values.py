@@ -1,8 +1,8 @@
 """Singular values of matrices by matrix products alone: a bound of the largest one, and all of them made 1.
 
 The axes of an array are layers, of which each index is a matrix of its own, contracted axes, and outputs. Products run
-over all axes of one side together, the one with fewer entries on it, and nothing is reshaped: what crosses devices are
-products of that side, and scalars.
+over all axes of one side together, the one with fewer entries on it, and nothing is reshaped. Where the other side is
+sharded, what crosses devices are products of the shorter one, and scalars; where the shorter one is, XLA gathers it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def largest(x: jax.Array, sides: leaf_axes.Sides, squarings: int) -> jax.Array:
     over = tuple(range(len(sides.layers), len(sides.layers) + 2 * len(side)))
     power, log = _gram(x, sides, side), jnp.zeros([x.shape[a] for a in sides.layers], x.dtype)
     for i in range(squarings + 1):
-        norm = jnp.sqrt(jnp.sum(jnp.square(power), axis=over))
-        norm = jnp.where(norm > 0, norm, jnp.ones_like(norm))
-        log = log + jnp.log(norm) / 2**i
+        total = jnp.sum(jnp.square(power), axis=over)
+        norm = jnp.sqrt(jnp.where(total > 0, total, jnp.ones_like(total)))
+        log = log + jnp.log(norm) / 2.0**i
         if i < squarings:
             power = power / jnp.expand_dims(norm, over)
             power = _times(power, power, sides, side)
@@ -63,7 +63,7 @@ def capped(x: jax.Array, dtype: DTypeLike, sides: leaf_axes.Sides, bound: Number
 def polar(x: jax.Array, sides: leaf_axes.Sides, iterations: int) -> jax.Array:
     r"""All singular values moved to 1, by :math:`\sigma \leftarrow (15 \sigma - 10 \sigma^3 + 3 \sigma^5) / 8`.
 
-    Those that are 0 stay 0. Near 1 the distance d becomes :math:`5 d^3 / 2`; far below, each iteration brings a
+    An array of zeros stays so. Near 1 the distance d becomes :math:`5 d^3 / 2`; far below, each iteration brings a
     singular value 15/8 times nearer.
     """
     side = _shorter(x.shape, sides)

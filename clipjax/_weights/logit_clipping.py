@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipjax._arrays import arguments, dtypes, leaf_axes, trees
+from clipjax._arrays import arguments, dtypes, leaf_axes, sharding, trees
 from clipjax._maths import landing
 from clipjax._weights import visiting
 from clipjax.typing import Axis, Leaf, Number, PerLeaf, Schedule, Tree
@@ -56,9 +55,9 @@ def clip_logits(
     Args:
       threshold: τ > 0: a number, which may be traced, or a schedule count -> τ. Kimi K2 uses 100.
       pairs: for the path of each query kernel that of its key kernel, as ``{"attn/query/kernel": "attn/key/kernel"}``.
-      axis: where a leaf has its heads, or ``per_leaf``: an axis of one entry a head, or of heads x features in this
-        order. By default the last but one of Flax's kernels [inputs, heads, features] and biases [heads, features], and
-        the last one of [inputs, outputs] and [outputs].
+      axis: where a kernel has its heads, or ``per_leaf``: an axis of one entry a head, or of heads x features in this
+        order. By default the last but one of Flax's kernels [inputs, heads, features], and the last one of
+        [inputs, outputs]. Biases follow their kernels.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`, whose `update` needs `params` and ``max_logits=``, on several devices
@@ -90,7 +89,9 @@ def clip_logits(
     def init_fn(params: Tree) -> ClipLogitsState:
         leaves = dict(trees.governed(params))
         missing = [path for pair in pairs.items() for path in pair if path not in leaves]
-        arguments.require(not missing, "pairs", "name leaves of the params", missing, f"There are {sorted(leaves)}.")
+        # `optax.tree.map_params` asks for the state of no params
+        known = not missing or not leaves
+        arguments.require(known, "pairs", "name leaves of the params", missing, f"There are {sorted(leaves)}.")
         count, clipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
         return ClipLogitsState(count, clipped, nonfinite, *(jnp.zeros((), jnp.float32) for _ in range(2)))
 
@@ -105,13 +106,14 @@ def clip_logits(
         logits = _logits(extra.get("max_logits"), list(pairs))
         leaves = dict(trees.governed(params))
         limit = jnp.asarray(limits(state.count), jnp.float32)
-        factors: dict[str, tuple[jax.Array, int]] = {}
-        for query, key in pairs.items():
-            own = _factors(limit, logits[query], leaves[query], leaves[key], axis, query, key)
-            for path, factor in zip((query, key), own, strict=True):
-                factors[path] = factors[_beside(path)] = factor
+        found = _roots(limit, {query: (key, logits[query]) for query, key in pairs.items()}, leaves, axis)
+        places = {path: (heads, heads.axis) for path, heads in found.items()}
+        for path, heads in found.items():
+            bias = _beside(path)
+            if bias in leaves and bias not in found:
+                places[bias] = heads, _axis_beside(leaves[bias], leaves[path], heads.axis, bias)
         moved = [
-            u if path not in factors else _rescaled(u, leaves[path], path, *factors[path], axis)
+            _rescaled(u, leaves[path], *places[path]) if path in places else u
             for path, u in zip(trees.paths(updates), trees.flatten(updates)[0], strict=True)
         ]
         every = jnp.concatenate([x.ravel() for x in logits.values()])
@@ -142,51 +144,96 @@ def _logits(given: object, queries: list[str]) -> dict[str, jax.Array]:
     return found
 
 
-def _factors(
-    limit: jax.Array, logits: jax.Array, query: Leaf, key: Leaf, axis: Axis | PerLeaf, at_query: str, at_key: str
-) -> tuple[tuple[jax.Array, int], tuple[jax.Array, int]]:
-    """For the query and for the key: the factor of each head, f32[(layers,) heads], and the features of a head."""
+class _Heads(NamedTuple):
+    """The factors of the heads of one kernel.
+
+    Attributes:
+      factors: f32[(layers,) heads].
+      features: entries of a head along the axis of heads, 1 where that has nothing else.
+      axis: the axis of heads of the kernel, counted from 0.
+    """
+
+    factors: jax.Array
+    features: int
+    axis: int
+
+
+def _roots(
+    limit: jax.Array, pairs: dict[str, tuple[str, jax.Array]], leaves: dict[str, Leaf], axis: Axis | PerLeaf
+) -> dict[str, _Heads]:
+    """The factor of each head, by path of a kernel; a key takes the largest root of all queries that meet it."""
+    gammas: dict[str, jax.Array] = {}
+    shared: dict[str, jax.Array] = {}
+    for query, (key, logits) in pairs.items():
+        keys = _heads_of_keys(logits, leaves, query, key, axis)
+        over = jnp.isfinite(logits) & (logits > limit) & (limit > 0)
+        gammas[query] = jnp.where(over, limit / jnp.where(over, logits, 1.0), 1.0)
+        root = jnp.sqrt(jnp.max(gammas[query].reshape(*logits.shape[:-1], keys, -1), axis=-1))
+        shared[key] = jnp.maximum(shared[key], root) if key in shared else root
+
+    def heads(path: str, factors: jax.Array) -> _Heads:
+        at = _axis(axis, path, leaves[path], factors.ndim - 1)
+        return _Heads(factors, leaves[path].shape[at] // factors.shape[-1], at)
+
+    found = {key: heads(key, root) for key, root in shared.items()}
+    for query, (key, _) in pairs.items():
+        grouped = gammas[query].reshape(*shared[key].shape, -1) / shared[key][..., None]
+        found[query] = heads(query, grouped.reshape(gammas[query].shape))
+    return found
+
+
+def _heads_of_keys(logits: jax.Array, leaves: dict[str, Leaf], query: str, key: str, axis: Axis | PerLeaf) -> int:
+    """How many heads the keys have; raises where the logits are not those of these kernels."""
     heads, layers = logits.shape[-1], logits.shape[:-1]
-    sizes = [leaf.shape[_axis(axis, path, leaf, len(layers))] for path, leaf in ((at_query, query), (at_key, key))]
-    features = sizes[0] // heads
+    kernels = {path: leaves[path] for path in (query, key)}
+    sizes = [kernel.shape[_axis(axis, path, kernel, len(layers))] for path, kernel in kernels.items()]
+    features = sizes[0] // max(heads, 1)
     keys = sizes[1] // max(features, 1)
-    fits = heads * features == sizes[0] and keys * features == sizes[1] and keys and heads % keys == 0
-    fits = fits and all(leaf.shape[: len(layers)] == layers for leaf in (query, key))
+    fits = heads > 0 and heads * features == sizes[0] and keys * features == sizes[1] and keys and heads % keys == 0
+    fits = fits and all(kernel.shape[: len(layers)] == layers for kernel in kernels.values())
+    fits = fits and kernels[query].ndim == kernels[key].ndim
     remedy = "Name the axis by `axis=`; logits of stacked layers are [layers, heads]."
-    shapes = {at_query: query.shape, at_key: key.shape, "logits": logits.shape}
+    shapes = {path: kernel.shape for path, kernel in kernels.items()} | {"logits": logits.shape}
     arguments.require(fits, "max_logits", "have as many heads as the kernels", shapes, remedy)
-    over = jnp.isfinite(logits) & (logits > limit)
-    gamma = jnp.where(over, limit / jnp.where(over, logits, 1.0), 1.0)
-    grouped = gamma.reshape(*layers, keys, heads // keys)
-    shared = jnp.sqrt(jnp.max(grouped, axis=-1))
-    return ((grouped / shared[..., None]).reshape(gamma.shape), features), (shared, features)
+    return keys
 
 
-def _axis(axis: Axis | PerLeaf, path: str, leaf: Leaf, layers: int) -> int:
-    """The axis of heads of a leaf, counted from 0."""
-    given = leaf_axes.resolve(axis, path, leaf)
+def _axis(axis: Axis | PerLeaf, path: str, kernel: Leaf, layers: int) -> int:
+    """The axis of heads of a kernel, counted from 0."""
+    given = leaf_axes.resolve(axis, path, kernel)
     if given is not None:
-        arguments.require(len(given) == 1, "axis", "be one axis of every leaf", given, f"Leaf {path!r} has it.")
+        arguments.require(len(given) == 1, "axis", "be one axis of every kernel", given, f"Leaf {path!r} has it.")
         return given[0]
-    separate = leaf.ndim - layers - (path.split("/")[-1] != "bias") > 1  # heads, features; else one for both
-    return leaf.ndim - 1 - separate
+    separate = kernel.ndim - layers > 2  # inputs, heads, features; else heads x features in one axis
+    return kernel.ndim - 1 - separate
+
+
+def _axis_beside(bias: Leaf, kernel: Leaf, axis: int, path: str) -> int:
+    """The same axis of the bias of a kernel: it lacks one, that of the inputs, which may stand before or behind."""
+    size = kernel.shape[axis]
+    fits = [a for a in (axis - 1, axis) if 0 <= a < bias.ndim and bias.shape[a] == size]
+    remedy = "Give it another name than `bias` if it is none of this kernel."
+    shapes = f"shape {bias.shape} beside {kernel.shape}"
+    arguments.require(
+        fits and bias.ndim == kernel.ndim - 1, path, "have the axis of heads of its kernel", shapes, remedy
+    )
+    return fits[0]
 
 
 def _beside(path: str) -> str:
-    """The path of the bias of a kernel."""
-    return "/".join([*path.split("/")[:-1], "bias"])
+    """The path of the bias of a kernel; of a leaf of another name its own."""
+    *parents, name = path.split("/")
+    return "/".join([*parents, "bias"]) if name == "kernel" else path
 
 
-def _rescaled(
-    update: jax.Array | None, p: jax.Array, path: str, factor: jax.Array, features: int, axis: Axis | PerLeaf
-) -> jax.Array:
+def _rescaled(update: jax.Array | None, p: jax.Array, heads: _Heads, axis: int) -> jax.Array:
     """The update after which a leaf is its next value times the factor of each head; as it is where that is 1."""
-    at, layers = _axis(axis, path, p, factor.ndim - 1), factor.ndim - 1
-    repeated = jnp.repeat(factor, features, axis=-1)
-    shape = [*factor.shape[:-1], *[1] * (p.ndim - layers)]
-    shape[at] = math.prod(repeated.shape[layers:])
+    factors, layers = heads.factors, heads.factors.ndim - 1
+    shape = [*factors.shape[:-1], *[1] * (p.ndim - layers)]
+    shape[axis] = p.shape[axis]
+    repeated = jnp.broadcast_to(factors[..., None], (*factors.shape, heads.features)).reshape(shape)
     wide = dtypes.widened(p)
+    by = sharding.laid_as(jnp.broadcast_to(repeated.astype(wide.dtype), p.shape), wide)
     step = jnp.zeros_like(wide) if update is None else jnp.broadcast_to(update.astype(wide.dtype), p.shape)
-    by = jnp.broadcast_to(repeated.reshape(shape).astype(wide.dtype), p.shape)
-    target = dtypes.narrowed((wide + step) * by, p.dtype)
-    return jnp.where(by == 1, step, landing.land(wide, target))
+    # Not rounded to a narrower dtype: latent weights behind it are to keep the step, and a factor that is nearly 1.
+    return jnp.where(by == 1, step, landing.land(wide, (wide + step) * by))

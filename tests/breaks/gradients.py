@@ -7,7 +7,8 @@ SKIPPING, THRESHOLDS = "_gradients/skipping.py", "_gradients/threshold_state.py"
 MUTANTS = (
     Mutant(SKIPPING, "streak >= patience", "streak > patience", "watching", "patience_is_lost"),
     Mutant(SKIPPING, "state.stalled | (streak", "state.stalled & (streak", "watching", "patience_is_lost"),
-    Mutant(SKIPPING, "field and all(field)", "field", "watching", "begin_anew"),
+    Mutant(SKIPPING, "not wraps and any(map(whole, mark))", "any(map(whole, mark))", "watching", "goes_on_counting"),
+    Mutant(SKIPPING, "return new if mark is True else old", "return old", "watching", "begin_anew"),
     Mutant(SKIPPING, 'if watch == "norm" else _value', "if watch else _value", "watching", "a_loss_above"),
     Mutant(THRESHOLDS, "usable & (limit < largest", "(limit < largest", "watching", "zero_clip_nothing"),
     Mutant(THRESHOLDS, "norms / unit, jnp", "norms, jnp", "watching", "in_units_of"),
@@ -62,7 +63,9 @@ MUTANTS = (
         "clip or warmup",
     ),
     Mutant("_gradients/skipping.py", "jnp.where(good, new, old)", "new", "skipping", "inner or nan"),
-    Mutant("_gradients/skipping.py", "jnp.isfinite(norm) & (norm <= limit)", "(norm <= limit)", "skipping", "inf"),
+    Mutant(
+        "_gradients/skipping.py", "jnp.isfinite(norm) & (norm <= limit)", "(norm <= limit)", "watching", "a_loss_above"
+    ),
     Mutant(
         "_gradients/error_feedback.py",
         "finite & jnp.isfinite(total), (",

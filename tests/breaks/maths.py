@@ -32,7 +32,7 @@ MUTANTS = (
     Mutant(
         "_maths/blocks.py", "sorted(range(len(order)), key=order.__getitem__)", "order", "structures", "several_axes"
     ),
-    Mutant(SINGULAR, "jnp.log(norm) / 2**i", "jnp.log(norm) / 2", "singular_values", "from_above"),
+    Mutant(SINGULAR, "jnp.log(norm) / 2.0**i", "jnp.log(norm) / 2", "singular_values", "from_above"),
     Mutant(SINGULAR, "short = 1 - max(", "short = 1 - 0 * max(", "singular_values", "a_cap_is_held"),
     Mutant(SINGULAR, "beyond & jnp.isfinite(x)", "beyond", "singular_values", "count_for_nothing"),
     Mutant(

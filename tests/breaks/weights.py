@@ -5,10 +5,18 @@ from breaks.mutant import Mutant
 COSTS, RATING, GRID = "_maths/code_costs.py", "_weights/rating.py", "_weights/leaf_grid.py"
 LOGITS = "_weights/logit_clipping.py"
 MUTANTS = (
-    Mutant(LOGITS, "jnp.sqrt(jnp.max(grouped", "jnp.sqrt(jnp.min(grouped", "logit_clipping", "factor_of_its_head"),
-    Mutant(LOGITS, "factors[path] = factors[_beside(path)]", "factors[path]", "logit_clipping", "factor_of_its_head"),
+    Mutant(LOGITS, "jnp.sqrt(jnp.max(gammas", "jnp.sqrt(jnp.min(gammas", "logit_clipping", "factor_of_its_head"),
+    Mutant(LOGITS, "bias in leaves and", "False and", "logit_clipping", "factor_of_its_head"),
+    Mutant(LOGITS, "jnp.maximum(shared[key], root)", "jnp.minimum(shared[key], root)", "logit_clipping", "share_a_key"),
+    Mutant(
+        LOGITS,
+        "landing.land(wide, (wide + step) * by)",
+        "landing.land(wide, dtypes.narrowed((wide + step) * by, p.dtype))",
+        "logit_clipping",
+        "latent_weights_behind",
+    ),
     Mutant(LOGITS, "jnp.isfinite(logits) & (logits", "(logits", "logit_clipping", "not_finite_change"),
-    Mutant(LOGITS, "(wide + step) * by", "wide * by", "logit_clipping", "next_weights"),
+    Mutant(LOGITS, "(wide + step) * by)", "wide * by)", "logit_clipping", "next_weights"),
     Mutant(LOGITS, "jnp.where(by == 1, step,", "jnp.where(by == 0, step,", "logit_clipping", "pass_as_they_are"),
     Mutant("_weights/visiting.py", '"value": jnp.zeros(()), ', "", "watching", "patience_is_lost"),
     Mutant("_weights/quantizing.py", "state, target, outdated)", "state, target)", "changed_arguments", "another"),

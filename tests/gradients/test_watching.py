@@ -1,5 +1,6 @@
 """`skip_spikes` that watches a loss, loses patience and forgets; thresholds that are relative to the weights."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,9 +26,9 @@ def run(tx, values, grads=GRADS, params=PARAMS):
 
 def test_a_loss_above_the_threshold_skips_its_update():
     tx = clipjax.skip_spikes(optax.adam(0.1), 2.0, watch="value")
-    _, states = run(tx, [1.0, 3.0, float("nan"), 2.0, float("inf")])
-    assert [int(s.skipped) for s in states] == [0, 1, 2, 2, 3]
-    assert [int(s.inner[0].count) for s in states] == [1, 1, 1, 2, 2]
+    _, states = run(tx, [1.0, 3.0, float("nan"), 2.0, float("inf"), float("-inf")])
+    assert [int(s.skipped) for s in states] == [0, 1, 2, 2, 3, 4]
+    assert [int(s.inner[0].count) for s in states] == [1, 1, 1, 2, 2, 2]
     report = clipjax.report(states[3])
     assert report["skip_spikes/norm_pre"] == 2.0 and report["skip_spikes/nonfinite"] == 1
 
@@ -97,7 +98,47 @@ OPTIMIZERS = {
     "adafactor": optax.adafactor(optax.linear_schedule(0.1, 0.0, 10), min_dim_size_to_factor=2),
     "injected": optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.1, 0.0, 10)),
     "inside": optax.chain(clipjax.clip_norm(thresholds.zscore()), optax.adam(0.1), clipjax.prune_mask(0.5)),
+    "bare": optax.chain(
+        optax.GradientTransformation(
+            lambda p: jax.tree.map(jnp.zeros_like, p), lambda u, s, p=None: (u, jax.tree.map(jnp.add, u, s))
+        ),
+        optax.scale(-0.1),
+    ),
+    "named": optax.named_chain(("clip", clipjax.clip(1.0)), ("adam", optax.adam(0.1))),
 }
+
+
+COUNTS = {  # what wraps moments, and where its own counts stand
+    "injected": (
+        lambda schedule: optax.inject_hyperparams(optax.sgd)(schedule, momentum=0.9),
+        lambda s: (s.count, s.hyperparams_states["learning_rate"].count),
+    ),
+    "accumulated": (
+        lambda schedule: optax.MultiSteps(optax.adam(schedule), 1),
+        lambda s: (s.gradient_step, s.inner_opt_state[1].count),
+    ),
+    "skipping": (
+        lambda schedule: clipjax.skip_spikes(optax.sgd(0.1, momentum=0.9), thresholds.mean_sigma(window=2)),
+        lambda s: (s.count, s.rule.added),
+    ),
+    "clipping": (
+        lambda schedule: optax.chain(clipjax.clip_norm(thresholds.zscore(), carry=True), optax.adam(0.1)),
+        lambda s: (s[0].count, s[0].rule.added),
+    ),
+    "latent": (
+        lambda schedule: clipjax.project(lambda tree: tree, carry=True, inner=optax.sgd(0.1, momentum=0.9)),
+        lambda s: (s.count,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_what_wraps_moments_goes_on_counting(name):
+    make, counts = COUNTS[name]
+    tx = clipjax.skip_spikes(make(optax.linear_schedule(0.1, 0.0, 10)), 2.0, watch="value", reset_moments=True)
+    _, states = run(tx, [1.0, 1.0, 9.0])
+    before, after = (list(map(int, counts(s.inner))) for s in states[1:])
+    assert before == after and min(after) >= 2
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -220,3 +261,22 @@ def test_skips_relative_to_the_weights():
         grads = {"kernel": jnp.zeros((2, 2)).at[0, 0].set(size * w), "bias": jnp.zeros(2)}
         _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
         assert int(state.skipped) == skipped
+
+
+def test_a_reference_is_written_for_one_norm():
+    rule = thresholds.relative(0.01)._replace(reference=lambda n: jnp.max(jnp.stack([n, jnp.float32(1e3)])))
+    tx = clipjax.clip_norm(rule, per="leaf")
+    got, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    chex.assert_trees_all_equal(got, GRADS)
+
+
+def test_params_of_another_tree_are_named():
+    tx = clipjax.clip_norm(thresholds.relative(0.01))
+    with pytest.raises(ValueError, match="`params` must have a leaf for each gradient"):
+        tx.update(GRADS, tx.init(PARAMS), {"kernel": PARAMS["kernel"]})
+
+
+def test_losses_that_are_not_positive_enter_no_history():
+    tx = clipjax.skip_spikes(optax.sgd(0.1), thresholds.mean_sigma(3.0, window=2), watch="value")
+    _, states = run(tx, [-5.0, -5.1, 0.0, 3.0])
+    assert int(states[-1].rule.added) == 1 and int(states[-1].skipped) == 0

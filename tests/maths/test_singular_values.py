@@ -151,3 +151,22 @@ def test_sides_are_read_from_the_program():
 def test_wrong_calls_say_what_to_do(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("projection", [projections.spectral_cap(1.0), projections.orthonormal()])
+def test_derivatives_at_zero_are_finite(projection):
+    slope = jax.grad(lambda x: jnp.sum(projection.apply(x, (), None)[0] * jnp.arange(12.0).reshape(3, 4)))
+    assert np.isfinite(slope(jnp.zeros((3, 4)))).all()
+
+
+def test_as_many_squarings_as_asked():
+    got = projections.spectral_cap(1.0, 40).apply(2 * jnp.eye(3), (), None)[0]
+    np.testing.assert_allclose(got, np.eye(3), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: projections.spectral_cap(lambda c: 1.0), lambda: projections.sphere(lambda c: 1.0)]
+)
+def test_no_schedule_is_followed(make):
+    with pytest.raises(TypeError, match="must be a number"):
+        make()

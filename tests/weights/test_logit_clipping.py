@@ -11,6 +11,7 @@ from flax import nnx
 
 import clipjax
 import clipjax.flax
+from clipjax import projections
 
 RNG = np.random.default_rng(0)
 PAIRS = {"query/kernel": "key/kernel"}
@@ -129,6 +130,77 @@ def test_scan_vmap_and_devices_give_the_same():
     chex.assert_trees_all_equal(got, wanted)
 
 
+@pytest.mark.parametrize("spec", [("x", "y", None), (None, "y", "x"), ("x", None, "y")])
+def test_explicit_mesh_axes(spec):
+    params = attention_params(heads=4, features=8, inputs=8)
+    tx, logits = clipjax.clip_logits(2.0, PAIRS), {"query/kernel": jnp.array([1.0, 4.0, 16.0, 2.0])}
+    wanted, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, max_logits=logits)
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        over = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec[3 - x.ndim :])))
+        sharded = jax.tree.map(over, params)
+        zeros = jax.tree.map(jnp.zeros_like, sharded)
+        got, _ = jax.jit(tx.update)(zeros, tx.init(sharded), sharded, max_logits=logits)
+    chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(wanted))
+
+
+def test_latent_weights_behind_it_keep_small_steps_and_factors_near_1():
+    """In bf16 a step of 1e-4, and a factor of 1 - 1e-3, round to nothing: latent weights take both."""
+    kernel = jnp.ones((2, 2, 4), jnp.bfloat16)
+    params = {"query": {"kernel": kernel}, "key": {"kernel": kernel}}
+    latent = clipjax.project(projections.identity(), carry=True)
+    tx = optax.chain(optax.sgd(1e-4), clipjax.clip_logits(100.0, PAIRS), latent)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(100):
+        logits = {"query/kernel": jnp.array([100.1, 1.0])}
+        updates, state = update(jax.tree.map(jnp.ones_like, params), state, params, max_logits=logits)
+        params = optax.apply_updates(params, updates)
+    found = state[2].carry["query"]["kernel"][0, :, 0]
+    assert found[1] == pytest.approx(0.99, rel=1e-3) and found[0] < found[1]
+
+
+def test_two_queries_share_a_key():
+    params = attention_params()
+    params["other"] = attention_params()["query"]
+    pairs = {"query/kernel": "key/kernel", "other/kernel": "key/kernel"}
+    logits = {"query/kernel": jnp.array([16.0, 1.0, 4.0, 1.0]), "other/kernel": jnp.array([1.0, 1.0, 16.0, 16.0])}
+    new, _ = clipped(params, logits, 1.0, pairs)
+    for name in ("query", "other"):
+        change = np.asarray(new[name]["kernel"] / params[name]["kernel"]) * np.asarray(
+            new["key"]["kernel"] / params["key"]["kernel"]
+        )
+        np.testing.assert_allclose(change[0, :, 0], 1 / logits[f"{name}/kernel"], rtol=1e-5)
+        assert np.all(np.abs(new[name]["kernel"]) <= np.abs(params[name]["kernel"]))
+
+
+def test_a_bias_that_is_not_that_of_the_kernel_stays():
+    flat = {name: drawn(6, 8) for name in ("wq", "wk", "wo")} | {"bias": drawn(8)}
+    params = {"attn": flat}
+    new, _ = clipped(params, {"attn/wq": jnp.array([16.0, 1.0])}, 1.0, {"attn/wq": "attn/wk"})
+    for name in ("wo", "bias"):
+        np.testing.assert_array_equal(new["attn"][name], flat[name])
+
+
+@pytest.mark.parametrize("axis", [1, -2])
+def test_an_axis_of_the_kernel_is_the_same_from_the_end_in_its_bias(axis):
+    params, logits = attention_params(features=4), {"query/kernel": jnp.array([16.0, 1.0, 1.0, 1.0])}
+    got, _ = clipped(params, logits, 1.0, axis=axis)
+    chex.assert_trees_all_equal(got, clipped(params, logits, 1.0)[0])
+
+
+def test_map_params_finds_its_state():
+    tx = optax.chain(optax.adam(0.1), clipjax.clip_logits(1.0, PAIRS))
+    params = attention_params()
+    chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda x: x, tx.init(params)), tx.init(params))
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0])
+def test_a_schedule_that_is_not_positive_clips_nothing(limit):
+    params = attention_params()
+    new, _ = clipped(params, {"query/kernel": jnp.full(4, 9.0)}, lambda count: jnp.float32(limit))
+    chex.assert_trees_all_equal(new, params)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_logits_that_are_not_finite_change_nothing_and_are_counted(bad):
     params = attention_params()
@@ -197,6 +269,16 @@ def test_nnx_sows_the_same(keys):
     assert np.all(np.abs(model.query.kernel[...]) <= np.abs(before)) and np.any(model.query.kernel[...] != before)
 
 
+@pytest.mark.parametrize("sow", [True, False])
+@pytest.mark.parametrize("keys", [None, 1])
+def test_nnx_is_as_causal_as_without(sow, keys):
+    kind = {} if keys is None else {"num_kv_heads": keys}
+    make = lambda **options: nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0), **kind, **options)
+    x = drawn(1, 5, 8)
+    ours = nnx.capture(make(attention_fn=clipjax.flax.attention), nnx.Intermediate)
+    np.testing.assert_array_equal(ours(x, is_causal=True, sow_weights=sow)[0], make()(x, is_causal=True))
+
+
 def _numbers(layer):
     return {"kernel": np.asarray(layer.kernel[...]), "bias": np.asarray(layer.bias[...])}
 
@@ -220,6 +302,11 @@ def test_the_largest_of_several_calls_counts():
 LOGITS = {"query/kernel": jnp.ones(4)}
 
 
+def with_bias(bias):
+    params = attention_params()
+    return params | {"query": params["query"] | {"bias": bias}}
+
+
 def update(logits, params=None, **options):
     params = attention_params() if params is None else params
     tx = clipjax.clip_logits(1.0, PAIRS, **options)
@@ -237,8 +324,11 @@ def update(logits, params=None, **options):
         (lambda: update({"q": jnp.ones(4)}), r"`max_logits` must have the logits of \['query/kernel'\]"),
         (lambda: update({"query/kernel": jnp.ones(())}), "`max_logits` must have an axis"),
         (lambda: update({"query/kernel": jnp.ones(3)}), "`max_logits` must have as many heads"),
+        (lambda: update({"query/kernel": jnp.ones(0)}), "`max_logits` must have as many heads"),
+        (lambda: clipjax.flax.largest_logits(jnp.ones((2, 3, 4)), jnp.ones((2, 2, 4))), "`key` must have heads"),
         (lambda: update({"query/kernel": jnp.array([1.0, jnp.nan, 1.0, 1.0])}), "`max_logits` must not be NaN"),
         (lambda: update(LOGITS, axis=(0, 1)), "`axis` must be one axis"),
+        (lambda: update(LOGITS, with_bias(jnp.ones(7))), "`query/bias` must have the axis of heads"),
         (lambda: clipjax.flax.max_logits({"a": jnp.ones(2)}), "`sown` must have a value named"),
     ],
 )
