@@ -171,8 +171,6 @@ TRIED = {
         Recipe(0.98, (2, 3, 3), distortion=0.5, dropout=0.0),
         Recipe(0.986, (3, 3, 3), distortion=0.5, dropout=0.0, epochs=160),
         Recipe(0.98, (3, 3, 3), distortion=0.5, dropout=0.0, epochs=160),
-        Recipe(0.99, (3, 3, 3), distortion=0.5, dropout=0.0, epochs=160),
-        Recipe(0.985, (3, 3, 3), distortion=0.5, dropout=0.0, units=(0.3, 0.0)),
     ),
     "LeNet-5": (
         Recipe((0.4, 0.92, 0.988, 0.85), (4, 3, 3, 3), epochs=8, batch=128, rate=3e-3),
