@@ -44,6 +44,9 @@ RECORDS = (
 )
 
 
+MARKERS = {"Deep": "s", "EPR": ">", "Weightless": "D", "Bayesian": "v", "MIRACLE": "^", "MIRACLE,": "^"}
+
+
 class Point(NamedTuple):
     """One of our rows: means over seeds, and their standard deviation."""
 
@@ -57,22 +60,26 @@ class Point(NamedTuple):
 def draw(points: Sequence[Point], path: Path) -> None:
     """Error against bytes, one panel a network: what is nearer to the lower left corner is better."""
     networks = list(dict.fromkeys(record.network for record in RECORDS))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.0), layout="constrained")
     for axis, network in zip(axes, networks, strict=True):
         published = [r for r in RECORDS if r.network == network]
-        for record, marker in zip(published, "sDv^<>", strict=False):
-            axis.plot(record.bytes, record.error, marker, color="#777777", markersize=8, label=record.method)
+        for record in published:
+            marker = MARKERS[record.method.split()[0]]
+            shown = {"color": "#777777", "markersize": 8, "label": record.method}
+            axis.plot(
+                record.bytes, record.error, marker, fillstyle="none" if "smallest" in record.method else "full", **shown
+            )
         mine = sorted((p for p in points if p.network == network), key=lambda p: p.bytes)
         if mine:
             rows = [p.bytes for p in mine], [p.error for p in mine], [p.spread for p in mine]
-            axis.errorbar(*rows, color="#d55e00", marker="o", capsize=3, linewidth=1, label="clipjax, five seeds")
+            axis.errorbar(*rows, color="#d55e00", marker="o", capsize=3, linestyle="", label="clipjax, five seeds")
         axis.set(xscale="log", title=network, xlabel="bytes of the file, log scale", ylabel="test error, %")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(record.error for record in published))
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(EngFormatter("B"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8, loc="lower left")
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
