@@ -26,8 +26,8 @@ class SkipState(NamedTuple):
       threshold: likewise, the threshold of the last update; the largest float where every finite norm passes.
       rule: the state of a rule; () without a rule.
       inner: the state of the inner transformation.
-      streak: i32, how many updates in a row were skipped up to the last one.
-      stalled: bool, whether `patience` updates in a row have been skipped since `init`.
+      streak: i32, how many updates in a row were skipped up to the last one; () without `patience`.
+      stalled: bool, whether `patience` updates in a row have been skipped since `init`; () without it.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -37,8 +37,8 @@ class SkipState(NamedTuple):
     threshold: jax.Array
     rule: State
     inner: State
-    streak: jax.Array
-    stalled: jax.Array
+    streak: State = ()
+    stalled: State = ()
 
 
 def skip_spikes(
@@ -122,9 +122,8 @@ def skip_spikes(
         count, skipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
         dtype = dtypes.widest(jax.tree.leaves(params))
         norm, limit = jnp.zeros((), dtype), jnp.asarray(dtypes.largest(dtype), dtype)
-        streak, stalled = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-        rule = thresholds.init(norm)
-        return SkipState(count, skipped, nonfinite, norm, limit, rule, inside.init(params), streak, stalled)
+        rows = () if patience is None else (jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+        return SkipState(count, skipped, nonfinite, norm, limit, thresholds.init(norm), inside.init(params), *rows)
 
     def watched(tree: Tree) -> jax.Array:
         named = trees.governed(tree)
@@ -149,7 +148,11 @@ def skip_spikes(
             arguments.require(params is not None, "params", "be given", params, remedy)
         old_inner = _forgotten(state.inner, inside, params) if reset_moments else state.inner
         new_inner = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_inner, old_inner)
-        streak = jnp.where(good, jnp.zeros_like(state.streak), optax.safe_increment(state.streak))
+        rows: tuple[jax.Array, ...] = ()
+        if patience is not None:
+            trees.check_state(isinstance(state.streak, jax.Array), "no streak although `patience` is given")
+            streak = jnp.where(good, jnp.zeros_like(state.streak), optax.safe_increment(state.streak))
+            rows = streak, state.stalled | (streak >= patience)
         return emitted, SkipState(
             optax.safe_increment(state.count),
             state.skipped + (~good).astype(jnp.int32),
@@ -158,8 +161,7 @@ def skip_spikes(
             threshold_state.recorded(state.threshold, limit),
             history,
             new_inner,
-            streak,
-            state.stalled if patience is None else state.stalled | (streak >= patience),
+            *rows,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -123,7 +123,7 @@ def _skip(state: SkipState, per_leaf: bool) -> Metrics:
     fraction = state.skipped / jnp.maximum(state.count, 1)
     metrics = {"norm_pre": state.norm_pre, "threshold": _threshold(state.threshold), "skipped": state.skipped}
     metrics |= {"fraction_skipped": fraction, "nonfinite": state.nonfinite}
-    return metrics | {"streak": state.streak, "stalled": state.stalled}
+    return metrics if isinstance(state.streak, tuple) else metrics | {"streak": state.streak, "stalled": state.stalled}
 
 
 def _logits(state: ClipLogitsState, per_leaf: bool) -> Metrics:

@@ -259,7 +259,8 @@ def _stalled(opt_state: State, times: dict[str, int]) -> list[_Row]:
         rows += _stalled(state.inner, times)
         rule = _numbered("skip_spikes", times)
         stalled, streak = trees.unboxed((state.stalled, state.streak))
-        rows.append(_Row("", rule, "stalled", jnp.where(stalled, jnp.maximum(streak, 1), 0), jnp.zeros(())))
+        if not isinstance(streak, tuple):
+            rows.append(_Row("", rule, "stalled", jnp.where(stalled, jnp.maximum(streak, 1), 0), jnp.zeros(())))
     return rows
 
 

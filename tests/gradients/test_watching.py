@@ -79,7 +79,8 @@ def test_patience_is_lost_after_so_many_in_a_row_and_stays_lost():
 def test_without_patience_nothing_stalls():
     tx = clipjax.skip_spikes(optax.sgd(0.1), 2.0, watch="value")
     params, states = run(tx, [9] * 5)
-    assert int(states[-1].streak) == 5 and not clipjax.check(params, states[-1], tx)
+    assert states[-1].streak == () == states[-1].stalled and not clipjax.check(params, states[-1], tx)
+    assert not any("stalled" in key for key in clipjax.report(states[-1]))
 
 
 def test_the_inner_one_of_two_is_named_first():
