@@ -74,7 +74,8 @@ def skip_spikes(
         Static.
       reset_moments: True to forget at a skipped update what the optimizer remembers of gradients, as SPAM does: arrays
         in `inner` that belong to params begin anew, and so do counts beside them, as Adam's; those of schedules, of
-        wrappers such as `optax.inject_hyperparams`, and of transformations of clipjax go on. Static.
+        wrappers such as `optax.inject_hyperparams`, and of transformations of clipjax go on, and masks, grids and
+        latent weights stay. Static.
       axis_name: inside `jax.shard_map`, the mesh axes that gradients are split over, across which the norm is added up,
         as in `clip_norm`. Without it every device would decide by the norm of its own shard.
 
@@ -201,6 +202,8 @@ def _forgotten(state: State, inner: optax.GradientTransformation, params: Tree) 
             return type(old)((key, reset(old[key], new[key], mark[key])) for key in old)
         if not isinstance(old, tuple | list):
             return new if mark is True else old
+        if hasattr(old, "projection"):  # masks, grids and latent weights are no memory of gradients
+            return old._replace(inner=reset(old.inner, new.inner, mark.inner))
         wraps = any(named(x) for field in mark for x in jax.tree.leaves(field, is_leaf=named) if not whole(field))
         if named(old) and not wraps and any(map(whole, mark)):
             return new

@@ -8,6 +8,7 @@ MUTANTS = (
     Mutant(SKIPPING, "streak >= patience", "streak > patience", "watching", "patience_is_lost"),
     Mutant(SKIPPING, "state.stalled | (streak", "state.stalled & (streak", "watching", "patience_is_lost"),
     Mutant(SKIPPING, "not wraps and any(map(whole, mark))", "any(map(whole, mark))", "watching", "goes_on_counting"),
+    Mutant(SKIPPING, 'hasattr(old, "projection")', "False", "watching", "not_forgotten"),
     Mutant(SKIPPING, "return new if mark is True else old", "return old", "watching", "begin_anew"),
     Mutant(SKIPPING, 'if watch == "norm" else _value', "if watch else _value", "watching", "a_loss_above"),
     Mutant(THRESHOLDS, "usable & (limit < largest", "(limit < largest", "watching", "zero_clip_nothing"),

@@ -98,7 +98,7 @@ OPTIMIZERS = {
     ),
     "adafactor": optax.adafactor(optax.linear_schedule(0.1, 0.0, 10), min_dim_size_to_factor=2),
     "injected": optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.1, 0.0, 10)),
-    "inside": optax.chain(clipjax.clip_norm(thresholds.zscore()), optax.adam(0.1), clipjax.prune_mask(0.5)),
+    "inside": optax.chain(clipjax.clip_norm(thresholds.zscore()), optax.adam(0.1)),
     "bare": optax.chain(
         optax.GradientTransformation(
             lambda p: jax.tree.map(jnp.zeros_like, p), lambda u, s, p=None: (u, jax.tree.map(jnp.add, u, s))
@@ -160,6 +160,16 @@ def test_moments_begin_anew_at_a_spike_and_schedules_go_on(name):
     assert all(int(s.count) == 2 for s in schedules)
     adams = jax.tree.leaves(after, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
     assert all(int(s.count) == 0 for s in adams if isinstance(s, optax.ScaleByAdamState))
+
+
+def test_masks_and_latent_weights_are_not_forgotten():
+    adam = optax.adam(0.1)
+    inner = optax.chain(clipjax.fake_quantize(4, inner=adam), clipjax.prune_mask(0.5, every=None))
+    _, states = run(clipjax.skip_spikes(inner, 2.0, watch="value", reset_moments=True), [1.0, 1.0, 9.0])
+    (grid, mask), (new_grid, new_mask) = states[1].inner, states[2].inner
+    chex.assert_trees_all_equal((new_grid._replace(inner=()), new_mask), (grid._replace(inner=()), mask))
+    assert int(mask.projection.mask["kernel"].sum()) == 2
+    chex.assert_trees_all_equal(new_grid.inner[0], adam.init(PARAMS)[0])
 
 
 def test_without_the_option_moments_stay():
