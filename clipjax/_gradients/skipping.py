@@ -198,12 +198,13 @@ def _forgotten(state: State, inner: optax.GradientTransformation, params: Tree) 
         return bool(leaves) and all(leaves) and (not states or trees.paths(mark) == like_params)
 
     def reset(old: State, new: State, mark: State) -> State:
+        if hasattr(old, "projection"):  # masks, grids and latent weights are no memory of gradients
+            kept: State = old
+            return kept._replace(inner=reset(kept.inner, new.inner, mark.inner))
         if isinstance(old, dict):
             return type(old)((key, reset(old[key], new[key], mark[key])) for key in old)
         if not isinstance(old, tuple | list):
             return new if mark is True else old
-        if hasattr(old, "projection"):  # masks, grids and latent weights are no memory of gradients
-            return old._replace(inner=reset(old.inner, new.inner, mark.inner))
         wraps = any(named(x) for field in mark for x in jax.tree.leaves(field, is_leaf=named) if not whole(field))
         if named(old) and not wraps and any(map(whole, mark)):
             return new
