@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ REFERENCE: dict[str, dict[str, str]] = {
 
 TYPES = ("Context", "Format", "Projection", "Rounding", "Rule", "Score", "Selection", "Step", "Structure", "Width")
 COPIED = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
-NOTEBOOKS = {"gallery/compression.ipynb": "examples/compression.ipynb"}
+NOTEBOOKS = {"gallery/compression.ipynb": "examples/compression.ipynb"} | {
+    f"gallery/{path.name}": str(path.relative_to(ROOT)) for path in sorted((ROOT / "examples" / "gallery").glob("*.py"))
+}
 TITLES = ("Benchmarks", "Claims", "LeNets")
 RESULTS = {
     "results/benchmarks.md": "benchmarks/README.md",
@@ -99,29 +102,80 @@ _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def sources() -> dict[Path, str]:
-    """For each Markdown file that becomes a page the path of the page."""
+    """For each file that becomes a page the path of the page."""
     guides = {path: path.name for path in (ROOT / "docs").glob("*.md")}
-    return guides | {ROOT / source: page for page, source in (COPIED | RESULTS).items()}
+    return guides | {ROOT / source: page for page, source in (COPIED | RESULTS | NOTEBOOKS).items()}
 
 
-def on_page_markdown(markdown: str, *, page: Any, **kwargs: Any) -> str:
-    """A hook of MkDocs: links that are right in the tree lead to pages; those to other files become their names."""
+def relinked(text: str, source: Path, page: str, *, addresses: bool = False) -> str:
+    """Text whose links are right in the tree, with links to pages; a link to another file becomes its words.
+
+    With ``addresses`` links are those of the built pages, `pruning/` instead of `pruning.md`: MkDocs does not see the
+    links of notebooks.
+    """
     pages = sources()
-    source = {page: path for path, page in pages.items()}.get(page.file.src_uri)
-    if source is None:
-        return markdown
-    up = "../" * page.file.src_uri.count("/")
+    up = "../" * (page.count("/") + addresses)
 
     def link(match: re.Match[str]) -> str:
         words, (path, _, anchor) = match[1], match[2].partition("#")
         target = (source.parent / path).resolve()
         if re.match(r"[a-z]+:", path) or not path:
             return match[0]
-        if target in pages and pages[target] != "rooms.md":
-            return f"[{words}]({up}{pages[target]}{'#' * bool(anchor)}{anchor})"
-        return words
+        if target not in pages or pages[target] == "rooms.md":
+            return words
+        to = pages[target]
+        return f"[{words}]({up}{_address(to) if addresses else to}{'#' * bool(anchor)}{anchor})"
 
-    return _LINK.sub(link, markdown)
+    return _LINK.sub(link, text)
+
+
+def _address(page: str) -> str:
+    return re.sub(r"(index)?\.(md|py|ipynb)$", "", page).rstrip("/") + "/"
+
+
+def on_page_markdown(markdown: str, *, page: Any, **kwargs: Any) -> str:
+    """A hook of MkDocs: links that are right in the tree lead to pages; those to other files become their names."""
+    source = {page: path for path, page in sources().items()}.get(page.file.src_uri)
+    return markdown if source is None else relinked(markdown, source, page.file.src_uri)
+
+
+def uses(text: str) -> list[str]:
+    """The public names that a program, or the code of a guide, uses."""
+    names = (name for group in REFERENCE.values() for name in group)
+    return [name for name in names if re.search(rf"clipjax\.{name}\b|(?<![\w./`\[]){name}\.[a-z_]\w*\(", text)]
+
+
+def title(path: Path) -> str:
+    """The first heading of a guide or of a notebook."""
+    start = {".md": "# ", ".py": "# # ", ".ipynb": '    "# '}[path.suffix]
+    lines = (line.removeprefix(start) for line in path.read_text().splitlines() if line.startswith(start))
+    return next(lines).removesuffix('\\n",')
+
+
+def used_in(name: str) -> str:
+    """Where a public name is used, as the last section of its page."""
+    guides = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in ("rooms.md", "gallery.md")]
+    gallery = {ROOT / source: _address(page) for page, source in NOTEBOOKS.items()}
+    programs = [path for path in sorted((ROOT / "examples").glob("*.py")) if name in uses(path.read_text())]
+    lines = [
+        ("Gallery", [f"[{title(path)}](../{sources()[path]})" for path in gallery if name in uses(path.read_text())]),
+        ("Guides", [f"[{title(path)}](../{path.name})" for path in guides if name in uses(path.read_text())]),
+        ("Examples", [f"[`{path.name}`](../gallery.md)" for path in programs]),
+    ]
+    found = [f"- {kind}: {', '.join(links)}" for kind, links in lines if links]
+    return "\n".join(["\n## Used in\n", *found, ""]) if found else ""
+
+
+def notebook(source: Path, page: str) -> str:
+    """A notebook with links to pages, and to the page of each name that it uses."""
+    text = source.read_text()
+    used = ", ".join(f"[`{name}`](../../api/{name}/)" for name in uses(text))
+    text, last = relinked(text, source, page, addresses=True), f"**Uses** {used}."
+    if source.suffix == ".py":
+        return f"{text.rstrip()}\n\n# %% [markdown]\n# {last}\n"
+    cells = json.loads(text)
+    cells["cells"].append({"cell_type": "markdown", "id": "uses", "metadata": {}, "source": [last]})
+    return json.dumps(cells)
 
 
 def main() -> None:
@@ -134,7 +188,7 @@ def main() -> None:
         index.append(f"\n## {group}\n")
         for name, words in names.items():
             with site.open(f"api/{name}.md", "w") as page:
-                page.write(f"---\ntitle: {name}\n---\n\n::: clipjax.{name}\n")
+                page.write(f"---\ntitle: {name}\n---\n\n::: clipjax.{name}\n{used_in(name)}")
             summary.append(f"    * [{name}]({name}.md)")
             index.append(f"- [`{name}`]({name}.md): {words}")
     results = [f"* [{title}]({Path(page).name})" for title, page in zip(TITLES, RESULTS, strict=True)]
@@ -145,11 +199,13 @@ def main() -> None:
     for path, source in (COPIED | RESULTS).items():
         with site.open(path, "w") as page:
             page.write((ROOT / source).read_text())
+    gallery = ["* [All examples](../gallery.md)"]
     for path, source in NOTEBOOKS.items():
         with site.open(path, "w") as page:
-            page.write((ROOT / source).read_text())
+            page.write(notebook(ROOT / source, path))
+        gallery.append(f"* [{title(ROOT / source)}]({Path(path).name})")
     with site.open("gallery/SUMMARY.md", "w") as page:
-        page.write("* [All examples](../gallery.md)\n* [A net, made small step by step](compression.ipynb)\n")
+        page.write("\n".join(gallery) + "\n")
     for image in (ROOT / "benchmarks").rglob("*.png"):
         below = image.relative_to(ROOT / "benchmarks")
         for path in {f"results/{below}", f"results/{below.name}"}:
