@@ -87,9 +87,10 @@ REFERENCE: dict[str, dict[str, str]] = {
 TYPES = ("Context", "Format", "Projection", "Rounding", "Rule", "Score", "Selection", "Step", "Structure", "Width")
 COPIED = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 NOTEBOOKS = {"gallery/compression.ipynb": "examples/compression.ipynb"}
-TITLES = ("Benchmarks", "Claims", "LeNets")
+TITLES = ("Benchmarks", "Method", "Claims", "LeNets")
 RESULTS = {
     "results/benchmarks.md": "benchmarks/README.md",
+    "results/method.md": "benchmarks/method.md",
     "results/claims.md": "benchmarks/weights/claims.md",
     "results/lenet.md": "benchmarks/weights/lenet.md",
 }
