@@ -46,4 +46,8 @@ def test_links_lead_to_pages_or_are_words():
         shown("[a](lenet.md) [b](https://x.y/z.md) [c](#d)") == "[a](../results/lenet.md) [b](https://x.y/z.md) [c](#d)"
     )
     assert shown("[the guide](../../docs/clipping.md#nan)") == "[the guide](../clipping.md#nan)"
+    assert (
+        shown("[the results](../README.md#aotpy) [the method](../method.md#aotpy)")
+        == "[the results](../results/benchmarks.md#aotpy) [the method](../results/method.md#aotpy)"
+    )
     assert shown("[a script](claims.py) ![a figure](claims.png)") == "a script ![a figure](claims.png)"

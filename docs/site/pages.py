@@ -90,9 +90,10 @@ COPIED = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 NOTEBOOKS = {"gallery/compression.ipynb": "examples/compression.ipynb"} | {
     f"gallery/{path.name}": str(path.relative_to(ROOT)) for path in sorted((ROOT / "examples" / "gallery").glob("*.py"))
 }
-TITLES = ("Benchmarks", "Claims", "LeNets")
+TITLES = ("Results", "Method", "Claims", "LeNets")
 RESULTS = {
     "results/benchmarks.md": "benchmarks/README.md",
+    "results/method.md": "benchmarks/method.md",
     "results/claims.md": "benchmarks/weights/claims.md",
     "results/lenet.md": "benchmarks/weights/lenet.md",
 }
