@@ -51,3 +51,20 @@ def test_links_lead_to_pages_or_are_words():
         == "[the results](../results/benchmarks.md#aotpy) [the method](../results/method.md#aotpy)"
     )
     assert shown("[a script](claims.py) ![a figure](claims.png)") == "a script ![a figure](claims.png)"
+
+
+def test_links_of_notebooks_lead_to_addresses():
+    site = loaded()
+    source = site.ROOT / "examples" / "gallery" / "vit.py"
+    text = "[a](../../docs/pruning.md#x) [b](../../benchmarks/README.md) [c](../digits.py)"
+    shown = site.relinked(text, source, "gallery/vit.py", addresses=True)
+    assert shown == "[a](../../pruning/#x) [b](../../results/benchmarks/) c"
+
+
+def test_a_page_says_where_its_name_is_used():
+    site = loaded()
+    assert "(../gallery/vit.py)" in site.used_in("shrink") and "(../shrinking.md)" in site.used_in("shrink")
+    assert site.uses("clipjax.clip_norm(1.0), scores.taylor(), `clipjax.clipped`") == ["clip_norm", "scores"]
+    for page, source in site.NOTEBOOKS.items():
+        assert site.uses((site.ROOT / source).read_text()), page
+        assert not site.title(site.ROOT / source).startswith("-")
