@@ -9,7 +9,7 @@ RUNTIMES ?= .venv-runtimes
 H100 := $(wildcard ../shared/aot/h100.txtpb)
 BIN := $(VENV)/bin
 
-.PHONY: demo notebook test slow runtimes lint types docs mutants bench aot clean
+.PHONY: demo notebook test slow runtimes lint types docs dist mutants bench aot clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -39,12 +39,22 @@ types: $(VENV)/.test
 docs: $(VENV)/.docs
 	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
+# What would be published, into out/dist: built, its description checked, installed where nothing else is, and run there.
+dist: $(VENV)/.dist
+	rm -rf out/dist
+	$(BIN)/python -m build --outdir out/dist
+	$(BIN)/python -m twine check --strict out/dist/*
+	$(PYTHON) -m venv out/dist/venv
+	out/dist/venv/bin/python -m pip install -q --disable-pip-version-check out/dist/*.whl
+	cd out/dist && venv/bin/python -I -m clipjax --version && venv/bin/python -I -c '$(FIRST)'
+FIRST := import clipjax, jax.numpy as p; print(clipjax.hold_once(clipjax.prune_mask(0.5), {"kernel": p.arange(4.0)})[0])
+
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants.py $(ARGS)
 
 # What trains for hours prints its saved runs. `make bench DATA=DIR`, the folder of MNIST's files, trains what out/ lacks;
 # TEXT=FILE is what the transformers read.
-TRAINED := lenet lenet_grids headline claims spikes
+TRAINED := lenet lenet_grids headline claims spikes text_bytes
 # Those of real/ need models and files that other packages ship, and say in their headers where from.
 PARTS := $(addsuffix .py,%_cases %_chains %_figures %_training) benchmarks/real/%
 TIMED := $(filter-out $(addprefix %/,$(addsuffix .py,$(TRAINED) aot compiled)) $(PARTS),$(wildcard benchmarks/*/*.py))

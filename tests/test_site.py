@@ -68,3 +68,9 @@ def test_a_page_says_where_its_name_is_used():
     for page, source in site.NOTEBOOKS.items():
         assert site.uses((site.ROOT / source).read_text()), page
         assert not site.title(site.ROOT / source).startswith("-")
+
+
+def test_the_citation_is_of_this_version():
+    root = loaded().ROOT
+    assert f"version: {clipjax.__version__}\n" in (root / "CITATION.cff").read_text()
+    assert f"{{{clipjax.__version__}}}" in (root / "docs" / "cite.md").read_text()

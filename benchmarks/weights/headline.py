@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,12 +59,13 @@ class Row(NamedTuple):
         return f"{self.network}, {setting}, seed {seed}, {'validation' if validate else 'test'}"
 
 
+RAW = {"LeNet-300-100": 1_066_440, "LeNet-5": 1_724_320}  # bytes of the whole network's f32 arrays
 GOALS = {
-    "LeNet-300-100-80x": Goal(1.64, 1_066_440 / 80),
-    "LeNet-300-100-120x": Goal(1.92, 1_066_440 / 120),
+    "LeNet-300-100-80x": Goal(1.64, RAW["LeNet-300-100"] / 80),
+    "LeNet-300-100-120x": Goal(1.92, RAW["LeNet-300-100"] / 120),
     "LeNet-300-100-6kB": Goal(1.6, 6_000),
     "LeNet-300-100-4.5kB": Goal(1.9, 4_500),
-    "LeNet-5-200x": Goal(0.80, 1_724_320 / 200),
+    "LeNet-5-200x": Goal(0.80, RAW["LeNet-5"] / 200),
 }
 ROWS = tuple(Row(name, name.rpartition("-")[0], goal, chains.BEST[name]) for name, goal in GOALS.items())
 
@@ -75,22 +76,30 @@ def train(rows: Iterable[Row], seeds: Iterable[int], folder: Path, validate: boo
     if not missing:
         return
     data = training.load(folder, validate)
-    for network in {row.network for row, _ in missing}:
-        chains.groups(network)
 
     @functools.cache
     def seen(distortion: float) -> training.Data:
         return data._replace(x=training.distorted(data.x, distortion)) if distortion else data
 
     @functools.cache
-    def program(row: Row) -> Any:
+    def program(row: Row, shapes: str) -> Any:
         assert not (row.recipe.mix and row.recipe.distortion), "A teacher answers for the images as they are."
+        build = functools.partial(chains.chain, row.network, row.recipe)
         return training.trainer(
-            row.network,
-            seen(row.recipe.distortion),
-            functools.partial(chains.chain, row.network, row.recipe),
-            row.recipe.lesson,
+            row.network, seen(row.recipe.distortion), build, row.recipe.lesson, begin=begins[shapes]
         )
+
+    @functools.cache
+    def first(network: str, units: tuple[float, ...], distortion: float) -> Callable[[int], tuple[Any, float]]:
+        analysis = chains.analysis(network)
+        build = functools.partial(chains.thin, network, analysis.groups, units)
+        run = training.trainer(network, seen(distortion), build, chains.FIRST[0])
+
+        def cut(seed: int) -> tuple[Any, float]:
+            params, _, seconds = run(0.0, seed)
+            return clipjax.shrink(params, analysis).variables, seconds
+
+        return cut
 
     @functools.cache
     def dense(network: str) -> Any:
@@ -102,10 +111,15 @@ def train(rows: Iterable[Row], seeds: Iterable[int], folder: Path, validate: boo
         params, _, seconds = dense(network)(0.0, seed)
         return jnp.asarray(training.answers(network, params, data.x)), seconds
 
+    begins: dict[str, Any] = {}
     for row, seed in track(missing, description="trainings"):
-        logits, before = taught(row.network, seed) if row.recipe.mix else (None, 0.0)
-        params, opt_state, seconds = program(row)(0.0, seed, logits)
-        store.add(row.key(seed, validate), {"seconds": before + seconds, **measure(row, params, opt_state, data)})
+        recipe = row.recipe
+        begin, spent = first(row.network, recipe.units, recipe.distortion)(seed) if recipe.units else (None, 0.0)
+        logits, before = taught(row.network, seed) if recipe.mix else (None, 0.0)
+        begins[shapes := str(jax.tree.map(jnp.shape, begin))] = begin
+        params, opt_state, seconds = program(row, shapes)(0.0, seed, logits, begin)
+        seconds += spent + before
+        store.add(row.key(seed, validate), {"seconds": seconds, **measure(row, params, opt_state, data)})
 
 
 def measure(row: Row, params: Any, opt_state: Any, data: training.Data) -> dict[str, Any]:
@@ -118,7 +132,7 @@ def measure(row: Row, params: Any, opt_state: Any, data: training.Data) -> dict[
         "zeros": [round(100 * float((kernel == 0).mean()), 3) for kernel in kernels],
         "sparsity": 100 * measuring.sparsity(params),
         "bytes": file_bytes(params),
-        "raw": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        "raw": RAW[row.network],
         "jax": jax.__version__,
     }
 

@@ -66,12 +66,13 @@ class LeNet300(nn.Module):
     """784-300-100-10, 266,610 parameters."""
 
     dropout: float = 0.0
+    widths: tuple[int, ...] = (300, 100)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps f32[n, 28, 28, 1] to logits f32[n, 10]."""
         x = x.reshape(x.shape[0], -1)
-        for width in (300, 100):
+        for width in self.widths:
             x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(nn.Dense(width)(x)))
         return nn.Dense(10)(x)
 
@@ -95,13 +96,14 @@ class LeNet5(nn.Module):
     """Caffe's LeNet: 20 and 50 filters of 5x5, each pooled to half, 500, 10; 431,080 parameters."""
 
     dropout: float = 0.0
+    widths: tuple[int, ...] = (20, 50, 500)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps f32[n, 28, 28, 1] to logits f32[n, 10]."""
-        for width in (20, 50):
+        for width in self.widths[:2]:
             x = _pooled(Conv(width)(x))
-        x = nn.relu(nn.Dense(500)(x.reshape(x.shape[0], -1)))
+        x = nn.relu(nn.Dense(self.widths[2])(x.reshape(x.shape[0], -1)))
         return nn.Dense(10)(nn.Dropout(self.dropout, deterministic=not train)(x))
 
 
@@ -112,6 +114,12 @@ def _pooled(x: jax.Array) -> jax.Array:
 
 
 MODELS = {"LeNet-300-100": LeNet300, "LeNet-5": LeNet5}
+
+
+def model(network: str, params: Any, dropout: float = 0.0) -> nn.Module:
+    """The net whose widths are those of params."""
+    *layers, _ = sorted(params)  # the last one has the ten outputs
+    return MODELS[network](dropout, tuple(params[layer]["bias"].size for layer in layers))
 
 
 class Course(NamedTuple):
@@ -144,21 +152,21 @@ class Lesson(NamedTuple):
 
 
 def trainer(
-    network: str, data: Data, chain: Callable[[Course], Any], lesson: Lesson, together: int = 0
+    network: str, data: Data, chain: Callable[[Course], Any], lesson: Lesson, together: int = 0, begin: Any = None
 ) -> Callable[..., Any]:
     """Compiles a training: `train(level, seed)` is params, opt_state and the seconds that it took.
 
     The seed, traced like the level, decides the first params, the batches and what the chain draws. With `mix` a third
     argument is needed: the teacher's logits f32[n, 10] of the training images. With `together` so many trainings run as
     one batch, for a GPU: the seed is then i32[together], and every array of the result has that axis in front.
+    With `begin`, params of any widths, each training begins with the params of its argument `begin`.
     """
-    model, batches = MODELS[network](lesson.dropout), len(data.y) // lesson.batch
+    given, batches = begin is not None, len(data.y) // lesson.batch
+    net = model(network, begin, lesson.dropout) if given else MODELS[network](lesson.dropout)
     copies = data.x if data.x.ndim == 5 else data.x[None]
 
     def loss_fn(params, x, y, taught=None, key=None):
-        logits = model.apply(
-            {"params": params}, x, train=key is not None, rngs=None if key is None else {"dropout": key}
-        )
+        logits = net.apply({"params": params}, x, train=key is not None, rngs=None if key is None else {"dropout": key})
         labels = optax.smooth_labels(jax.nn.one_hot(y, 10), lesson.smoothing)
         loss = optax.softmax_cross_entropy(logits, labels).mean()
         if not lesson.mix or taught is None:
@@ -170,9 +178,9 @@ def trainer(
     def floats(images):
         return images if images.dtype == jnp.float32 else images.astype(jnp.float32) / 255
 
-    def train(level, seed, copies, y, taught):
+    def train(level, seed, copies, y, taught, begin):
         key, first = jax.random.key(seed), floats(copies[0, :1000])
-        params = model.init(key, first[:1])["params"]
+        params = begin if given else net.init(key, first[:1])["params"]
         draws = jax.random.fold_in(key, lesson.epochs)
         tx = chain(Course(level, lesson.epochs * batches, draws, params, lambda p: loss_fn(p, first, y[:1000])))
 
@@ -193,19 +201,18 @@ def trainer(
 
         return jax.lax.scan(epoch, (params, tx.init(params), draws), jnp.arange(lesson.epochs))[0][:2]
 
-    def arguments(level, seed, taught=None):
-        given = jnp.zeros(()) if taught is None else taught
-        return jnp.float32(level), seed, copies, data.y, given
+    def arguments(level, seed, taught=None, begin=None):
+        return jnp.float32(level), seed, copies, data.y, jnp.zeros(()) if taught is None else taught, begin
 
     shape = jnp.zeros((len(data.y), 10)) if lesson.mix else None
     first = jnp.zeros(together, jnp.int32) if together else 0
-    compiled = jax.jit(jax.vmap(train, (None, 0, None, None, None)) if together else train)
-    program = compiled.lower(*arguments(0, first, shape)).compile()
+    compiled = jax.jit(jax.vmap(train, (None, 0, None, None, None, None)) if together else train)
+    program = compiled.lower(*arguments(0, first, shape, begin)).compile()
 
-    def timed(level, seed, taught=None):
-        begin = time.perf_counter()
-        params, state = jax.block_until_ready(program(*arguments(level, seed, taught)))
-        return params, state, time.perf_counter() - begin
+    def timed(level, seed, taught=None, begin=None):
+        start = time.perf_counter()
+        params, state = jax.block_until_ready(program(*arguments(level, seed, taught, begin)))
+        return params, state, time.perf_counter() - start
 
     return timed
 
@@ -238,9 +245,9 @@ def trainings(
 
 def answers(network: str, params: Any, x: jax.Array) -> np.ndarray:
     """Returns the logits f32[n, 10] of every image, a thousand images at a time."""
-    return np.concatenate([_apply(MODELS[network](), params, x[i : i + 1000]) for i in range(0, len(x), 1000)])
+    return np.concatenate([_apply(model(network, params), params, x[i : i + 1000]) for i in range(0, len(x), 1000)])
 
 
 @jax.jit(static_argnums=0)
-def _apply(model: nn.Module, params: Any, x: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, x)
+def _apply(net: nn.Module, params: Any, x: jax.Array) -> jax.Array:
+    return net.apply({"params": params}, x)
