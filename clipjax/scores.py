@@ -146,6 +146,8 @@ def taylor(decay: Number = 0.9) -> Score:
 def movement(decay: Number = 0.9) -> Score:
     r""":math:`-w g`, averaged over updates: weights that move toward zero are removed first, whatever their size.
 
+    Sanh et al. sum over all updates; a decay of 0.9999 comes near that, and averages over few updates choose worse.
+
     Args:
       decay: β in [0, 1) of the average; with 0 the score is that of the last update alone, and nothing is stored.
 

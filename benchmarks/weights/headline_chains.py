@@ -138,6 +138,7 @@ BEST = {
     "LeNet-300-100-120x": Recipe(0.972, (3, 3, 3)),
     "LeNet-300-100-6kB": Recipe(0.9805, (3, 3, 3), distortion=0.5, dropout=0.0, epochs=160),
     "LeNet-300-100-4.5kB": Recipe(0.986, (3, 3, 3), distortion=0.5, dropout=0.0, epochs=160),
+    "LeNet-5-4.5kB": Recipe((0.0, 0.5, 0.75, 0.4), (4, 3, 3, 3), epochs=60, units=(0.6, 0.68, 0.9), lam=0.2, **SHIFTED),
     "LeNet-5-200x": Recipe((0.4, 0.92, 0.9905, 0.87), (4, 3, 3, 3), epochs=28, batch=64, rate=2e-3),
 }
 TRIED = {
@@ -177,5 +178,7 @@ TRIED = {
         Recipe((0.4, 0.92, 0.9905, 0.87), (4, 3, 3, 3), epochs=28, batch=128, rate=3e-3),
         Recipe((0.3, 0.6, 0.8, 0.5), (4, 3, 3, 3), epochs=30, units=(0.5, 0.6, 0.88), lam=0.2, **SHIFTED),
         Recipe((0.0, 0.5, 0.75, 0.4), (4, 3, 3, 3), epochs=60, units=(0.6, 0.68, 0.9), lam=0.2, **SHIFTED),
+        Recipe((0.2, 0.6, 0.8, 0.5), (4, 3, 3, 3), epochs=60, units=(0.6, 0.7, 0.9), lam=0.2, **SHIFTED),
+        Recipe((0.0, 0.4, 0.7, 0.4), (4, 3, 3, 3), epochs=80, units=(0.65, 0.74, 0.92), lam=0.2, **SHIFTED),
     ),
 }

@@ -40,14 +40,12 @@ def export_gguf(
     has it for experts, the first output axis stays: [experts, out, in]. Nothing is quantized here: a leaf that
     `fake_quantize` holds on a format is written as the codes and scales that it has, and llama.cpp computes with these.
 
-    ================================  ==========================================
-    leaf                              tensor
-    ================================  ==========================================
-    on a format of GGUF               Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TQ1_0, TQ2_0, MXFP4
-    floats                            `float_type`; F32 where it is a vector or a scalar, as llama.cpp wants them
-    i8, i16, i32, i64                 I8, I16, I32, I64
-    None, or without entries          none
-    ================================  ==========================================
+    | leaf | tensor |
+    | --- | --- |
+    | on a format of GGUF | Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TQ1_0, TQ2_0, MXFP4 |
+    | floats | `float_type`; F32 where it is a vector or a scalar, as llama.cpp wants them |
+    | i8, i16, i32, i64 | I8, I16, I32, I64 |
+    | None, or without entries | none |
 
     Leaves on a grid of `fake_quantize(bits=...)`, which GGUF does not have, are floats. The file is written leaf by
     leaf, beside the old one, which it replaces when all of it is on disk.

@@ -48,19 +48,17 @@ def llama_names(
     A module is found by the end of its path: "layers/3/self_attn/q_proj/kernel" is "blk.3.attn_q.weight". The usual
     names of Hugging Face, Meta and Flax are known; `modules` adds others, and says what differs:
 
-    ================  ==========================================
-    llama.cpp         modules that are known
-    ================  ==========================================
-    token_embd        embed_tokens, tok_embeddings, embed, embedder, embedding, input_embedding, wte
-    output_norm       norm, final_norm, ln_f
-    output            lm_head, head, unembed
-    attn_norm         input_layernorm, attention_norm, pre_attention_norm, norm1, ln_1
-    attn_q, _k, _v    q_proj, wq, query, q, and so on; of all three, qkv_proj, wqkv, qkv
-    attn_output       o_proj, wo, out_proj, out, o
-    ffn_norm          post_attention_layernorm, mlp_norm, pre_ffw_norm, norm2, ln_2
-    ffn_gate, _up     gate_proj, w1, gate; up_proj, w3, up; of both, gate_up_proj, gate_up
-    ffn_down          down_proj, w2, down
-    ================  ==========================================
+    | llama.cpp | modules that are known |
+    | --- | --- |
+    | token_embd | embed_tokens, tok_embeddings, embed, embedder, embedding, input_embedding, wte |
+    | output_norm | norm, final_norm, ln_f |
+    | output | lm_head, head, unembed |
+    | attn_norm | input_layernorm, attention_norm, pre_attention_norm, norm1, ln_1 |
+    | attn_q, _k, _v | q_proj, wq, query, q, and so on; of all three, qkv_proj, wqkv, qkv |
+    | attn_output | o_proj, wo, out_proj, out, o |
+    | ffn_norm | post_attention_layernorm, mlp_norm, pre_ffw_norm, norm2, ln_2 |
+    | ffn_gate, _up | gate_proj, w1, gate; up_proj, w3, up; of both, gate_up_proj, gate_up |
+    | ffn_down | down_proj, w2, down |
 
     The number of a layer is a key of the path ("layers/3", "layers_3", "Block_3"). Without one, and where an array has
     the size of all, the layers are stacked along the first axis of each array. A kernel f32[in, heads, size] has two

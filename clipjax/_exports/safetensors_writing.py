@@ -37,18 +37,15 @@ def export_safetensors(
     f32[in, out] is written as [out, in]; output axes are flattened in order, and so are input axes. Nothing is
     quantized here.
 
-    =========================================  ==============================================================
-    leaf                                       arrays of its module
-    =========================================  ==============================================================
-    on `int4`, `int8`                          pack-quantized: weight_packed, weight_scale, weight_shape
-    on `fp8_e4m3`                              float-quantized: weight (F8_E4M3), weight_scale
-    on `mxfp4`, by any rule                    mxfp4-pack-quantized: weight_packed, weight_scale
-    on `mxfp8` of E4M3                         mxfp8-quantized: weight (F8_E4M3), weight_scale
-    on `nvfp4` of compressed-tensors           nvfp4-pack-quantized: weight_packed, weight_scale,
-                                               weight_global_scale
-    floats, other formats, grids               the values in the dtype of the leaf
-    None, or without entries                   none
-    =========================================  ==============================================================
+    | leaf | arrays of its module |
+    | --- | --- |
+    | on `int4`, `int8` | pack-quantized: weight_packed, weight_scale, weight_shape |
+    | on `fp8_e4m3` | float-quantized: weight (F8_E4M3), weight_scale |
+    | on `mxfp4`, by any rule | mxfp4-pack-quantized: weight_packed, weight_scale |
+    | on `mxfp8` of E4M3 | mxfp8-quantized: weight (F8_E4M3), weight_scale |
+    | on `nvfp4` of compressed-tensors | nvfp4-pack-quantized: weight_packed, weight_scale, weight_global_scale |
+    | floats, other formats, grids | the values in the dtype of the leaf |
+    | None, or without entries | none |
 
     What compressed-tensors decodes are the params bit for bit. It computes in the dtype of the scales: those of `int4`
     and `int8` are written as f32 where f32 params, or `Quantized` without any, have values that a narrower scale would

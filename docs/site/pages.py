@@ -36,7 +36,7 @@ REFERENCE: dict[str, dict[str, str]] = {
         "Analysis": "What `analyze` finds.",
         "shrink": "A model without its zero units.",
         "Shrunk": "What `shrink` returns.",
-        "sensitivity": "How much the loss changes with each leaf's error.",
+        "sensitivity": "The mean squared input of each weight, from some batches.",
         "snip": "Saliency of the first loss.",
         "synflow": "Saliency without data.",
     },
@@ -120,8 +120,12 @@ def relinked(text: str, source: Path, page: str, *, addresses: bool = False) -> 
     def link(match: re.Match[str]) -> str:
         words, (path, _, anchor) = match[1], match[2].partition("#")
         target = (source.parent / path).resolve()
-        if re.match(r"[a-z]+:", path) or not path:
-            return match[0]
+        if re.match(r"[a-z]+:", path) or not re.search("[./]", path):
+            return match[0]  # also what only looks like a link, x[0](y)
+        if target.is_relative_to(ROOT / "docs" / "api"):
+            return f"[{words}]({up}{target.relative_to(ROOT / 'docs')})"
+        if target in pages and words.endswith(".md"):
+            words = title(target)
         if target not in pages or pages[target] == "rooms.md":
             return words
         to = pages[target]
@@ -132,6 +136,14 @@ def relinked(text: str, source: Path, page: str, *, addresses: bool = False) -> 
 
 def _address(page: str) -> str:
     return re.sub(r"(index)?\.(md|py|ipynb)$", "", page).rstrip("/") + "/"
+
+
+def on_config(config: Any, **kwargs: Any) -> Any:
+    """A hook of MkDocs: every page says of which version it is."""
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "clipjax" / "__init__.py").read_text())
+    assert version
+    config.copyright = f"clipjax {version[1]}"
+    return config
 
 
 def on_page_markdown(markdown: str, *, page: Any, **kwargs: Any) -> str:
