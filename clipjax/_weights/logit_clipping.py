@@ -42,12 +42,12 @@ def clip_logits(
     .. math:: \gamma_h = \min(1, \tau / S_h), \qquad W^q_h \leftarrow \sqrt{\gamma_h}\, W^q_h, \quad
         W^k_h \leftarrow \sqrt{\gamma_h}\, W^k_h
 
-    :math:`S_h` is the largest logit :math:`q \cdot k / \sqrt d` of head h in the step whose gradients these are;
-    after the update the same input gives :math:`\tau`. It is handed to `update`, as ``max_logits={path: f32[heads]}`` with the
-    paths of the query kernels, ``f32[layers, heads]`` where layers are stacked in front; `clipjax.flax.max_logits`
-    collects it. The biases beside the kernels, named "bias", are rescaled too. Where several heads share a key, the
-    key is multiplied by the largest of their roots, and each query by what is left of its own factor: the logits of
-    each head change by its own factor, and no weight grows.
+    :math:`S_h` is the largest logit :math:`q \cdot k / \sqrt d` of head h in the step whose gradients these are; after
+    the update the same input gives :math:`\tau`. It is handed to `update`, as ``max_logits={path: f32[heads]}`` with
+    the paths of the query kernels, ``f32[layers, heads]`` where layers are stacked in front; `clipjax.flax.max_logits`
+    collects it. The biases beside the kernels, named "bias", are rescaled too. Where several heads share a key, the key
+    is multiplied by the largest of their roots, and each query by what is left of its own factor: the logits of each
+    head change by its own factor, and no weight grows.
 
     Chain it behind the optimizer, and before weight transformations such as `fake_quantize`. The moments of the
     optimizer stay as they are. A model that normalizes queries and keys after these kernels is not changed by it.

@@ -146,6 +146,13 @@ def on_config(config: Any, **kwargs: Any) -> Any:
     return config
 
 
+def on_nav(nav: Any, *, files: Any, **kwargs: Any) -> Any:
+    """A hook of MkDocs: the lists that the navigation was made of are no pages."""
+    for file in [file for file in files if file.name == "SUMMARY"]:
+        files.remove(file)
+    return nav
+
+
 def on_page_markdown(markdown: str, *, page: Any, **kwargs: Any) -> str:
     """A hook of MkDocs: links that are right in the tree lead to pages; those to other files become their names."""
     source = {page: path for path, page in sources().items()}.get(page.file.src_uri)

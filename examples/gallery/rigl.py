@@ -31,7 +31,7 @@ from clipjax import scores
 
 images, labels = load_digits(return_X_y=True)
 x, x_test, y, y_test = map(jnp.asarray, train_test_split(images / 16, labels, test_size=0.25, random_state=0))
-STEPS, SPARSITY, SEEDS = 1500, 0.97, 5
+STEPS, SPARSITY, SEEDS = 1000, 0.97, 3
 
 # %% [markdown]
 # ## Four chains
@@ -56,7 +56,7 @@ txs = {
 # %% [markdown]
 # ## Training
 #
-# Five seeds at once by `vmap`; the chain is a pure function as any other.
+# Three seeds at once by `vmap`; the chain is a pure function as any other.
 
 
 # %%

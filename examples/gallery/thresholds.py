@@ -39,7 +39,7 @@ print(f"{len(train):,} characters to train on, {held_out.size:,} held out, {len(
 # One matrix that is applied at each character, with an eigenvalue above 1 to begin with.
 
 # %%
-WIDTH, LENGTH, BATCH, STEPS = 128, 64, 32, 600
+WIDTH, LENGTH, BATCH, STEPS = 128, 64, 32, 400
 
 
 def init(key):
