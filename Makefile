@@ -75,7 +75,7 @@ aot:
 	$(AOT)/bin/python benchmarks/programs/aot.py $(if $(H100),--gpu-config $(H100)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(AOT) $(RUNTIMES) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AOT) $(RUNTIMES) out .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # One stamp for each extra: installed again whenever pyproject.toml changes.
 $(VENV)/.%: pyproject.toml | $(BIN)/python
