@@ -141,6 +141,7 @@ for place in axes:
 plt.show()
 
 # %% [markdown]
-# Pruning slowly is better here, and begins with all weights. RigL never has more than 3 % of them, and is better than a
-# mask that stays. [Pruning](../../docs/pruning.md) has a chain for each published recipe, SET, SNIP and movement among
+# Pruning slowly is better here, and begins with all weights. RigL never has more than 3 % of them; its lead over a mask
+# that stays is within what seeds deviate by.
+# [Pruning](../../docs/pruning.md) has a chain for each published recipe, SET, SNIP and movement among
 # them.
