@@ -47,7 +47,7 @@ dist: $(VENV)/.dist
 	$(PYTHON) -m venv out/dist/venv
 	out/dist/venv/bin/python -m pip install -q --disable-pip-version-check out/dist/*.whl
 	cd out/dist && venv/bin/python -I -m clipjax --version && venv/bin/python -I -c '$(FIRST)'
-FIRST := import clipjax, jax.numpy as p; print(clipjax.hold_once(clipjax.prune_mask(0.5), {"kernel": p.arange(4.0)})[0])
+FIRST := import clipjax, jax.numpy as p; print(clipjax.hold_once(clipjax.prune_mask(0.5), {"kernel": p.arange(4.0)[None]})[0])
 
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants.py $(ARGS)
