@@ -1,6 +1,6 @@
 """Question: does a clip of the global norm stall Muon, as Megatron-LM 5394 reports, and what helps?
 
-    python benchmarks/gradients/muon.py
+    python benchmarks/gradients/muon.py [--times 1e11]
 
 Two towers of one model, 16-64-1, learn from the same inputs. The targets of the first are in units that make its
 gradients some 1e11 times larger than the other's, as happens where one layer has far larger gradients than the rest.
@@ -15,6 +15,7 @@ stalls where they are less than a hundredth of those without a clip.
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ import optax
 import clipjax
 from clipjax import thresholds
 
-UNITS, STEPS, SEEDS = 1e11, 300, 5
+STEPS, SEEDS = 300, 5
 OPTIMIZERS = {"Muon": lambda rate: optax.contrib.muon(rate), "AdamW": optax.adamw}
 RATES = {"Muon": 0.02, "AdamW": 3e-3}
 CLIPS = {
@@ -43,7 +44,7 @@ def tower(params: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ params["first"]) @ params["second"]
 
 
-def training(tx: optax.GradientTransformation, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def training(tx: optax.GradientTransformation, times: float, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The share of the second tower's variance that is left, and the median of its first matrix's updates, rms."""
     inputs, *draws = jax.random.split(key, 6)
     x = jax.random.normal(inputs, (512, 16))
@@ -53,7 +54,7 @@ def training(tx: optax.GradientTransformation, key: jax.Array) -> tuple[jax.Arra
         shapes = {"first": (first, (16, 64)), "second": (second, (64, 1))}
         return {name: jax.random.normal(k, shape) / shape[0] ** 0.5 for name, (k, shape) in shapes.items()}
 
-    wanted = {"large": UNITS * tower(init(draws[0]), x), "small": tower(init(draws[1]), x)}
+    wanted = {"large": times * tower(init(draws[0]), x), "small": tower(init(draws[1]), x)}
     params = {"large": init(draws[2]), "small": init(draws[3])}
 
     def losses(params: Any) -> dict[str, jax.Array]:
@@ -70,13 +71,16 @@ def training(tx: optax.GradientTransformation, key: jax.Array) -> tuple[jax.Arra
 
 def main() -> None:
     """Prints the table, and which arms stall."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=float, default=1e11, help="how much larger the first tower's gradients are")
+    times = parser.parse_args().times
     print("| optimizer | clip | loss left | an update, rms |\n| --- | --- | ---: | ---: |")
     stalled: list[str] = []
     for name, optimizer in OPTIMIZERS.items():
         free = None
         for clip, limit in CLIPS.items():
             tx = optax.chain(limit, optimizer(RATES[name]))
-            run = jax.jit(jax.vmap(lambda key, tx=tx: training(tx, key)))
+            run = jax.jit(jax.vmap(lambda key, tx=tx: training(tx, times, key)))
             left, moved = map(np.asarray, run(jax.random.split(jax.random.key(0), SEEDS)))
             print(f"| {name} | {clip} | {left.mean():.3f} ± {left.std(ddof=1):.3f} | {moved.mean():.1e} |")
             free = free or float(moved.mean())

@@ -175,7 +175,7 @@ def title(path: Path) -> str:
 def used_in(name: str) -> str:
     """Where a public name is used, as the last section of its page."""
     guides = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in ("rooms.md", "gallery.md")]
-    gallery = {ROOT / source: _address(page) for page, source in NOTEBOOKS.items()}
+    gallery = [ROOT / source for source in NOTEBOOKS.values()]
     programs = [path for path in sorted((ROOT / "examples").glob("*.py")) if name in uses(path.read_text())]
     lines = [
         ("Gallery", [f"[{title(path)}](../{sources()[path]})" for path in gallery if name in uses(path.read_text())]),

@@ -133,7 +133,7 @@ plt.show()
 # %% [markdown]
 # ## What to take from it
 #
-# Here a tuned constant and `ema_ratio`, with a threshold for each matrix, hold the training, and rules that look at one
+# Here a constant of 1 and `ema_ratio`, with a threshold for each matrix, hold the training, and rules that look at one
 # norm of all matrices let the first large update through. One net and one learning rate decide nothing: [the
 # results](../../benchmarks/README.md) have ten rules, two optimizers, ten learning rates and three seeds each.
 # [Limiting gradients](../../docs/clipping.md) says how to choose.
