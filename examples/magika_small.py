@@ -137,7 +137,8 @@ def small(files, channels, bits, epochs, seed):
     """The small model, and the state that knows its codes."""
     tokens, logits = data(files, "train")
     model = magika_net.pretrained()
-    prune(model, channels, tokens, logits, seed=seed)
+    if channels < model.conv.out_features:
+        prune(model, channels, tokens, logits, seed=seed)
     steps = int(epochs * len(tokens) // BATCH)
     text = f"{channels} channels of {bits} bits"
     return model, train(model, quantizer(steps, bits), tokens, logits, steps, seed, text)

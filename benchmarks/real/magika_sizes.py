@@ -1,7 +1,7 @@
 """Question: how small does Magika get with clipjax, and does the package answer with it as it did?
 
     python benchmarks/real/file_corpus.py                                     # once
-    python benchmarks/real/magika_sizes.py [--sizes 432x3 320x3 432x2] [--seeds 3] [--out out/magika.jsonl]
+    python benchmarks/real/magika_sizes.py [--sizes 512x4 432x3 320x3] [--seeds 3] [--out out/magika.jsonl]
     python benchmarks/real/magika_sizes.py --final [...]                      # the same on the packages held out
     python benchmarks/real/magika_sizes.py --table                            # from the saved rows
 
@@ -190,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=Path, default=Path("out/files"))
     parser.add_argument("--models", type=Path, default=Path("out/magika"), help="where the models go")
-    parser.add_argument("--sizes", nargs="+", default=["432x3", "320x3", "432x2"], help="channels x bits")
+    parser.add_argument("--sizes", nargs="+", default=["512x4", "432x3", "320x3"], help="channels x bits")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/magika.jsonl"))

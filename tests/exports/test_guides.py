@@ -1,4 +1,4 @@
-"""The blocks of docs/formats.md in order, with those that need a runtime and are no doctests for that reason."""
+"""The blocks of two guides in order, with those that need a runtime and are no doctests for that reason."""
 
 import doctest
 import pathlib
@@ -18,15 +18,16 @@ ROOT = pathlib.Path(__file__).parents[2]
 TRUE = re.compile(r"^(\S.*?) +# True\b.*$", re.M)
 
 
+@pytest.mark.parametrize("page, truths", [("formats.md", 4), ("classifier.md", 6)])
 @pytest.mark.filterwarnings("ignore")  # of jax2onnx and transformers
-def test_the_recipes_run_and_what_they_call_true_is(monkeypatch):
+def test_the_recipes_run_and_what_they_call_true_is(page, truths, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "formats.md").read_text(), re.M | re.S)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S)
     shown = [block for block in blocks if ">>>" not in block]
-    assert [len(TRUE.findall(block)) for block in shown] == [1, 1, 1, 1]  # llama.cpp, transformers, and ONNX twice
+    assert sum(len(TRUE.findall(block)) for block in shown) == truths
     names = {}
     for block in blocks:
         sources = [example.source for example in doctest.DocTestParser().get_examples(block)]
         for source in sources or [TRUE.sub(r"assert \1", block)]:
-            exec(compile(source, "docs/formats.md", "exec"), names)
+            exec(compile(source, page, "exec"), names)
