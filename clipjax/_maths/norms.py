@@ -122,13 +122,14 @@ def divisor(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _two_norm(
     total: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], dtype: str, varying: tuple[str, ...]
 ) -> jax.Array:
-    """The 2-norm from the sums of x², (x / c)² and (x c)² for a large c.
+    """The 2-norm from the sums of x², (x / c)² and (x c)² for a large c, or from one of wider floats.
 
     One of the three is right wherever a float can hold the norm: x² overflows to infinity for entries from 1e19 (f32)
     and underflows to 0 for entries below 1e-23, so that a plain norm would be infinite, or 0, long before the norm is.
-    An accelerator reads x once for all three sums (XLA fuses them), and that costs no more than one of them. The CPU
-    backend reads x for every sum. There the plain sum is taken alone, and a second one, with the scale that is needed,
-    only where the first has left the range in which it is right.
+    A TPU reads x once for all three sums (XLA fuses them), and that costs no more than one of them. The CPU backend
+    reads x for every sum. There the plain sum is taken alone, and a second one, with the scale that is needed, only
+    where the first has left the range in which it is right. A GPU, where a kernel with three results is slower and a
+    branch waits for the host, adds up squares in f64, which has room for those of every f32.
     """
     shrink, grow, floor = (table[dtype] for table in (_SHRINK, _GROW, _FLOOR))
 
@@ -160,7 +161,15 @@ def _two_norm(
         undo = jnp.where(scale == shrink, grow, jnp.where(scale == grow, shrink, scale.dtype.type(1)))
         return jnp.sqrt(sums) * undo
 
-    return jax.lax.platform_dependent(cpu=once_or_twice, default=lambda: pick(squares(None)))
+    def three() -> jax.Array:
+        return pick(squares(None))
+
+    def wide() -> jax.Array:
+        with jax.enable_x64(True):
+            return jnp.sqrt(total(lambda x: _squares(x.astype(jnp.float64), None))).astype(dtype)
+
+    of_gpus = three if dtype == "float64" else wide
+    return jax.lax.platform_dependent(cpu=once_or_twice, cuda=of_gpus, rocm=of_gpus, default=three)
 
 
 @elementwise.leafwise

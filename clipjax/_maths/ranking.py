@@ -181,7 +181,9 @@ def _neighbours(cut: jax.Array) -> jax.Array:
     return jnp.stack([cut, cut + cut.dtype.type(1)])
 
 
-def _search(below: Callable[[jax.Array], Wide], k: Wide, kind: Any, bits: int) -> tuple[jax.Array, Wide]:
+def _search(
+    below: Callable[[jax.Array], Wide], k: Wide, kind: Any, bits: int, *, rare: bool = False
+) -> tuple[jax.Array, Wide]:
     """The largest value below which at most k lie, or a smaller one below which k do; and how many lie below it.
 
     Args:
@@ -189,6 +191,7 @@ def _search(below: Callable[[jax.Array], Wide], k: Wide, kind: Any, bits: int) -
       k: [n] counts, all n searched at the same time.
       kind: the unsigned dtype of the values.
       bits: how many bits they have at most.
+      rare: k is mostly 0, which takes no pass.
     """
     digits = np.arange(1, 2**_DIGIT, dtype=kind)[:, None]
 
@@ -197,8 +200,7 @@ def _search(below: Callable[[jax.Array], Wide], k: Wide, kind: Any, bits: int) -
         return (place >= 0) & ~jnp.all(wide.equal(low, k))
 
     def narrow(carry: Any) -> Any:
-        # invariant: low = #(key < cut) <= k, and #(key < cut + 2^(place + _DIGIT)) > k; settled where low = k
-        place, cut, low = carry
+        place, cut, low = carry  # low = #(key < cut) <= k < #(key < cut + 2^(place + _DIGIT)); settled where low = k
         shift = place.astype(kind)
         above = (digits << shift) >> shift != digits  # beyond the last key, in the first pass
         counts = below(cut[None] + (digits << shift))
@@ -212,8 +214,15 @@ def _search(below: Callable[[jax.Array], Wide], k: Wide, kind: Any, bits: int) -
 
     first = np.int32((bits - 1) // _DIGIT * _DIGIT)
     start = (jnp.asarray(first), jnp.zeros(k.low.shape, kind), jax.tree.map(jnp.zeros_like, k))
-    _, cut, low = jax.lax.while_loop(unsettled, narrow, start)
-    return cut, low
+
+    def while_needed() -> Any:
+        return jax.lax.while_loop(unsettled, narrow, start)[1:]
+
+    def every_digit() -> Any:  # to see whether a loop goes on, a GPU waits for the host at every turn
+        return jax.lax.fori_loop(0, first // _DIGIT + 1, lambda _, carry: narrow(carry), start)[1:]
+
+    gpus = while_needed if rare else every_digit
+    return jax.lax.platform_dependent(cuda=gpus, rocm=gpus, default=while_needed)
 
 
 def _below(keys: Keys, rows: Sequence[int], trials: jax.Array) -> Wide:
@@ -276,7 +285,7 @@ def _tie_ends(keys: Keys, rows: Sequence[int], cut: jax.Array, ties: Wide, remov
 
             return _counted(keys, rows, trials, mark)
 
-        end, low = _search(below, quota, jnp.dtype("uint32"), max(bound - 1, 1).bit_length())
+        end, low = _search(below, quota, jnp.dtype("uint32"), max(bound - 1, 1).bit_length(), rare=True)
         quota, ends = wide.minus(quota, low), [*ends, end]
     return [jnp.where(all_stay, wide.largest(), end) for end in ends]
 

@@ -87,10 +87,12 @@ def test_norm_of_mixed_magnitudes(order):
         check([values], order)
 
 
+@pytest.mark.parametrize("platform", ["default", "cuda", "rocm"])
 @pytest.mark.parametrize("scale", SCALES)
-def test_norm_as_accelerators_take_it_is_numpys(scale, monkeypatch):
-    """Three sums in one pass, of which one is right; CPU takes them one after another."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+def test_norm_as_accelerators_take_it_is_numpys(scale, platform, monkeypatch):
+    """Three sums in one pass, of which one is right, or a sum in f64; CPU takes sums one after another."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **branches: branches[platform](*args))
+    monkeypatch.setattr(norms, "_compiled", norms._norm)  # which would keep one trace for all platforms
     for values in ([1.0], [0.6, -0.8], [1.0, 1e-30], [[1.0, -0.5], [0.25, 1.0]]):
         array = np.asarray(values, np.float32) * np.float32(scale)
         for each in (False, True):

@@ -34,8 +34,9 @@ def reference(arrays, counts):
 
 @functools.partial(jax.jit, static_argnames=("pooled", "devices"))
 def masks(arrays, counts, pooled, devices):
-    """`devices` only keeps the compiled functions apart."""
-    return [mask[0] for mask in ranking.keep([ranking.order(x[None]) for x in arrays], counts, pooled=pooled)]
+    """`devices` only keeps the compiled functions apart; `keep` would keep one trace for all of them."""
+    keys = [ranking.order(x[None]) for x in arrays]
+    return [mask[0] for mask in ranking.keep.__wrapped__(keys, counts, pooled=pooled)]
 
 
 def number(value):
@@ -54,11 +55,13 @@ def filled(values):
     return [np.resize(np.asarray(values, np.float32), shape) for shape in SHAPES]
 
 
-@pytest.fixture(params=["one-device", "devices"])
+@pytest.fixture(params=["one-device", "devices", "gpu"])
 def devices(request, monkeypatch):
-    """Both ways to count: in one pass where there is one device, in sums where there are several."""
+    """In one pass where there is one device, in sums where there are several; on a GPU in a fixed number of passes."""
     if request.param == "one-device":
         monkeypatch.setattr(jax, "device_count", lambda: 1)
+    if request.param == "gpu":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, rocm, default: cuda(*args))
     return request.param
 
 
