@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 import clipjax
+from clipjax import projections
 
 
 def chain(*names: str) -> optax.GradientTransformationExtraArgs:
@@ -62,6 +63,11 @@ def by_hand(additions: bool = False) -> optax.GradientTransformationExtraArgs:
     return optax.chain(clipjax.clip(0.01), optax.adam(1e-3), optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
+def held(projection: clipjax.projections.Projection) -> optax.GradientTransformation:
+    """Adam, and weights that are held in a set."""
+    return optax.chain(optax.adam(1e-3), clipjax.project(projection))
+
+
 VARIANTS = {
     "adam": (optax.adam(1e-3), None),
     "+ clip": (chain("clip"), None),
@@ -73,6 +79,14 @@ VARIANTS = {
     "whole chain, cycle": (chain("clip", "clamp", "prune", "quantize"), None),
     "whole chain, refresh": (chain("clip", "clamp", "prune", "quantize"), True),
     "clip_norm(zscore) + adam": (chain("norm"), None),
+    "clip_norm(relative, per=leaf) + adam": (
+        optax.chain(clipjax.clip_norm(clipjax.thresholds.relative(0.01), per="leaf"), optax.adam(1e-3)),
+        None,
+    ),
+    "adam + sphere": (held(projections.sphere()), None),
+    "adam + sphere of each unit": (held(projections.sphere(axis=-1)), None),
+    "adam + spectral_cap": (held(projections.spectral_cap(1.0)), None),
+    "adam + orthonormal": (held(projections.orthonormal()), None),
     "optax.clip_by_global_norm + adam": (optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), None),
 }
 
