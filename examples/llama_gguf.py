@@ -9,7 +9,7 @@ same weights with the same batches. The chains begin as README's does, `clip_nor
 
 - F32: nothing; F16 is a file of the same weights;
 - Q4_0, post: nothing; the floats are held on Q4_0 once (`hold_once`), by the rule of llama.cpp's own quantizer;
-- Q4_0, trained: `fake_quantize(formats.q4_0(), every=1)`;
+- Q4_0, trained: `fake_quantize(formats.q4_0(), every=1)`, for the last third of these steps;
 - Q4_0, least squares: the same with `step=steps.mse()`, scales of least squared error, searched every 25 steps;
 - half zeros, trained: `prune_mask` before `fake_quantize`; "half zeros, post" prunes and rounds the floats once.
 
@@ -57,12 +57,13 @@ def chains(count):
     )
     half = optax.polynomial_schedule(0.0, 0.5, 3, count // 2)
     prune = clipjax.prune_mask(half, every=10, stop=count // 2, where=in_layers)
-    quantize = clipjax.fake_quantize(form, every=1, where=matrices)
+    quantize = clipjax.fake_quantize(form, start=2 * count // 3, every=1, where=matrices)
     return {
         "F32": optax.chain(*first),
         "Q4_0, trained": optax.chain(*first, quantize),
         "Q4_0, least squares": optax.chain(
-            *first, clipjax.fake_quantize(form, step=steps.mse(), every=25, where=matrices)
+            *first,
+            clipjax.fake_quantize(form, step=steps.mse(), start=2 * count // 3, every=25, where=matrices),
         ),
         "half zeros, trained": optax.chain(*first, prune, quantize),
     }
@@ -162,7 +163,7 @@ def main(arguments=None):
     parser.add_argument("--text", type=Path, help="a text file; by default Python's own help")
     parser.add_argument("--steps", type=int, default=900, help="of each arm; the first two thirds are shared")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=20, help="of 127 held-out bytes")
+    parser.add_argument("--rows", type=int, default=60, help="of 127 held-out bytes")
     parser.add_argument("--out", type=Path, default=Path("out/llama"))
     parser.add_argument("--table", action="store_true", help="print the saved rows")
     options = parser.parse_args(arguments)
