@@ -24,7 +24,7 @@ from clipjax._exports.safetensors_writing import export_safetensors
 from clipjax._files.saving import load, pack, save, unpack
 from clipjax._gradients.clipping import clip
 from clipjax._gradients.norm_clipping import clip_norm
-from clipjax._gradients.scaling import scale_to_norm
+from clipjax._gradients.scaling_to_norm import scale_to_norm
 from clipjax._gradients.skipping import skip_spikes
 from clipjax._gradients.with_gradient import with_gradient
 from clipjax._maths.integers import Quantized, dequantize, quantize, round_to_step
@@ -37,9 +37,9 @@ from clipjax._programs.shrinking import Shrunk, shrink
 from clipjax._reports.reporting import report
 from clipjax._reports.summarizing import Summary, summarize
 from clipjax._weights.checking import Violation, check
-from clipjax._weights.choosing import choose_bits, choose_step
+from clipjax._weights.choosing_bits import choose_bits, choose_step
 from clipjax._weights.clamping import clamp_weights
-from clipjax._weights.holding import hold_once
+from clipjax._weights.holding_once import hold_once
 from clipjax._weights.logit_clipping import clip_logits
 from clipjax._weights.masks import make_mask
 from clipjax._weights.projecting import project

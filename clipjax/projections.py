@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax._arrays import arguments, dtypes, leaf_axes, picking, trees
+from clipjax._arrays import arguments, dtypes, leaf_axes, picked_leaves, trees
 from clipjax._maths import intervals, singular_values, square_sums
 from clipjax.typing import Axis, Context, Leaf, Number, PerLeaf, Projection, State, Tree
 
@@ -221,7 +221,7 @@ def sphere(radius: Number | PerLeaf | None = None, *, axis: Axis | PerLeaf = Non
     def begin(path: str, p: Leaf) -> jax.Array:
         axes, dtype = over(path, p), dtypes.wide(p.dtype)
         shape = tuple(1 if i in axes else n for i, n in enumerate(p.shape))
-        given = picking.for_leaf(radius, path, p)
+        given = picked_leaves.for_leaf(radius, path, p)
         if given is not None:
             arguments.check_positive(given, "radius", f"Leaf {path!r} has it.")
             return jnp.full(shape, given, dtype)

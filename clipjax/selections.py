@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments, stacks, trees
-from clipjax._maths import counts, drawing, ranking
+from clipjax._maths import exact_counts, random_draws, ranking
 from clipjax.typing import Number, Selection, Tree
 
 __all__ = ["Selection", "bernoulli", "everything", "largest", "leaves"]
@@ -25,7 +25,7 @@ def everything() -> Selection:
     Returns:
       A `Selection`.
     """
-    return drawing.everything()
+    return random_draws.everything()
 
 
 def bernoulli(p: Number, *, key: jax.Array | None = None) -> Selection:
@@ -109,7 +109,7 @@ def largest(fraction: Number) -> Selection:
             arguments.require(ranking.countable(x.shape), "select", rule, (path, x.shape), remedy)
         positions = stacks.alike([path for path, _ in trees.governed(tree)], arrays)
         keys = [ranking.order(jnp.abs(stacks.stack(arrays, group).astype(jnp.float32))) for group in positions]
-        cut = counts.of_fraction(1 - fraction, sum(x.size for x in arrays))
+        cut = exact_counts.of_fraction(1 - fraction, sum(x.size for x in arrays))
         chosen = ranking.keep(keys, cut, pooled=True, places=tuple(map(tuple, positions)))
         return treedef.unflatten(stacks.unstack(chosen, positions))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._maths import fitting, grids, levels
+from clipjax._maths import grids, levels, step_fitting
 from clipjax.typing import Number, Step
 
 __all__ = [
@@ -86,7 +86,7 @@ def interval(lo: float, hi: float) -> Step:
             arguments.require(spread > 0, "lo, hi", "enclose 0 on both sides for bits=1", (lo, hi), remedy)
         else:
             spread = (np.float32(hi) - np.float32(lo)) / (2 * grids.top(bits))
-        return fitting.given(spread, x, axes)
+        return step_fitting.given(spread, x, axes)
 
     return Step(fit, levels.between(lo, hi))
 
@@ -107,7 +107,7 @@ def absmax() -> Step:
     """
 
     def fit(x: jax.Array, bits: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        return fitting.over(jnp.max, jnp.abs(x), axes) / grids.top(bits)
+        return step_fitting.over(jnp.max, jnp.abs(x), axes) / grids.top(bits)
 
     return Step(fit, levels.covering)
 
@@ -134,7 +134,7 @@ def mse() -> Step:
     References:
       Max, "Quantizing for minimum distortion", 1960. D4, section 2.2: choose from the distribution.
     """
-    return Step(fitting.least_squares)
+    return Step(step_fitting.least_squares)
 
 
 def percentile(q: float = 99.9) -> Step:
@@ -159,10 +159,10 @@ def percentile(q: float = 99.9) -> Step:
       >>> float(clipjax.choose_step(jnp.arange(1.0, 101.0), 2, step=percentile(90)))
       90.0
     """
-    fitting.check_percent(q, "q")
+    step_fitting.check_percent(q, "q")
 
     def fit(x: jax.Array, bits: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        return fitting.order_statistic(x, q, axes) / grids.top(bits)
+        return step_fitting.order_statistic(x, q, axes) / grids.top(bits)
 
     return absmax() if q == 100 else Step(fit, covers=False)
 
@@ -190,7 +190,7 @@ def sigma(k: float = 3.0) -> Step:
     arguments.check_positive(k, "k", "It counts standard deviations, e.g. 3.")
 
     def fit(x: jax.Array, bits: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        return k * fitting.root_mean_square(x, axes)[0] / grids.top(bits)
+        return k * step_fitting.root_mean_square(x, axes)[0] / grids.top(bits)
 
     return Step(fit, covers=False)
 
@@ -214,8 +214,8 @@ def twn() -> Step:
     """
 
     def fit(x: jax.Array, bits: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        large = jnp.abs(x) > 0.7 * fitting.mean_size(x, axes)
-        return fitting.mean_size(x, axes, large) / grids.top(bits)
+        large = jnp.abs(x) > 0.7 * step_fitting.mean_size(x, axes)
+        return step_fitting.mean_size(x, axes, large) / grids.top(bits)
 
     return Step(fit)
 
@@ -239,7 +239,7 @@ def minmax() -> Step:
     """
 
     def fit(x: jax.Array, bits: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        below, above = (jnp.maximum(fitting.over(jnp.max, side, axes), 0) for side in (-x, x))
+        below, above = (jnp.maximum(step_fitting.over(jnp.max, side, axes), 0) for side in (-x, x))
         return grids.share(below, above, 2 * grids.top(bits))
 
     return Step(fit, levels.affine, sides=lambda x: (-x, x), min_bits=2)
@@ -272,8 +272,8 @@ def power_of_two(step: Step | None = None) -> Step:
     arguments.require(free, "step", "leave the ends of the grid free", step, "Use mse(), absmax() or percentile().")
 
     def fit(x: jax.Array, bits: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        common, high = fitting.common_power(x, axes), fitting.over(jnp.max, jnp.abs(x), axes)
-        near = fitting.power_of_two(rule.fit(x, bits, axes))
+        common, high = step_fitting.common_power(x, axes), step_fitting.over(jnp.max, jnp.abs(x), axes)
+        near = step_fitting.power_of_two(rule.fit(x, bits, axes))
         return jnp.where(high <= grids.top(bits) * common, common, near)
 
     return rule._replace(fit=fit, levels=levels.power_of_two)

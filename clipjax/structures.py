@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments, leaf_axes, sharding, trees
-from clipjax._maths import blocks
+from clipjax._maths import split_axes
 from clipjax._programs import group_units
 from clipjax.typing import Groups, Leaf, PerLeaf, Structure
 
@@ -97,8 +97,8 @@ def n_of_m(n: int, m: int, axis: int | tuple[int, ...] | PerLeaf = -2) -> Struct
         axes = tuple(axis % keys.ndim for axis in axes)
         sizes = [keys.shape[axis] for axis in axes]
         apart = next((i for i in range(len(axes) - 1, 0, -1) if math.prod(sizes[i:]) % m == 0), 0)
-        line, at = blocks.flattened(keys, axes[apart:])
-        groups = blocks.split(line, at, m)
+        line, at = split_axes.flattened(keys, axes[apart:])
+        groups = split_axes.split(line, at, m)
         place = jax.lax.broadcasted_iota(jnp.int32, groups.shape, at + 1)
         # The rank of an entry is the number of its group that precede it: larger keys, and equal ones at an earlier
         # place. m comparisons instead of a sort, which would gather a sharded array.
@@ -106,8 +106,8 @@ def n_of_m(n: int, m: int, axis: int | tuple[int, ...] | PerLeaf = -2) -> Struct
         for j in range(m):
             other = jax.lax.slice_in_dim(groups, j, j + 1, axis=at + 1)
             rank += ((other > groups) | ((other == groups) & (j < place))).astype(jnp.int32)
-        kept = blocks.join(rank < n, at, line.shape[at])
-        return sharding.laid_as(blocks.unflattened(kept, axes[apart:], keys.shape), keys)
+        kept = split_axes.join(rank < n, at, line.shape[at])
+        return sharding.laid_as(split_axes.unflattened(kept, axes[apart:], keys.shape), keys)
 
     kind = zlib.crc32(repr((int(n), int(m))).encode()) >> 8  # f32 holds 24 bits
     axes_at = functools.partial(leaf_axes.named, axis)
@@ -147,7 +147,7 @@ def block(height: int, width: int, min_keep: int = 1) -> Structure:
     arguments.whole(min_keep, "min_keep", low=0, remedy=_MIN_KEEP)
 
     def totals(x: jax.Array) -> jax.Array:
-        return blocks.split(blocks.split(x, x.ndim - 1, width), x.ndim - 2, height).sum((-3, -1))
+        return split_axes.split(split_axes.split(x, x.ndim - 1, width), x.ndim - 2, height).sum((-3, -1))
 
     def reduce(path: str, scores: jax.Array) -> jax.Array:
         return totals(scores) / totals(jnp.ones_like(scores))
@@ -155,9 +155,9 @@ def block(height: int, width: int, min_keep: int = 1) -> Structure:
     def expand(units: jax.Array, leaf: jax.Array) -> jax.Array:
         for axis, size in ((units.ndim - 2, height), (units.ndim - 1, width)):
             repeated = jnp.broadcast_to(
-                jnp.expand_dims(units, axis + 1), blocks.resized(units, axis, (units.shape[axis], size))
+                jnp.expand_dims(units, axis + 1), split_axes.resized(units, axis, (units.shape[axis], size))
             )
-            units = blocks.join(repeated, axis, leaf.shape[axis])
+            units = split_axes.join(repeated, axis, leaf.shape[axis])
         return sharding.laid_as(units, leaf)
 
     return _leafwise(reduce, functools.partial(leaf_axes.named, -2), expand, min_keep=int(min_keep))

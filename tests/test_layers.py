@@ -22,33 +22,32 @@ FAMILIES = "projections selections roundings steps widths structures scores thre
 # those that stand before it; the rooms of one level do not know each other.
 LEVELS = (
     {"": "_format typing"},
-    {"_arrays": "arguments trees sharding stacks elementwise dtypes picking leaf_axes"},
+    {"_arrays": "arguments trees sharding stacks elementwise dtypes picked_leaves leaf_axes"},
     {
-        "_maths": "blocks wide counts drawing averages ring_buffers intervals norms square_sums singular_values"
-        " ranking code_costs line_classes grids step_groups float_codes block_bytes block_scales integer_blocks"
-        " float_blocks known_formats free_formats format_blocks integers products fitting levels spectra landing"
-        " straight_through",
+        "_maths": "split_axes wide exact_counts random_draws averages ring_buffers intervals norms square_sums"
+        " singular_values ranking code_costs line_classes grids step_groups float_codes block_bytes block_scales"
+        " integer_blocks float_blocks known_formats free_formats format_blocks integers products step_fitting levels"
+        " grid_errors landing straight_through",
     },
     {
-        "_programs": "axes origins equations rules walking means exactness layers proving groups roles program"
-        " models analysis tapping sensitivities group_leaves group_units cutting dead_units verifying"
-        " shrinking",
+        "_programs": "axes origins equations rules walking means exactness layers proving groups roles program models"
+        " analysis squared_inputs sensitivities group_leaves group_units cutting dead_units verifying shrinking",
     },
     {"": FAMILIES},
     {
-        "_gradients": "incoming threshold_state error_feedback rescaling norm_clipping clipping scaling skipping"
-        " with_gradient",
-        "_weights": "refreshing facts constraints latents moments surroundings visiting projecting clamping sparsities"
-        " masks zeros pruning bit_widths quantize_state leaf_grid leaf_format leaf_levels rating"
-        " quantize_arguments quantizing quantized_params choosing checking holding logit_clipping",
+        "_gradients": "incoming threshold_state error_feedback rescaling norm_clipping clipping scaling_to_norm"
+        " skipping with_gradient",
+        "_weights": "refreshing allowed_values constraints latents moments surroundings visiting projecting clamping"
+        " sparsities masks zeros pruning bit_widths quantize_state leaf_grid leaf_format leaf_levels code_rates"
+        " quantize_arguments quantizing quantized_params choosing_bits checking holding_once logit_clipping",
         "_files": "byte_stream symbol_counts ans zero_densities symbol_codes step_search alphabets leaf_codec"
-        " integer_arrays quantized_fields quantized_leaves format_leaves container one_entry atomic_file"
+        " integer_arrays quantized_fields quantized_leaves format_leaves container small_trees atomic_file"
         " leaf_entries layouts saving",
     },
     {
-        "_exports": "rows casting naming assembling gguf_blocks gguf_metadata gguf_writing gguf_reading"
-        " llama_sizes llama onnx_weights onnx_layouts onnx_codes onnx_editing onnx_packing onnx_nodes onnx_matching"
-        " onnx_writing compressed_tensors safetensors_writing safetensors_reading",
+        "_exports": "leaf_rows casting tensor_names reading_leaves gguf_blocks gguf_metadata gguf_writing"
+        " gguf_reading llama_sizes llama onnx_weights onnx_layouts onnx_codes onnx_editing onnx_packing onnx_nodes"
+        " onnx_matching onnx_writing compressed_tensors safetensors_writing safetensors_reading",
         "_reports": "distributions reporting summarizing plotted figures",
     },
     {"": "plots __init__ __main__ flax"},
@@ -125,7 +124,7 @@ READERS = {
     "group": "_maths.step_groups",
     "threshold": "_gradients.threshold_state",
     "bound": "_maths.intervals",
-    "where": "_arrays.picking",
+    "where": "_arrays.picked_leaves",
 }
 """The one module that finds out what kind of argument it was given; all others work with what it returns."""
 

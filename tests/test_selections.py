@@ -7,7 +7,7 @@ import pytest
 
 import clipjax
 from clipjax import selections
-from clipjax._maths import drawing
+from clipjax._maths import random_draws
 from clipjax.typing import Selection
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -22,7 +22,7 @@ def largest(fraction):
 
 
 def chosen(select, count=0, key=None, tree=TREE):
-    masks = drawing.choose(select, tree, key, jnp.int32(count))
+    masks = random_draws.choose(select, tree, key, jnp.int32(count))
     return jax.tree.map(lambda m, x: np.broadcast_to(m, x.shape), masks, tree)
 
 
@@ -85,7 +85,7 @@ def test_probability_and_fraction_may_be_traced():
 
 
 def test_empty_tree():
-    assert drawing.choose(selections.largest(0.5), {}, None, jnp.int32(0)) == {}
+    assert random_draws.choose(selections.largest(0.5), {}, None, jnp.int32(0)) == {}
 
 
 @pytest.mark.parametrize("mask", [lambda x: True, lambda x: np.ones(x.shape, bool), lambda x: jnp.ones(x.shape)])

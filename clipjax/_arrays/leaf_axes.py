@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax._arrays import arguments, picking
+from clipjax._arrays import arguments, picked_leaves
 from clipjax.typing import Axis, Leaf, PerLeaf
 
 
@@ -30,7 +30,7 @@ def resolve(axis: Axis | PerLeaf, path: str, leaf: Leaf, name: str = "axis") -> 
     Raises:
       ValueError: for what is no axis of the leaf.
     """
-    value = picking.for_leaf(axis, path, leaf)
+    value = picked_leaves.for_leaf(axis, path, leaf)
     if value is None:
         return None
     found = tuple(value) if isinstance(value, tuple | list) else (value,)

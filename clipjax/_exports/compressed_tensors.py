@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._exports.assembling import Stored
+from clipjax._exports.reading_leaves import Stored
 from clipjax._maths import block_bytes, float_blocks, free_formats
 from clipjax._maths.float_codes import E2M1, E4M3
 from clipjax._maths.known_formats import made

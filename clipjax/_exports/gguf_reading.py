@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._exports import assembling, gguf_blocks, gguf_metadata
-from clipjax._exports.assembling import Stored
+from clipjax._exports import gguf_blocks, gguf_metadata, reading_leaves
+from clipjax._exports.reading_leaves import Stored
 from clipjax.typing import Axis, PerLeaf, Rename, Tree
 
 
@@ -69,8 +69,8 @@ def import_gguf(
     arguments.require(like is not None or rename is None, "like", "be given with `rename`", like, remedy)
     file = _Reader(gguf, path)
     if like is None:
-        return {name: assembling.alone(file.read(name), dequantize) for name in file.tensors}
-    return assembling.assemble(
+        return {name: reading_leaves.alone(file.read(name), dequantize) for name in file.tensors}
+    return reading_leaves.assemble(
         like,
         file.tensors,
         file.read,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._exports import casting, gguf_blocks, gguf_metadata, naming
-from clipjax._exports.naming import Tensor
+from clipjax._exports import casting, gguf_blocks, gguf_metadata, tensor_names
+from clipjax._exports.tensor_names import Tensor
 from clipjax._files import atomic_file
 from clipjax.typing import Axis, PerLeaf, Rename, State, Tree
 
@@ -94,10 +94,10 @@ def export_gguf(
     named = isinstance(architecture, str) and bool(architecture)
     arguments.require(named, "architecture", "be a name", architecture, "llama.cpp's is 'llama'.")
     values = gguf_metadata.read(metadata)
-    found = [one for one in naming.tensors(params, opt_state, rename, axis, ".") if math.prod(one.shape)]
+    found = [one for one in tensor_names.tensors(params, opt_state, rename, axis, ".") if math.prod(one.shape)]
     if metadata and gguf_metadata.FACTORS in metadata:
-        found += naming.tensors({gguf_metadata.FACTORS: metadata[gguf_metadata.FACTORS]}, None, None, None, ".")
-        naming.check_once((one.name, one.path) for one in found)
+        found += tensor_names.tensors({gguf_metadata.FACTORS: metadata[gguf_metadata.FACTORS]}, None, None, None, ".")
+        tensor_names.check_once((one.name, one.path) for one in found)
     stored = [_Stored(one, _type(one, float_type), _shape(one)) for one in found]
     for one in stored:
         _check(one)

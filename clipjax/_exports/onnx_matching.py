@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._exports import naming, onnx_layouts, rows
+from clipjax._exports import leaf_rows, onnx_layouts, tensor_names
 from clipjax._exports.onnx_layouts import Order
 from clipjax._exports.onnx_weights import Weight
 from clipjax._maths import integers, known_formats
@@ -72,16 +72,16 @@ def by_name(wanted: list[Wanted], found: list[Weight], rename: Rename) -> list[M
         remedy = f"Leaf {one.path!r} is to replace it. The graph has {len(found)} of them, such as {near}."
         arguments.require(len(named) == 1, "rename", "name a float initializer of the graph", name, remedy)
         matches.append(Match(one, named[0], _order(one, named[0])))
-    naming.check_once((match.weight.name, match.wanted.path) for match in matches)
+    tensor_names.check_once((match.weight.name, match.wanted.path) for match in matches)
     return matches
 
 
 def _parts(one: Wanted, rename: Rename) -> list[tuple[Wanted, str]]:
     """What a leaf becomes, with the names; it is whole where neither index nor permutation say otherwise."""
-    like, where = rows.described(one.leaf), f"Leaf {one.path!r} of shape {one.source.shape}"
-    entries = naming.entries(rename(one.path, like), one.path)
-    picks = [rows.pick(like, one.outputs, index, permutation, where) for _, index, permutation in entries]
-    rows.require_whole(picks, where)
+    like, where = leaf_rows.described(one.leaf), f"Leaf {one.path!r} of shape {one.source.shape}"
+    entries = tensor_names.entries(rename(one.path, like), one.path)
+    picks = [leaf_rows.pick(like, one.outputs, index, permutation, where) for _, index, permutation in entries]
+    leaf_rows.require_whole(picks, where)
     whole = [index is None and permutation is None for _, index, permutation in entries]
     return [
         (one if all_of_it else _part(one, picked, where), name)
@@ -89,7 +89,7 @@ def _parts(one: Wanted, rename: Rename) -> list[tuple[Wanted, str]]:
     ]
 
 
-def _part(one: Wanted, picked: rows.Pick, where: str) -> Wanted:
+def _part(one: Wanted, picked: leaf_rows.Pick, where: str) -> Wanted:
     """Some rows of a leaf as one output axis, where the first output was, with the inputs behind or before it."""
     own = slice(None) if picked.layer is None else slice(1, None)  # the axes of one layer
     inputs = [i for i in range(len(one.source.shape[own])) if i not in picked.outputs]
@@ -100,15 +100,17 @@ def _part(one: Wanted, picked: rows.Pick, where: str) -> Wanted:
         return taken if first else np.moveaxis(taken, 0, -1)
 
     def part(x: Any) -> np.ndarray:
-        return laid(rows.take(x, picked), x.shape)
+        return laid(leaf_rows.take(x, picked), x.shape)
 
     at = 0 if first else len(inputs)
     source = part(one.source)
     if not isinstance(one.leaf, Quantized) or one.leaf.format is None:
         return Wanted(one.path, part(values(one.leaf)), source, (at,))
     q, form = one.leaf, known_formats.named(one.leaf.format)
-    blocks = rows.with_blocks(picked, q, form, where)
-    scales = tuple(jnp.asarray(laid(rows.take_scale(s, q.codes, blocks), s.shape) if s.ndim else s) for s in q.scales)
+    blocks = leaf_rows.with_blocks(picked, q, form, where)
+    scales = tuple(
+        jnp.asarray(laid(leaf_rows.take_scale(s, q.codes, blocks), s.shape) if s.ndim else s) for s in q.scales
+    )
     leaf = dataclasses.replace(q, codes=jnp.asarray(part(q.codes)), axis=(at,), scales=scales)
     return Wanted(one.path, leaf, source, (at,))
 

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipjax._arrays import arguments, leaf_axes, picking
-from clipjax._exports import casting, naming, onnx_codes, onnx_layouts, onnx_matching, onnx_nodes, onnx_weights, rows
+from clipjax._arrays import arguments, leaf_axes, picked_leaves
+from clipjax._exports import (
+    casting,
+    leaf_rows,
+    onnx_codes,
+    onnx_layouts,
+    onnx_matching,
+    onnx_nodes,
+    onnx_weights,
+    tensor_names,
+)
 from clipjax._exports.onnx_editing import Editor
 from clipjax._exports.onnx_matching import Match, Wanted
 from clipjax._files import atomic_file
@@ -112,18 +121,18 @@ def export_onnx(
 
 def _wanted(params: Tree, opt_state: State | None, source: Tree | None, axis: Axis | PerLeaf) -> list[Wanted]:
     """Every float leaf and `Quantized` that has entries, with the values of its source."""
-    coded = naming.coded_leaves(params, opt_state)
-    sources = dict(naming.whole_leaves(params if source is None else source))
+    coded = tensor_names.coded_leaves(params, opt_state)
+    sources = dict(tensor_names.whole_leaves(params if source is None else source))
     found = []
     for path, leaf in coded:
-        if not (picking.floating(leaf) or (isinstance(leaf, Quantized) and leaf.codes.size)):
+        if not (picked_leaves.floating(leaf) or (isinstance(leaf, Quantized) and leaf.codes.size)):
             continue
         remedy = f"It has no leaf {path!r}: give the tree that the graph was made from, with the paths of `params`."
         arguments.require(path in sources, "source", "have every leaf of the params", sorted(sources)[:8], remedy)
-        values, like = onnx_matching.values(sources[path]), rows.described(leaf)
+        values, like = onnx_matching.values(sources[path]), leaf_rows.described(leaf)
         remedy = f"Leaf {path!r} has shape {like.shape} in the params."
         arguments.require(values.shape == like.shape, "source", "have the shapes of the params", values.shape, remedy)
-        found.append(Wanted(path, leaf, values, rows.outputs(axis, path, leaf)))
+        found.append(Wanted(path, leaf, values, leaf_rows.outputs(axis, path, leaf)))
     return found
 
 

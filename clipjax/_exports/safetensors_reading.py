@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._exports import assembling, compressed_tensors, naming, safetensors_writing
-from clipjax._exports.assembling import Stored
+from clipjax._exports import compressed_tensors, reading_leaves, safetensors_writing, tensor_names
 from clipjax._exports.compressed_tensors import Scheme
+from clipjax._exports.reading_leaves import Stored
 from clipjax._files import container
 from clipjax.typing import Axis, PerLeaf, Rename, Tree
 
@@ -62,8 +62,8 @@ def import_safetensors(
     arguments.require(like is not None or rename is None, "like", "be given with `rename`", like, remedy)
     files = _Files(os.fspath(path))
     if like is None:
-        return {name: assembling.alone(files.read(name), dequantize) for name in files.names}
-    return assembling.assemble(
+        return {name: reading_leaves.alone(files.read(name), dequantize) for name in files.names}
+    return reading_leaves.assemble(
         like,
         files.names,
         files.read,
@@ -99,7 +99,7 @@ class _Files:
         """The same where a quantized module may be named without ".weight", which the writer puts behind any name."""
 
         def named(path: str, leaf: Any) -> Any:
-            found = naming.entries(rename(path, leaf), path)
+            found = tensor_names.entries(rename(path, leaf), path)
             return [(f"{name}.weight" if name in self._modules else name, *picked) for name, *picked in found]
 
         return named

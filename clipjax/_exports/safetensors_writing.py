@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._exports import compressed_tensors, naming, rows
+from clipjax._exports import compressed_tensors, leaf_rows, tensor_names
 from clipjax._exports.compressed_tensors import Scheme
-from clipjax._exports.naming import Tensor
+from clipjax._exports.tensor_names import Tensor
 from clipjax._files import atomic_file, container
 from clipjax._maths import known_formats
 from clipjax._maths.integers import Quantized
@@ -84,9 +84,9 @@ def export_safetensors(
       compressed-tensors, https://github.com/vllm-project/compressed-tensors; the safetensors format,
       https://github.com/huggingface/safetensors.
     """
-    found = naming.tensors(_written(params, opt_state), None, resolve(rename), axis, ".")
+    found = tensor_names.tensors(_written(params, opt_state), None, resolve(rename), axis, ".")
     found = [one for one in found if all(one.shape)]
-    dtypes = {path: np.dtype(rows.described(leaf).dtype) for path, leaf in naming.whole_leaves(params)}
+    dtypes = {path: np.dtype(leaf_rows.described(leaf).dtype) for path, leaf in tensor_names.whole_leaves(params)}
     schemes = {one.name: compressed_tensors.scheme(one.form) if len(one.shape) == 2 else None for one in found}
     _check(found, schemes)
     folder = os.fspath(folder)
@@ -109,7 +109,7 @@ def export_safetensors(
 
 def resolve(rename: Rename | None) -> Rename:
     """The argument `rename`, checked; by default the names of PyTorch's modules."""
-    return naming.resolve(_module_names if rename is None else rename, ".")
+    return tensor_names.resolve(_module_names if rename is None else rename, ".")
 
 
 def _module_names(path: str, leaf: object) -> str:
@@ -124,14 +124,14 @@ def module_of(name: str) -> str:
 
 def _written(params: Tree, opt_state: State | None) -> Tree:
     """The params, with `Quantized` for those on a format that the file has; others keep their values and dtypes."""
-    coded = dict(naming.leaves(params, opt_state))
+    coded = dict(tensor_names.leaves(params, opt_state))
 
     def one(path: str, leaf: Any) -> Any:
         q = coded[path]
         known = isinstance(q, Quantized) and q.format and compressed_tensors.scheme(known_formats.named(q.format))
         return q if known else leaf
 
-    return naming.map_whole_leaves(one, params)
+    return tensor_names.map_whole_leaves(one, params)
 
 
 def _check(found: list[Tensor], schemes: dict[str, Scheme | None]) -> None:
@@ -142,7 +142,7 @@ def _check(found: list[Tensor], schemes: dict[str, Scheme | None]) -> None:
                 " leave it out: `rename` returns None for it."
             )
     named = ((name, one.path) for one in found for name in _names(one, schemes[one.name]))
-    naming.check_once(named)
+    tensor_names.check_once(named)
 
 
 def _names(one: Tensor, how: Scheme | None) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipjax._arrays import arguments
-from clipjax._files import alphabets, byte_stream, container, format_leaves, leaf_codec, one_entry, quantized_leaves
+from clipjax._files import alphabets, byte_stream, container, format_leaves, leaf_codec, quantized_leaves, small_trees
 from clipjax._maths import integers
 from clipjax._maths.integers import Quantized
 
@@ -51,7 +51,7 @@ def together(names: list[str], leaves: list[np.ndarray | Quantized], layout: str
     for name, x in zip(names, leaves, strict=True):
         form, data = _packed(name, x, checked=False)
         kind, shape = (0, np.shape(x.codes)) if isinstance(x, Quantized) else (_DTYPES.index(x.dtype.name), x.shape)
-        rows.append(one_entry.Row(name, _FORMS.index(form), kind, shape, len(data)))
+        rows.append(small_trees.Row(name, _FORMS.index(form), kind, shape, len(data)))
         parts.append(data)
         seen: list[int] = []  # decoded once more: the checksum is that of what a reader will see
         if form == _CODED:
@@ -59,8 +59,8 @@ def together(names: list[str], leaves: list[np.ndarray | Quantized], layout: str
         elif form in _PAYLOADS:
             _PAYLOADS[form].unpack(data, shape, seen)
         checks += seen
-    entry = one_entry.pack(rows, layout, one_entry.total(checks), b"".join(parts))
-    return None if entry is None else container.alone(one_entry.NAME, entry)
+    entry = small_trees.pack(rows, layout, small_trees.total(checks), b"".join(parts))
+    return None if entry is None else container.alone(small_trees.NAME, entry)
 
 
 def _packed(name: str, x: np.ndarray | Quantized, checked: bool) -> tuple[str, byte_stream.Buffer]:
@@ -95,7 +95,7 @@ class StoredLeaf(NamedTuple):
     form: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    together: one_entry.Together | None = None
+    together: small_trees.Together | None = None
 
     @property
     def size(self) -> int:
@@ -173,7 +173,7 @@ def made(reader: container.Reader) -> bool:
 
 def _alone(reader: container.Reader) -> bool:
     """True for a file with one entry for all leaves."""
-    return not reader.metadata and [entry.name for entry in reader.entries] == [one_entry.NAME]
+    return not reader.metadata and [entry.name for entry in reader.entries] == [small_trees.NAME]
 
 
 class Stored(NamedTuple):
@@ -187,8 +187,8 @@ def stored(reader: container.Reader) -> Stored:
     """The leaves of a file and their layout, after every check that needs no more than the header."""
     if not _alone(reader):
         return Stored(_leaves(reader), reader.metadata.get("layout"))
-    rows, layout, check, begin = one_entry.unpack(reader.read(reader.entries[0]))
-    compare, found = one_entry.Together([row.name for row in rows], check), []
+    rows, layout, check, begin = small_trees.unpack(reader.read(reader.entries[0]))
+    compare, found = small_trees.Together([row.name for row in rows], check), []
     for row in rows:
         entry = container.Entry(row.name, "U8", (row.size,), begin, begin + row.size)
         begin += row.size

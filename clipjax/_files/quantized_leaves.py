@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._files import byte_stream, integer_arrays, leaf_codec, quantized_fields
-from clipjax._maths import blocks, grids
+from clipjax._maths import grids, split_axes
 from clipjax._maths.integers import Quantized
 
 _FEW = 64  # steps that even an empty leaf may have
@@ -133,4 +133,4 @@ def _most(shape: tuple[int, ...]) -> int:
 
 def _spread(zero: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Zero points that broadcast to the codes."""
-    return np.asarray(blocks.spread(jnp.asarray(zero.astype(np.int32)), shape))
+    return np.asarray(split_axes.spread(jnp.asarray(zero.astype(np.int32)), shape))

@@ -11,7 +11,7 @@ import optax
 
 from clipjax._arrays import dtypes, elementwise, trees
 from clipjax._gradients import error_feedback, incoming, threshold_state
-from clipjax._maths import drawing, intervals
+from clipjax._maths import intervals, random_draws
 from clipjax.typing import Selection, State, Threshold, Tree
 
 
@@ -78,7 +78,7 @@ def clip(
     """
     thresholds = threshold_state.for_entries(threshold)
     feedback = error_feedback.resolve(carry)
-    select = drawing.resolve(select)
+    select = random_draws.resolve(select)
 
     def init_fn(params: Tree) -> ClipState:
         shared, history = thresholds.init(params)
@@ -90,7 +90,7 @@ def clip(
         trees.check_kind(state, ClipState)
         incoming.check_real(updates)
         total = feedback.add(updates, state.carry)
-        chosen = drawing.choose(select, total, None, state.count)
+        chosen = random_draws.choose(select, total, None, state.count)
         limits, shared, history = thresholds.update(state.count, total, state.threshold, state.rule)
         clipped = jax.tree.map(_clip, total, limits, chosen)
         emitted, left = feedback.emit(clipped, total, updates, state.carry, itertools.repeat(True))

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import picking, sharding, trees
+from clipjax._arrays import picked_leaves, sharding, trees
 from clipjax.typing import PerLeaf, Tree
 
 AxisName: TypeAlias = str | Sequence[str] | PerLeaf | None
@@ -37,7 +37,7 @@ def sharded_over(axis_name: AxisName, paths: list[str], leaves: list[jax.Array])
         return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
     if isinstance(axis_name, PerLeaf):
-        return [names(picking.for_leaf(axis_name, path, x)) for path, x in zip(paths, leaves, strict=True)]
+        return [names(picked_leaves.for_leaf(axis_name, path, x)) for path, x in zip(paths, leaves, strict=True)]
     # `axis_index` differs along its axis by definition: where its type does not show it, check_vma=False tracks nothing
     tracked = {name for name in names(axis_name) if name in sharding.varies(jax.lax.axis_index(name))}
     return [tuple(n for n in names(axis_name) if n not in tracked or n in sharding.varies(x)) for x in leaves]

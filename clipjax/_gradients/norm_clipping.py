@@ -12,7 +12,7 @@ import optax
 
 from clipjax._arrays import arguments, dtypes, elementwise, trees
 from clipjax._gradients import error_feedback, incoming, rescaling, threshold_state
-from clipjax._maths import drawing
+from clipjax._maths import random_draws
 from clipjax.typing import LeafThreshold, Number, Selection, State, Tree
 
 
@@ -119,7 +119,7 @@ def clip_norm(
     each = per == "leaf"
     thresholds = threshold_state.for_norms(threshold, each=each)
     feedback = error_feedback.resolve(carry)
-    select = drawing.resolve(select)
+    select = random_draws.resolve(select)
     arguments.static(ord, "ord")
     rms = isinstance(ord, str) and ord == "rms"
     known = rms or (arguments.is_number(ord) and float(ord) > 0)
@@ -149,7 +149,7 @@ def clip_norm(
         trees.check_kind(state, ClipNormState)
         incoming.check_real(updates)
         total = feedback.add(updates, state.carry)
-        chosen = drawing.choose(select, total, None, state.count)
+        chosen = random_draws.choose(select, total, None, state.count)
         measured = rescaling.measured(total, chosen, state.place if each else None)
         norm = norms_of(total, chosen, state.place)
         weights = norms_of(rescaling.of_weights(total, params), chosen, state.place) if thresholds.relative else None

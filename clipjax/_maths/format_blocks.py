@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax._arrays import arguments, leaf_axes, picking, sharding
-from clipjax._maths import blocks
+from clipjax._arrays import arguments, leaf_axes, picked_leaves, sharding
+from clipjax._maths import split_axes
 from clipjax.typing import Axis, Format, Leaf, PerLeaf, Scales, Tree
 
 
@@ -62,7 +62,7 @@ def resolve(form: Format, axis: Axis | PerLeaf, path: str, leaf: Leaf) -> Format
     Raises:
       ValueError: for an axis that does not exist, and for inputs that no whole blocks make up.
     """
-    kept, table = leaf_axes.resolve(axis, path, leaf), picking.table(path)
+    kept, table = leaf_axes.resolve(axis, path, leaf), picked_leaves.table(path)
     if kept is None or (table and not kept):  # a table is looked up by its first axes, and a runtime reads its rows
         kept = tuple(range(leaf.ndim))[slice(0, -1) if table else slice(max(leaf.ndim - 1, 1), None)]
     outputs = tuple(sorted(kept))
@@ -111,7 +111,7 @@ def counts_of(size: int | None, outputs: tuple[int, ...], shape: tuple[int, ...]
 def view(x: jax.Array, placed: FormatBlocks) -> jax.Array:
     """The array with those axes cut in two that blocks end on the way of, so that blocks lie along whole axes."""
     for i in reversed(placed.cut):
-        x = blocks.split(x, i, placed.box[i])
+        x = split_axes.split(x, i, placed.box[i])
     return x
 
 
@@ -136,7 +136,7 @@ def viewed(fn: Callable[[jax.Array, Tree], jax.Array], x: jax.Array, args: Tree,
 def joined(x: jax.Array, placed: FormatBlocks, like: jax.Array) -> jax.Array:
     """The array that a view is of, sharded as another one."""
     for i in placed.cut:
-        x = blocks.join(x, i, like.shape[i])
+        x = split_axes.join(x, i, like.shape[i])
     return sharding.laid_as(x, like)
 
 
@@ -162,7 +162,7 @@ def spread(scales: Scales, like: jax.Array) -> Scales:
 
 
 def _spread(scale: jax.Array, like: jax.Array) -> jax.Array:
-    wide = blocks.spread(scale, like.shape)
+    wide = split_axes.spread(scale, like.shape)
     if wide is scale or scale.dtype.itemsize > 2:
         return wide
     return jax.lax.platform_dependent(wide, tpu=jax.lax.optimization_barrier, default=_same)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes
-from clipjax._maths import blocks, format_blocks, grids, known_formats
+from clipjax._maths import format_blocks, grids, known_formats, split_axes
 from clipjax.typing import Format, Number, Scales
 
 
@@ -87,7 +87,7 @@ def round_to_step(x: jax.Array, step: Number, *, rounding: str = "nearest", key:
     grids.check_rounding(rounding, key)
     x = arguments.real(x, "x")
     wide = dtypes.widened(x)
-    step = blocks.spread(jnp.asarray(step), x.shape).astype(wide.dtype)
+    step = split_axes.spread(jnp.asarray(step), x.shape).astype(wide.dtype)
     level = grids.codes(wide, step, rounding=rounding, key=key) * step
     return jnp.where(jnp.isfinite(wide), level, wide).astype(x.dtype)
 
@@ -137,7 +137,7 @@ def quantize(
     if bits is not None:
         arguments.bits(bits)
     x = dtypes.widened(arguments.real(x, "x"))
-    step, zero = (blocks.spread(jnp.asarray(v), x.shape).astype(x.dtype) for v in (step, zero_point))
+    step, zero = (split_axes.spread(jnp.asarray(v), x.shape).astype(x.dtype) for v in (step, zero_point))
     whole = grids.codes(x, step, True if bits == 1 else None, rounding=rounding, key=key)
     whole = jnp.where(jnp.isnan(x) | jnp.isnan(whole), jnp.zeros_like(x), whole) + zero
     limit = float(2**31 - 128) if bits is None else float(grids.top(bits))
@@ -184,5 +184,5 @@ def dequantize(
         assert codes.step is not None and codes.zero_point is not None
         return dequantize(codes.codes, codes.step, dtype, zero_point=codes.zero_point)
     codes = jnp.asarray(codes)
-    step, zero = (blocks.spread(jnp.asarray(v), codes.shape).astype(dtypes.wide(dtype)) for v in (step, zero_point))
+    step, zero = (split_axes.spread(jnp.asarray(v), codes.shape).astype(dtypes.wide(dtype)) for v in (step, zero_point))
     return ((codes.astype(step.dtype) - zero) * step).astype(dtype)

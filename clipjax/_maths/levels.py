@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes
-from clipjax._maths import fitting, grids
+from clipjax._maths import grids, step_fitting
 from clipjax.typing import Format, Levels, Number, Sides, Step
 
 Bits: TypeAlias = int | jax.Array
@@ -41,7 +41,7 @@ def resolve(step: Number | Step | None, default: Step) -> Step:
 def given(step: Number) -> Step:
     """The rule of a step that the caller gives: it is taken as it is, whatever the weights."""
     arguments.check_step(step)
-    return Step(lambda x, bits, axes: fitting.given(step, x, axes), as_given)
+    return Step(lambda x, bits, axes: step_fitting.given(step, x, axes), as_given)
 
 
 def of(
@@ -71,14 +71,14 @@ def of(
             extents = [grids.reach(dtypes.narrowed(end, dtype), dtype) for end in extents]
         return rule.levels(step, bits, (extents[0], extents[-1]), limits)
     found = symmetric(step, bits, (extents[0], extents[-1]), limits)
-    exact, held = fitting.on_grid(x, step, bits, axes, dtype)
+    exact, held = step_fitting.on_grid(x, step, bits, axes, dtype)
     return _laid(jnp.where(held, exact, found.step), bits, found.zero_point, limits)
 
 
 def extent(rule: Step, x: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:
     """How far the entries extend: to both sides alike, one array, or below zero and above, two."""
     sides = (jnp.abs(x),) if rule.sides is None else rule.sides(x)
-    return [fitting.over(jnp.max, side, axes) for side in sides]
+    return [step_fitting.over(jnp.max, side, axes) for side in sides]
 
 
 def symmetric(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> Levels:
@@ -108,7 +108,7 @@ def as_given(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> Leve
 def power_of_two(s: jax.Array, bits: Bits, extents: Sides, max_level: Sides) -> Levels:
     """Symmetric levels of the power of two nearest to the step, or the next smaller one if a level needs it."""
     largest = _largest(max_level)
-    near = fitting.power_of_two(jnp.minimum(s, largest))
+    near = step_fitting.power_of_two(jnp.minimum(s, largest))
     step = _usable(jnp.where(near > largest, near / 2, near))
     return _laid(step, bits, jnp.zeros(step.shape, jnp.int32), max_level)
 

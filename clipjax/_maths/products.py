@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes
-from clipjax._maths import blocks, format_blocks, grids, known_formats
+from clipjax._maths import format_blocks, grids, known_formats, split_axes
 from clipjax._maths.format_blocks import FormatBlocks
 from clipjax._maths.integers import Quantized, dequantize
 
@@ -136,7 +136,7 @@ def _kernel(q: Quantized, outputs: tuple[int, ...]) -> _Kernel:
 def _laid(scale: jax.Array, shape: tuple[int, ...], outputs: tuple[int, ...]) -> jax.Array:
     """Scales in the rank of the kernel, spread over the outputs of a block."""
     scale = jnp.reshape(scale, (1,) * (len(shape) - scale.ndim) + scale.shape)
-    return blocks.spread(scale, tuple(n if i in outputs else scale.shape[i] for i, n in enumerate(shape)))
+    return split_axes.spread(scale, tuple(n if i in outputs else scale.shape[i] for i, n in enumerate(shape)))
 
 
 def _of_floats(x: jax.Array, kernel: _Kernel, outputs: tuple[int, ...]) -> jax.Array:
@@ -145,10 +145,10 @@ def _of_floats(x: jax.Array, kernel: _Kernel, outputs: tuple[int, ...]) -> jax.A
     of_x, of_kernel = _blocks(x, kernel, outputs)
     rows, blocked = math.prod(x.shape[i] for i in of_x.outputs), len(_counted(of_kernel)) > 0
     if blocked and rows > math.prod(of_kernel.box):  # there would be more partial sums than weights
-        levels, scale = kernel.levels.astype(wide), blocks.spread(kernel.scale, kernel.levels.shape).astype(wide)
+        levels, scale = kernel.levels.astype(wide), split_axes.spread(kernel.scale, kernel.levels.shape).astype(wide)
         levels = levels * scale
         if kernel.minimum is not None:
-            levels += blocks.spread(kernel.minimum, levels.shape).astype(wide)
+            levels += split_axes.spread(kernel.minimum, levels.shape).astype(wide)
         ones = jnp.ones((1,) * levels.ndim, jnp.float32)
         kernel = _Kernel(levels, ones, None)
     own = x if kernel.levels.dtype.itemsize == 1 else x.astype(wide)

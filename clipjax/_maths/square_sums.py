@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clipjax._arrays import dtypes, elementwise
-from clipjax._maths import blocks, norms
+from clipjax._maths import norms, split_axes
 from clipjax.typing import Number
 
 _GROUP = 2**12  # terms that are summed at once
@@ -32,7 +32,7 @@ def squares(x: jax.Array, axes: tuple[int, ...], group: int = _GROUP) -> jax.Arr
     for together in _levels(x.shape, axes, group):
         first, size = together[0], math.prod(total.shape[axis] for axis in together)
         if size > group:  # one long axis, cut into groups
-            total = blocks.split(total, first, group)
+            total = split_axes.split(total, first, group)
             together, size = (first + 1,), group
             total = jnp.squeeze(_summed(total, together, size, room, low), first + 1)
         else:

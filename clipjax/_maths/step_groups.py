@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipjax._arrays import arguments, leaf_axes, picking, sharding
-from clipjax._maths import blocks
+from clipjax._arrays import arguments, leaf_axes, picked_leaves, sharding
+from clipjax._maths import split_axes
 from clipjax.typing import Axis, Leaf, PerLeaf
 
 
@@ -46,7 +46,7 @@ def resolve(axis: Axis | PerLeaf, group: int | PerLeaf | None, path: str, leaf: 
       ValueError: for an axis that does not exist, and for groups that are no boxes.
     """
     kept = leaf_axes.resolve(axis, path, leaf)
-    size: int | None = picking.for_leaf(group, path, leaf)
+    size: int | None = picked_leaves.for_leaf(group, path, leaf)
     if kept is None:
         kept = () if size is None else (leaf.ndim - 1,)
     others = tuple(i for i in range(leaf.ndim) if i not in kept)
@@ -86,14 +86,14 @@ def _shared(groups: StepGroups) -> tuple[int, ...]:
 
 def view(x: jax.Array, groups: StepGroups) -> jax.Array:
     """An array with one axis cut into groups, where there are any."""
-    return x if groups.at is None else blocks.split(x, groups.at, groups.size)
+    return x if groups.at is None else split_axes.split(x, groups.at, groups.size)
 
 
 def joined(x: jax.Array, groups: StepGroups, like: jax.Array) -> jax.Array:
     """The array that a view is of, sharded as another one."""
     if groups.at is None:
         return x
-    return sharding.laid_as(blocks.join(x, groups.at, x.shape[groups.at] * groups.size), like)
+    return sharding.laid_as(split_axes.join(x, groups.at, x.shape[groups.at] * groups.size), like)
 
 
 # In the state the axis of the groups is the first one, before the axes of the array: an array of steps is then a stack

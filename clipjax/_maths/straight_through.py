@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments, dtypes, elementwise
-from clipjax._maths import blocks, format_blocks, grids, intervals, known_formats
+from clipjax._maths import format_blocks, grids, intervals, known_formats, split_axes
 from clipjax.typing import Axis, Format, Number
 
 GRADIENTS = ("straight_through", "clipped", "lsq")
@@ -98,7 +98,7 @@ def fake_quant(
     wide = dtypes.widened(x)
     step = jnp.asarray(step, wide.dtype)
     fixed, by = jax.lax.stop_gradient((wide, step))
-    s, zero = (blocks.spread(jnp.asarray(v), x.shape).astype(wide.dtype) for v in (by, zero_point))
+    s, zero = (split_axes.spread(jnp.asarray(v), x.shape).astype(wide.dtype) for v in (by, zero_point))
     code = grids.codes(fixed, s, True if bits == 1 else None, rounding=rounding, key=key)
     most = math.inf if bits is None else float(grids.top(bits))
     limited = intervals.limit(code, -most - zero, most - zero)
@@ -110,7 +110,7 @@ def fake_quant(
         pull = jnp.where(outside, limited, limited - grids.ratio(fixed, s)) / math.sqrt(
             x.size / max(step.size, 1) * most
         )
-        return _surrogate(level, wide, blocks.spread(step, x.shape), slope, pull).astype(x.dtype)
+        return _surrogate(level, wide, split_axes.spread(step, x.shape), slope, pull).astype(x.dtype)
     return _surrogate(level, wide, s, slope, jnp.zeros_like(s)).astype(x.dtype)
 
 

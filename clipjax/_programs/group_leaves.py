@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from clipjax._arrays import arguments, picking, trees
+from clipjax._arrays import arguments, picked_leaves, trees
 from clipjax._programs import groups as grouping
 from clipjax._programs.groups import Group
 from clipjax.typing import Groups, Tree, UnitAxes
@@ -195,7 +195,7 @@ def _by_hand(leaf: GroupLeaf, times: int, first: GroupLeaf | None) -> GroupLeaf:
     """
     size = int(leaf.leaf.shape[leaf.axis])
     same = first is not None and leaf.axis == first.axis
-    owns = first is None or (same and (leaf.path == first.path or picking.weights(leaf.path, leaf.leaf)))
+    owns = first is None or (same and (leaf.path == first.path or picked_leaves.weights(leaf.path, leaf.leaf)))
     units, owner = (size, leaf) if first is None else (first.units, first)
     if owns:
         remedy = f"It is cut along the same axis as {owner.path!r} and must have its size, {units}, once."

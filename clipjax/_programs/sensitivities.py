@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax._arrays import arguments, picking, trees
-from clipjax._programs import models, tapping
+from clipjax._arrays import arguments, picked_leaves, trees
+from clipjax._programs import models, squared_inputs
 from clipjax._programs.analysis import Analysis
 from clipjax.typing import Tree
 
@@ -88,7 +88,7 @@ def sensitivity(apply_fn: Callable[..., Any], variables: Tree, batches: Iterable
 
         def totals(ghosts: dict[int, jax.Array]) -> jax.Array:
             wide = {i: jnp.broadcast_to(ghost, leaves[i].shape) for i, ghost in ghosts.items()}
-            taps = tapping.Taps()
+            taps = squared_inputs.Taps()
             total = taps.run(model, leaves, batch, wide)
             tapped.update(taps.tapped)
             differing.update(taps.differing)
@@ -122,7 +122,7 @@ def sensitivity(apply_fn: Callable[..., Any], variables: Tree, batches: Iterable
 
 def _reduced(analysis: Analysis, path: str, leaf: jax.Array) -> tuple[int, ...]:
     """The shape of a kernel with size 1 along its outputs."""
-    outputs = {i % leaf.ndim for i in picking.for_leaf(analysis.outputs, path, leaf)}
+    outputs = {i % leaf.ndim for i in picked_leaves.for_leaf(analysis.outputs, path, leaf)}
     return tuple(1 if i in outputs else n for i, n in enumerate(leaf.shape))
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from clipjax._arrays import arguments, dtypes, picking, trees
+from clipjax._arrays import arguments, dtypes, picked_leaves, trees
 from clipjax._programs import cutting, dead_units, group_leaves, models, verifying
 from clipjax._programs import groups as grouping
 from clipjax._programs.analysis import Analysis
@@ -271,7 +271,7 @@ def _check_epsilons(changed: dict[str, float]) -> None:
 def _of_entries(left: np.ndarray, leaf: GroupLeaf, first: GroupLeaf) -> Cut:
     """The entries along the axis of a leaf that belong to the units that are left, or to none."""
     kept = left[:, leaf.places] | (leaf.places < 0)
-    if leaf.path.rsplit("/", 1)[-1] in picking.NOT_WEIGHTS:
+    if leaf.path.rsplit("/", 1)[-1] in picked_leaves.NOT_WEIGHTS:
         _check_zero(~kept, leaf, first)
     return Cut(kept, leaf.layers)
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from clipjax import steps as stepping
-from clipjax._maths import spectra
+from clipjax._maths import grid_errors
 
 
 class Distribution(NamedTuple):
@@ -49,7 +49,7 @@ def describe(x: np.ndarray, widths: tuple[int, ...]) -> Distribution | None:
     )
 
 
-_spectrum = jax.jit(spectra.spectrum, static_argnames=("rule", "axes", "allowed"))
+_spectrum = jax.jit(grid_errors.spectrum, static_argnames=("rule", "axes", "allowed"))
 
 
 def _decibels(w: np.ndarray, widths: tuple[int, ...]) -> dict[int, float]:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from clipjax._arrays import arguments, picking, trees
-from clipjax._maths import blocks, step_groups
+from clipjax._arrays import arguments, picked_leaves, trees
+from clipjax._maths import split_axes, step_groups
 from clipjax._weights import checking, leaf_grid, quantize_state
 from clipjax._weights.quantize_state import QuantizeState
 from clipjax.typing import Number, State, Tree, Where
@@ -21,8 +21,8 @@ Report: TypeAlias = Mapping[str, Number | np.ndarray]
 
 def picked(params: Tree, where: Where | None) -> dict[str, Any]:
     """The leaves to draw by path: by default those of rank >= 2 that are no biases and no scales."""
-    picks = picking.pick(picking.resolve(where, picking.weights), params)
-    found = dict(trees.governed(picking.restrict(params, picks)))
+    picks = picked_leaves.pick(picked_leaves.resolve(where, picked_leaves.weights), params)
+    found = dict(trees.governed(picked_leaves.restrict(params, picks)))
     remedy = "The default is float arrays of rank >= 2 with entries: pass `where=lambda path, leaf: True` for all."
     arguments.require(found, "where", "pick a leaf", trees.paths(params)[:8], remedy)
     return found
@@ -73,7 +73,7 @@ def grid(opt_state: State, path: str, leaf: Any) -> DrawnGrid | None:
         if quantize_state.leaf_scales(state, path) is not None:
             return None
         own = leaf_grid.at(state, path)
-        leaf_step = blocks.spread(step_groups.per_block(own.step, leaf.shape), leaf.shape)
+        leaf_step = split_axes.spread(step_groups.per_block(own.step, leaf.shape), leaf.shape)
         step, bits = np.asarray(leaf_step, np.float64), int(own.bits)
         step = step.reshape(()) if step.size == 1 else step
         if not bits:  # unbounded codes: those that occur

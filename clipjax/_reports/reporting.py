@@ -12,7 +12,7 @@ from clipjax._arrays import trees
 from clipjax._gradients import threshold_state
 from clipjax._gradients.clipping import ClipState
 from clipjax._gradients.norm_clipping import ClipNormState
-from clipjax._gradients.scaling import ScaleState
+from clipjax._gradients.scaling_to_norm import ScaleState
 from clipjax._gradients.skipping import SkipState
 from clipjax._weights import quantize_state
 from clipjax._weights.clamping import ClampState

@@ -13,10 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipjax._arrays import arguments, dtypes, picking, trees
+from clipjax._arrays import arguments, dtypes, picked_leaves, trees
 from clipjax._files import format_leaves, leaf_codec
 from clipjax._reports import distributions
-from clipjax._weights import checking, holding, leaf_format, leaf_grid, leaf_levels, quantize_state, quantized_params
+from clipjax._weights import (
+    checking,
+    holding_once,
+    leaf_format,
+    leaf_grid,
+    leaf_levels,
+    quantize_state,
+    quantized_params,
+)
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.quantize_state import LeafScales, QuantizeState
 from clipjax._weights.zeros import PruneState
@@ -176,7 +184,7 @@ def _dry_run(params: Tree, tx: optax.GradientTransformation) -> tuple[Tree, Stat
     state = tx.init(params)
     if not trees.find(state, ProjectState):
         return params, state
-    return holding.hold_once(tx, params, grad=jax.tree.map(jnp.ones_like, params))
+    return holding_once.hold_once(tx, params, grad=jax.tree.map(jnp.ones_like, params))
 
 
 def _totals(name: str, rows: list[Row], widths: tuple[int, ...]) -> Row:
@@ -220,7 +228,7 @@ def _row(
     latents: list[dict[str, jax.Array]],
     widths: tuple[int, ...],
 ) -> Row:
-    x = np.asarray(jnp.asarray(leaf).astype(dtypes.wide(leaf.dtype)) if picking.floating(leaf) else leaf)
+    x = np.asarray(jnp.asarray(leaf).astype(dtypes.wide(leaf.dtype)) if picked_leaves.floating(leaf) else leaf)
     state = next((g for g in grids if path in quantize_state.paths(g)), None)
     own_masks = [m[path] for m in masks if path in m]
     picked = ["prune"] * bool(own_masks) + ["quantize"] * (state is not None)
@@ -230,7 +238,7 @@ def _row(
     return {
         "path": path,
         "picked": "+".join(picked),
-        "left_out": picking.why_not(path, leaf),
+        "left_out": picked_leaves.why_not(path, leaf),
         "shape": x.shape,
         "sparsity": float(np.mean(x == 0)) if x.size else 0.0,
         "masked": max((float(np.mean(~np.asarray(mask))) for mask in own_masks), default=None),

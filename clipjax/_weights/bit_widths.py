@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from clipjax._arrays import arguments, picking, trees
+from clipjax._arrays import arguments, picked_leaves, trees
 from clipjax._maths import known_formats, levels
 from clipjax.typing import Bits, Format, PerLeaf, Step, Tree, Where, Width
 
@@ -34,7 +34,7 @@ class Widths(NamedTuple):
     allowed: Callable[[Tree], Mapping[str, Kinds]]
     choose: Chooser | None = None
     picks: Callable[[Where], Where] = lambda where: where
-    default: Where = picking.layers
+    default: Where = picked_leaves.layers
     form: Format | None = None
     check: Callable[[Tree], object] = lambda params: None
 
@@ -88,13 +88,13 @@ def _leaf_by_leaf(bits: PerLeaf | Tree) -> Widths:
         return (int(width),)  # type: ignore[call-overload]
 
     def allowed(tree: Tree) -> dict[str, Kinds]:
-        found = picking.values(bits, tree).items()
+        found = picked_leaves.values(bits, tree).items()
         return {path: kinds(width) for path, width in found if width is not None}
 
     if isinstance(bits, PerLeaf):
         fn = bits.fn
         picks = lambda where: lambda path, leaf: where(path, leaf) and fn(path, leaf) is not None  # noqa: E731
-        return Widths(allowed, picks=picks, default=picking.weights)
+        return Widths(allowed, picks=picks, default=picked_leaves.weights)
     named = dict(trees.governed(bits))
 
     def check(params: Tree) -> None:

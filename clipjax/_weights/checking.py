@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipjax._arrays import arguments, dtypes, picking, trees
-from clipjax._maths import drawing, intervals, landing
+from clipjax._arrays import arguments, dtypes, picked_leaves, trees
+from clipjax._maths import intervals, landing, random_draws
 from clipjax._weights import latents, leaf_levels, quantize_state, visiting
 from clipjax._weights.clamping import ClampState
 from clipjax._weights.projecting import ProjectState
@@ -153,7 +153,7 @@ def _missed(visited: Visited, rule: str) -> list[_Row]:
     """What one transformation finds, projecting the params as it did at the last update."""
     constraint, state, context = visited.constraint, visited.state, visited.context
     before = state.count - 1
-    last = context._replace(count=before, key=drawing.key_at(visited.key, before), refresh=False)
+    last = context._replace(count=before, key=random_draws.key_at(visited.key, before), refresh=False)
     kind = _KINDS.get(constraint.state, "projection")
     named = trees.governed(context.params)
     if not constraint.checkable or (constraint.tolerance and not state.carry):
@@ -226,7 +226,7 @@ def _levels(path: str, rule: str, state: QuantizeState, leaf: jax.Array) -> _Row
 def _bounds(rule: str, state: ClampState, leaves: dict[str, jax.Array]) -> list[_Row]:
     """Where no leaf is beyond the bound of all of them it holds; else the state does not say which it governs."""
     low, high = state.bound
-    floats = [(path, p) for path, p in leaves.items() if picking.floating(p)]
+    floats = [(path, p) for path, p in leaves.items() if picked_leaves.floating(p)]
     if bool(low > high):  # not known, or not the same for all
         return [_unchecked(path, rule) for path, _ in floats]
     missed = [(path, landing.missed(p, intervals.limit(dtypes.widened(p), low, high))) for path, p in floats]

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
-from clipjax._maths import drawing, intervals
+from clipjax._arrays import arguments, dtypes, elementwise, picked_leaves, trees
+from clipjax._maths import intervals, random_draws
 from clipjax._weights import projecting
+from clipjax._weights.allowed_values import Fact
 from clipjax._weights.constraints import Constraint
-from clipjax._weights.facts import Fact
 from clipjax.typing import Bound, Context, Number, Projection, Selection, Tree, Where
 
 
@@ -68,8 +68,8 @@ def clamp_weights(
       D3, section 3, step 4.
     """
     arguments.choice(when, "when", ("after", "before"))
-    some, select = select is not None, drawing.resolve(select)
-    where = picking.resolve(where, picking.everything)
+    some, select = select is not None, random_draws.resolve(select)
+    where = picked_leaves.resolve(where, picked_leaves.everything)
     bounds = intervals.resolve(bound)
 
     def init_fn(params: Tree) -> ClampState:
@@ -90,7 +90,7 @@ def clamp_weights(
                 new = elementwise.where(cut != old, cut + (w - old), w)
             return elementwise.where(chosen, new, w)
 
-        chosen = drawing.choose(select, target, None, context.count)
+        chosen = random_draws.choose(select, target, None, context.count)
         new = trees.map_with_path(clamped, target, chosen, context.params)
         return new, ClampState(jnp.stack([_shown(end, state.bound.dtype) for end in bounds.shared(context.count)]))
 
@@ -102,7 +102,7 @@ def clamp_weights(
         return trees.map_with_path(lambda path, w: intervals.outward(w, *ends[path]), new)
 
     def facts(target: Tree, before: ClampState, after: ClampState, context: Context) -> list[Fact]:
-        chosen = jax.tree.leaves(drawing.choose(select, target, None, context.count))
+        chosen = jax.tree.leaves(random_draws.choose(select, target, None, context.count))
         limits = bounds.of_leaves(context.params, context.count).values()
         return [Fact(_limited, (c, *at), None if some else at) for c, at in zip(chosen, limits, strict=True)]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from clipjax._weights.facts import Fact
+from clipjax._weights.allowed_values import Fact
 from clipjax.typing import Context, Projection, State, Tree
 
 

@@ -16,7 +16,7 @@ from clipjax import steps
 from clipjax._arrays import arguments, dtypes, elementwise, sharding, trees
 from clipjax._maths import format_blocks, grids, known_formats
 from clipjax._maths.format_blocks import FormatBlocks
-from clipjax._weights import facts
+from clipjax._weights import allowed_values
 from clipjax._weights.quantize_state import LeafScales
 from clipjax.typing import Axis, Format, Leaf, Number, PerLeaf, Scales, Sides, Step, StepSize
 
@@ -96,7 +96,7 @@ def _shown(scales: Sequence[jax.Array | jax.ShapeDtypeStruct]) -> str:
     return ", ".join(f"{s.dtype}{list(s.shape)}" for s in scales)
 
 
-def measure(plan: FormatPlan, x: jax.Array, known: facts.Facts) -> jax.Array:
+def measure(plan: FormatPlan, x: jax.Array, known: allowed_values.Facts) -> jax.Array:
     """The weights to which scales are fitted, f32, in the view of blocks; 0 where one is not to be counted.
 
     Bounds are the limit of `fit`.
@@ -108,7 +108,9 @@ def measure(plan: FormatPlan, x: jax.Array, known: facts.Facts) -> jax.Array:
 
     def counted(x: jax.Array, arrays: list[jax.Array]) -> jax.Array:
         given = dict(zip(places, arrays, strict=True))
-        settled = facts.settled(x, jax.tree.unflatten(treedef, [given.get(i, leaf) for i, leaf in enumerate(leaves)]))
+        settled = allowed_values.settled(
+            x, jax.tree.unflatten(treedef, [given.get(i, leaf) for i, leaf in enumerate(leaves)])
+        )
         return _finite(settled.astype(jnp.float32))
 
     if all(array.shape in ((), x.shape) for array in arrays):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes, elementwise, sharding, trees
-from clipjax._maths import blocks, code_costs, fitting, grids, intervals, levels, spectra, step_groups
-from clipjax._weights import facts, quantize_state
+from clipjax._maths import code_costs, grid_errors, grids, intervals, levels, split_axes, step_fitting, step_groups
+from clipjax._weights import allowed_values, quantize_state
 from clipjax._weights.quantize_state import LeafLevels, QuantizeState, RateState
 from clipjax.typing import Leaf, Sides, Step
 
@@ -113,7 +113,7 @@ def check(plan: Plan, path: str, leaf: Leaf) -> None:
 def begin(plan: Plan, leaf: Leaf) -> LeafLevels:
     """The grid before the first refresh."""
     like = jax.eval_shape(lambda x: step_groups.view(x, plan.groups), jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
-    step = fitting.given(1.0, like, plan.groups.axes)
+    step = step_fitting.given(1.0, like, plan.groups.axes)
     top = 0.0 if plan.unbounded else float(grids.top(plan.widest))
     low, high = (jnp.full(step.shape, end, jnp.float32) for end in (-top, top))
     return _stored(plan, step, low, high)
@@ -150,15 +150,15 @@ class Measured(NamedTuple):
     dtype: DTypeLike
 
 
-def max_level(known: facts.Facts, dtype: DTypeLike) -> Sides:
+def max_level(known: allowed_values.Facts, dtype: DTypeLike) -> Sides:
     """How far levels may extend, as in `Measured`, with the transformations before and the dtype of the params."""
-    low, high = facts.bound(dtypes.wide(dtype), known)
+    low, high = allowed_values.bound(dtypes.wide(dtype), known)
     reached = (dtypes.truncated(jnp.maximum(end, 0), jnp.float32).astype(jnp.float32) for end in (-low, high))
     below, above = (jnp.asarray(intervals.toward(end, dtype, up=False), jnp.float32) for end in reached)
     return below, above
 
 
-def measure(plan: Plan, x: jax.Array, known: facts.Facts, max_level: Sides, dtype: DTypeLike) -> Measured:
+def measure(plan: Plan, x: jax.Array, known: allowed_values.Facts, max_level: Sides, dtype: DTypeLike) -> Measured:
     """The nonzero finite weights, limited to the largest level.
 
     Args:
@@ -168,7 +168,7 @@ def measure(plan: Plan, x: jax.Array, known: facts.Facts, max_level: Sides, dtyp
       max_level: how far levels may extend.
       dtype: of the params.
     """
-    x = step_groups.view(facts.settled(x, known), plan.groups).astype(jnp.float32)
+    x = step_groups.view(allowed_values.settled(x, known), plan.groups).astype(jnp.float32)
     if plan.unbounded:
         return Measured(x, max_level, dtype)
     finite = elementwise.where(jnp.isfinite(x), x, jnp.zeros_like(x))
@@ -185,15 +185,15 @@ def fit(plan: Plan, measured: Measured) -> LeafLevels:
     return _stored(plan, found.step, found.low, found.high)
 
 
-def spectrum(plan: Plan, measured: Measured) -> spectra.Spectrum:
+def spectrum(plan: Plan, measured: Measured) -> grid_errors.Spectrum:
     """The error of the leaf on the grid of each allowed width."""
     given = (plan.rule, plan.groups.axes, plan.allowed, measured.max_level)
-    return spectra.spectrum(measured.values, *given, dtype=measured.dtype)
+    return grid_errors.spectrum(measured.values, *given, dtype=measured.dtype)
 
 
-def chosen(plan: Plan, spectrum: spectra.Spectrum, index: jax.Array) -> LeafLevels:
+def chosen(plan: Plan, spectrum: grid_errors.Spectrum, index: jax.Array) -> LeafLevels:
     """The levels of the width at an index of the allowed ones."""
-    found = spectra.entry(spectrum, index)
+    found = grid_errors.entry(spectrum, index)
     return _stored(plan, found.step, found.low, found.high)
 
 
@@ -284,7 +284,7 @@ def nearest(grid: LeafGrid, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     w = dtypes.widened(leaf)
     step, low, high = (
-        blocks.spread(step_groups.per_block(x, leaf.shape), leaf.shape).astype(w.dtype)
+        split_axes.spread(step_groups.per_block(x, leaf.shape), leaf.shape).astype(w.dtype)
         for x in (grid.step, grid.low, grid.high)
     )
     multiple = grids.ratio(w, step)

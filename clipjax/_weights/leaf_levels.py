@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from clipjax import steps
 from clipjax._arrays import arguments, trees
 from clipjax._maths import landing, levels, step_groups
-from clipjax._weights import facts, leaf_format, leaf_grid, quantize_state
+from clipjax._weights import allowed_values, leaf_format, leaf_grid, quantize_state
 from clipjax._weights.bit_widths import Kinds
 from clipjax._weights.leaf_format import FormatPlan
 from clipjax._weights.leaf_grid import Measured, Plan
@@ -128,7 +128,7 @@ def fingerprint(plans: dict[str, LeafPlan]) -> int:
     return zlib.crc32(repr(kinds).encode()) >> 2 << 1
 
 
-def measure(plan: LeafPlan, x: jax.Array, known: facts.Facts, max_level: Sides, dtype: DTypeLike) -> Measured:
+def measure(plan: LeafPlan, x: jax.Array, known: allowed_values.Facts, max_level: Sides, dtype: DTypeLike) -> Measured:
     """The weights to which the levels of a leaf are fitted, see `leaf_grid.measure`."""
     if isinstance(plan, Plan):
         return leaf_grid.measure(plan, x, known, max_level, dtype)
@@ -163,7 +163,7 @@ def surely_zero(plan: LeafPlan, path: str, x: jax.Array, state: QuantizeState) -
     return leaf_grid.surely_zero(plan, x, leaf_grid.at(state, path))
 
 
-def check_zeros(plans: dict[str, LeafPlan], known: list[facts.Facts]) -> None:
+def check_zeros(plans: dict[str, LeafPlan], known: list[allowed_values.Facts]) -> None:
     """Refuse to move zeros that a mask holds onto a format that has none."""
     for (path, plan), of_leaf in zip(plans.items(), known, strict=True):
         if isinstance(plan, FormatPlan) and not plan.form.zero:

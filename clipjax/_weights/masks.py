@@ -12,8 +12,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from clipjax import structures
-from clipjax._arrays import arguments, dtypes, elementwise, picking, stacks, trees
-from clipjax._maths import counts, ranking, wide
+from clipjax._arrays import arguments, dtypes, elementwise, picked_leaves, stacks, trees
+from clipjax._maths import exact_counts, ranking, wide
 from clipjax._weights import sparsities
 from clipjax.typing import Leaf, Sparsity, Structure, Tree, Where
 
@@ -63,7 +63,7 @@ def make_mask(
     scored = filled
     if structure.holds is not None:
         filled = _where(structure.holds, filled)
-        scored = _where(picking.weights, filled)
+        scored = _where(picked_leaves.weights, filled)
     structure.check(filled, scored)
     check_sizes(jax.eval_shape(structure.reduce, scored), structure)
     units = pool(scored, structure, structure.owners(filled))
@@ -169,7 +169,7 @@ def pool(
     leaves = list(zip(units, _or_none(before, units), alone, spread, _or_none(safe, units), strict=True))
     named = trees.governed(owners)
     along = [() if structure.axes is None else (structure.axes(path, leaf),) for path, leaf in named]
-    stacked = [picking.for_leaf(structure.layers, path, leaf) for path, leaf in named]
+    stacked = [picked_leaves.for_leaf(structure.layers, path, leaf) for path, leaf in named]
     positions = stacks.alike([path for path, _ in named], leaves, along, stacked)
     order = [i for group in positions for i in group]
     layers = [tuple(axis % units[i].ndim for axis in stacked[i]) for i, *_ in positions]
@@ -248,7 +248,7 @@ def before_growth(
         depths = np.asarray(units.depths(), np.uint32)
         alive, sizes = (wide.total(wide.times(x, depths), 0) for x in (alive, sizes))
     kept = wide.rest(sizes, removed)
-    grown = counts.of_fraction(jnp.asarray(share, jnp.float32), kept)
+    grown = exact_counts.of_fraction(jnp.asarray(share, jnp.float32), kept)
     return wide.minus(sizes, wide.minimum(wide.minus(kept, grown), alive))
 
 

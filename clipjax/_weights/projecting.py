@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
-from clipjax._maths import drawing, landing
-from clipjax._weights import facts, latents, moments, surroundings, visiting
+from clipjax._arrays import arguments, dtypes, elementwise, picked_leaves, trees
+from clipjax._maths import landing, random_draws
+from clipjax._weights import allowed_values, latents, moments, surroundings, visiting
 from clipjax._weights.constraints import Constraint, Update
 from clipjax.projections import stateless
 from clipjax.typing import Context, Count, Projection, State, Tree, Where
@@ -99,7 +99,7 @@ def project(
       D3, D4; Courbariaux et al., "BinaryConnect", https://arxiv.org/abs/1511.00363.
     """
     arguments.times(start, None, None)
-    where = picking.resolve(where, picking.everything)
+    where = picked_leaves.resolve(where, picked_leaves.everything)
     return constrain(Constraint(_resolve(projection)), carry=carry, inner=inner, start=start, where=where, key=key)
 
 
@@ -136,12 +136,12 @@ def constrain(
     always = arguments.known(start) and int(start) == 0
 
     def init_fn(params: Tree) -> ProjectState:
-        picks = picking.pick(where, params)
-        picking.warn_if_nothing(picks, params)
-        governed = picking.restrict(params, picks)
+        picks = picked_leaves.pick(where, params)
+        picked_leaves.warn_if_nothing(picks, params)
+        governed = picked_leaves.restrict(params, picks)
         trees.check_differ([path for path, _ in trees.governed(governed)])
         floats = jax.tree.map(latents.begin, governed) if carry else ()
-        inner_state = inside.init(picking.merge(params, floats, picks) if carry and inner else params)
+        inner_state = inside.init(picked_leaves.merge(params, floats, picks) if carry and inner else params)
         if inner:
             surroundings.check_inner(inside, inner_state, params, clears=constraint.kept is not None and not carry)
         return ProjectState(jnp.zeros((), jnp.int32), floats, projection.init(governed), inner_state)
@@ -155,8 +155,8 @@ def constrain(
         trees.check_kind(state.projection, constraint.state)
         latent_free = isinstance(state.carry, tuple) and not state.carry
         trees.check_state(carry or latent_free, "latent weights although `carry` is False")
-        picks = picking.pick(where, params)
-        narrow = picking.restrict(params, picks)
+        picks = picked_leaves.pick(where, params)
+        narrow = picked_leaves.restrict(params, picks)
         visit = visiting.of(extra)
         constraint.check_fits(narrow, state.projection, visit is not None)
         weights = jax.tree.map(dtypes.widened, narrow)
@@ -170,19 +170,19 @@ def constrain(
             wide = jax.tree.map(dtypes.widened, narrow)
             if not carry:
                 return wide
-            then = context._replace(count=state.count - 1, key=drawing.key_at(key, state.count - 1))
+            then = context._replace(count=state.count - 1, key=random_draws.key_at(key, state.count - 1))
             begun = None if always else state.count > start
             return latents.current(constraint, state.carry, state.projection, wide, narrow, then, begun)
 
         floats, visible, arrived = current(), params, updates
         if carry and inner:
-            visible, updates = picking.merge(params, floats, picks), _widened(updates, picks)
+            visible, updates = picked_leaves.merge(params, floats, picks), _widened(updates, picks)
         if visit is not None:
             inner_state = inside.update(updates, state.inner, visible, **extra)[1]
             visited = visiting.Visited(constraint, state, context, floats if carry else (), start, stop, key)
             return updates, visit(visited)._replace(inner=inner_state)
         updates, inner_state = inside.update(updates, state.inner, visible, **extra)
-        known = [facts.of(u) for u in trees.flatten(updates)[0]]
+        known = [allowed_values.of(u) for u in trees.flatten(updates)[0]]
         steps = _aligned(updates, params, picks)
         target = jax.tree.map(jnp.add, floats, steps)
         emptied: Tree = ()
@@ -203,7 +203,7 @@ def constrain(
             kept = constraint.kept(target, state.projection, projected)
             emitted = _masked(update, kept)
             if inner:
-                alive = picking.merge(jax.tree.map(lambda p: True, params), kept, picks)
+                alive = picked_leaves.merge(jax.tree.map(lambda p: True, params), kept, picks)
                 inner_state = moments.cleared(inside, inner_state, params, alive, active)
         else:
             emitted = _projected(constraint, update, new)
@@ -211,17 +211,19 @@ def constrain(
             _note(constraint.facts(target, state.projection, projected, context), active, emitted, known)
         surroundings.check_outer(arrived, emitted)
         count = optax.safe_increment(state.count)
-        return picking.merge(updates, emitted, picks), ProjectState(count, latent, projected, inner_state)
+        return picked_leaves.merge(updates, emitted, picks), ProjectState(count, latent, projected, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _note(own: list[facts.Fact], active: jax.Array | None, emitted: Tree, known: list[facts.Facts]) -> None:
+def _note(
+    own: list[allowed_values.Fact], active: jax.Array | None, emitted: Tree, known: list[allowed_values.Facts]
+) -> None:
     """Leave a note about the emitted updates for the transformations behind."""
     rest = iter(own)
     for update, before in zip(trees.flatten(emitted)[0], known, strict=True):
         if update is not None:
-            facts.note(update, (*before, facts.from_start(active, next(rest))))
+            allowed_values.note(update, (*before, allowed_values.from_start(active, next(rest))))
 
 
 def _latent(constraint: Constraint, update: Update, new: Tree, projected: State, *, chained: bool) -> tuple[Tree, Tree]:
@@ -262,7 +264,7 @@ def _outward(constraint: Constraint, update: Update, new: Tree) -> tuple[Tree, .
 
 def _context(count: jax.Array, params: Tree, grad: Tree | None, key: jax.Array | None, refresh: bool | None) -> Context:
     grads = None if grad is None else trees.match(grad, params)
-    return Context(count, params, params, grads, drawing.key_at(key, count), refresh)
+    return Context(count, params, params, grads, random_draws.key_at(key, count), refresh)
 
 
 def _refresh(extra: dict[str, object]) -> bool | None:
@@ -297,5 +299,5 @@ def _aligned_leaf(u: jax.Array, p: jax.Array) -> jax.Array:
 
 def _widened(updates: Tree, picks: list[bool]) -> Tree:
     """The gradients of the governed leaves in computing dtype, in which an inner transformation gets them."""
-    wide = jax.tree.map(dtypes.widened, picking.restrict(updates, picks))
-    return picking.merge(updates, wide, picks)
+    wide = jax.tree.map(dtypes.widened, picked_leaves.restrict(updates, picks))
+    return picked_leaves.merge(updates, wide, picks)

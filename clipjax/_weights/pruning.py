@@ -12,9 +12,9 @@ import optax
 
 from clipjax import scores as scoring
 from clipjax import structures
-from clipjax._arrays import arguments, picking, trees
-from clipjax._maths import drawing
-from clipjax._weights import facts, masks, projecting, refreshing, sparsities, zeros
+from clipjax._arrays import arguments, picked_leaves, trees
+from clipjax._maths import random_draws
+from clipjax._weights import allowed_values, masks, projecting, refreshing, sparsities, zeros
 from clipjax._weights.constraints import Constraint
 from clipjax._weights.zeros import NEVER, PruneState, zeroed
 from clipjax.typing import (
@@ -143,7 +143,7 @@ def prune_mask(
     for name, value in (("score", score), ("grow", grow)):
         arguments.instance(value, Score, name, "Call a factory: `scores.magnitude()`.")
     arguments.static(carry, "carry")
-    candidates = None if select is None else drawing.resolve(select)
+    candidates = None if select is None else random_draws.resolve(select)
     remedy = "Units that it does not select now may have been removed before, so that no multiple would stay."
     ok = select is None or not isinstance(structure, Structure) or structure.round_to == 1
     arguments.require(ok, "select", "be None with `round_to`", select, remedy)
@@ -163,7 +163,7 @@ def prune_mask(
             )
             cycle = cycle._replace(every=100 if every is None else every)
             refreshing.check_ramp("sparsity", sparsity, cycle)  # type: ignore[arg-type]
-        where = picking.resolve(where, picking.weights if structure.holds else amount.default)
+        where = picked_leaves.resolve(where, picked_leaves.weights if structure.holds else amount.default)
         exchange = None if regrow is None else arguments.schedule(regrow)
         if callable(regrow):
             refreshing.check_ramp("regrow", regrow, cycle)
@@ -204,7 +204,7 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
 
     def scored(params: Tree) -> Callable[[Tree], Tree]:
         """A function that sets to None the leaves that lose entries with a unit, but do not enter its score."""
-        return functools.partial(picking.restrict, picks=picking.pick(pruning.where, params))
+        return functools.partial(picked_leaves.restrict, picks=picked_leaves.pick(pruning.where, params))
 
     def init_fn(params: Tree) -> PruneState:
         weights = scored(params)(params)
@@ -226,9 +226,9 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
     def refresh(weights: Tree, known: Tree, inputs: refreshing.Inputs) -> tuple[Tree, jax.Array]:
         """The mask that is chosen from the weights, and the sparsity that it is made for."""
         mask, score, grow, here, since, asked = inputs
-        target = facts.settled_tree(weights, known)
+        target = allowed_values.settled_tree(weights, known)
         owners, picks = structure.owners(target), [p is not None for p in trees.flatten(here.params)[0]]
-        before, values = trees.place(mask, owners), picking.restrict(target, picks)
+        before, values = trees.place(mask, owners), picked_leaves.restrict(target, picks)
         kept = _refreshed(pruning, values, owners, before, score, grow, here, since, carry)
         return _stored(structure, kept), asked
 
@@ -285,7 +285,7 @@ def _refreshed(
     values = pruning.score.score(target, score_state, context) if measure is None else target
     ready = {"finite": jax.tree.map(jnp.isfinite, target)}
     if pruning.select is not None:
-        ready["chosen"] = drawing.choose(pruning.select, structure.reduce(values), pruning.key, context.count)
+        ready["chosen"] = random_draws.choose(pruning.select, structure.reduce(values), pruning.key, context.count)
     # With latent weights a removed unit competes again by its score; without them it is 0, and stays removed.
     units = masks.pool(values, structure, owners, measure=measure, before=None if carry else before, **ready)
     removed = masks.removed(units, amount, since)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments, trees
-from clipjax._maths import blocks, grids, integers, landing, step_groups
+from clipjax._maths import grids, integers, landing, split_axes, step_groups
 from clipjax._weights import leaf_format, leaf_grid, quantize_state
 from clipjax._weights.quantize_state import LeafScales, QuantizeState
 from clipjax.typing import State, Tree
@@ -82,7 +82,7 @@ def _integers(path: str, leaf: jax.Array, grid: leaf_grid.LeafGrid) -> integers.
     code, level = leaf_grid.nearest(grid, leaf)
     # One landing late, a weight from far outside is beside its level by units in the last place of where it was.
     step, zero = (step_groups.per_block(x, leaf.shape) for x in (grid.step, grid.zero_point))
-    _require_on_levels(path, leaf, level, blocks.spread(step, leaf.shape).astype(level.dtype) / 256)
+    _require_on_levels(path, leaf, level, split_axes.spread(step, leaf.shape).astype(level.dtype) / 256)
     kept, group = tuple(i for i, n in enumerate(step.shape) if n > 1), None
     at = step_groups.cut_axis(grid.step.shape, leaf.shape)
     if at is not None:
@@ -91,5 +91,5 @@ def _integers(path: str, leaf: jax.Array, grid: leaf_grid.LeafGrid) -> integers.
         kept = tuple([i for i in own if i > at] or own or [at])
     axis = None if not kept and not step.ndim else kept[0] if len(kept) == 1 else kept
     zero = zero if bool(jnp.any(zero != 0)) else jnp.zeros((), jnp.int32)
-    code = code + blocks.spread(zero, leaf.shape).astype(code.dtype)
+    code = code + split_axes.spread(zero, leaf.shape).astype(code.dtype)
     return integers.Quantized(code.astype(grids.code_dtype(bits)), step, zero, bits, axis, group)

@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import optax
 
 from clipjax import steps
-from clipjax._arrays import elementwise, picking, stacks, trees
-from clipjax._maths import levels, spectra, step_groups
+from clipjax._arrays import elementwise, picked_leaves, stacks, trees
+from clipjax._maths import grid_errors, levels, step_groups
 from clipjax._weights import (
+    allowed_values,
     bit_widths,
-    facts,
+    code_rates,
     leaf_format,
     leaf_grid,
     leaf_levels,
     projecting,
     quantize_arguments,
     quantize_state,
-    rating,
     refreshing,
 )
 from clipjax._weights.constraints import Constraint
@@ -145,7 +145,7 @@ def fake_quantize(
     mode, soften, by_rate = hard.mode, hard.soften, hard.rated
     quantize_arguments.check_rate(by_rate, carry)
     cycle = refreshing.cycle(start, every, stop)
-    where = widths.picks(picking.resolve(where, widths.default))
+    where = widths.picks(picked_leaves.resolve(where, widths.default))
     quantize_arguments.warn_if_it_shrinks(rule, cycle, carry)
     quantize_arguments.warn_if_it_searches(widths.form is not None and step is not None and rule == steps.mse(), cycle)
 
@@ -164,7 +164,7 @@ def fake_quantize(
             searched = [plan for plan in by_path.values() if isinstance(plan, leaf_format.FormatPlan) and plan.searched]
             quantize_arguments.warn_if_it_searches(bool(searched), cycle)
         begun = {path: leaf_levels.begin(plan, path, leaves[path]) for path, plan in by_path.items()}
-        rate = rating.begin(_rated(by_path)) if by_rate is not None else ()
+        rate = code_rates.begin(_rated(by_path)) if by_rate is not None else ()
         return quantize_state.gathered(begun, leaf_levels.bits(by_path), quantize_state.NEVER, rate)
 
     @refreshing.compiled
@@ -172,8 +172,8 @@ def fake_quantize(
         """The grids that are fitted to the weights as the transformations before leave them."""
         (params, before, since), values = inputs, jax.tree.leaves(weights)
         by_path, kinds = plans(params), [p.dtype for p in jax.tree.leaves(params)]
-        of_leaves = facts.governed(weights, known)
-        limits = facts.shared(leaf_grid.max_level, of_leaves, kinds)
+        of_leaves = allowed_values.governed(weights, known)
+        limits = allowed_values.shared(leaf_grid.max_level, of_leaves, kinds)
         rows = zip(by_path.values(), values, of_leaves, limits, kinds, strict=True)
         measured = [leaf_levels.measure(*row) for row in rows]
         names, static = list(by_path), list(by_path.values())
@@ -186,7 +186,7 @@ def fake_quantize(
         if by_rate is not None:
             on_grid = _rated(by_path)
             chosen = [i for i, name in enumerate(names) if name in on_grid]
-            rate = rating.rated(
+            rate = code_rates.rated(
                 by_rate, on_grid, [measured[i] for i in chosen], [fitted[i] for i in chosen], width, before, since
             )
         return quantize_state.gathered(found, width, leaf_levels.asked(by_path, found, before.asked), rate)
@@ -195,7 +195,7 @@ def fake_quantize(
         by_path = plans(context.params)
         if not by_path:
             return target, state
-        leaf_levels.check_zeros(by_path, facts.governed(target, context.known))
+        leaf_levels.check_zeros(by_path, allowed_values.governed(target, context.known))
         outdated = leaf_levels.outdated(by_path, target, state, refreshing.doubling(cycle, context.count))
         inputs = context.params, state, (context.count - start).astype(jnp.float32)
         new = refreshing.refreshed(cycle, context, refresh, inputs, state, target, outdated)
@@ -219,7 +219,7 @@ def fake_quantize(
             functools.partial(elementwise.keep, ready(state)), trees.map_with_path(level, target), target
         )
         # A weight that is not on its level yet may lie beyond the bound that levels keep.
-        return shown if soften is None else facts.settled_tree(shown, context.known)
+        return shown if soften is None else allowed_values.settled_tree(shown, context.known)
 
     def surely_zero(target: Tree, state: QuantizeState, context: Context) -> Tree:
         by_path, begun = plans(context.params), ready(state)
@@ -233,7 +233,9 @@ def fake_quantize(
     def once(target: Tree, state: QuantizeState, context: Context) -> Tree:
         """The levels as the references of formats have them, where nothing bounds a leaf."""
         by_path = plans(context.params)
-        free = [all(fact.bound is None for fact in of_leaf) for of_leaf in facts.governed(target, context.known)]
+        free = [
+            all(fact.bound is None for fact in of_leaf) for of_leaf in allowed_values.governed(target, context.known)
+        ]
         own = {
             path: leaf_format.once(plan, x)
             for (path, x), ok in zip(trees.governed(target), free, strict=True)
@@ -268,7 +270,7 @@ def fake_quantize(
     def checked_init(params: Tree) -> projecting.ProjectState:
         widths.check(params)
         state = tx.init(params)
-        return state._replace(projection=rating.with_rest(state.projection, params))
+        return state._replace(projection=code_rates.with_rest(state.projection, params))
 
     return optax.GradientTransformationExtraArgs(checked_init, tx.update)
 
@@ -287,5 +289,5 @@ def _chosen(
     energy, noise = (jnp.stack([getattr(s, name) for s in found]) for name in ("energy", "noise"))
     index = choose([x.values.size for x in measured], energy, noise)
     rows = zip(plans.items(), index, strict=True)
-    width = {path: spectra.width(plan.allowed, i) for (path, plan), i in rows}
+    width = {path: grid_errors.width(plan.allowed, i) for (path, plan), i in rows}
     return [leaf_grid.chosen(*row) for row in zip(plans.values(), found, index, strict=True)], width

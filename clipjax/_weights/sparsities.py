@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax._arrays import arguments, picking, trees
-from clipjax._maths import counts, wide
+from clipjax._arrays import arguments, picked_leaves, trees
+from clipjax._maths import exact_counts, wide
 from clipjax._maths.wide import Wide
 from clipjax.typing import Leaf, Number, PerLeaf, Schedule, Sparsity, Structure, Tree, Where
 
@@ -61,7 +61,7 @@ class Amount(NamedTuple):
     asked: Callable[[Tree], jax.Array]
     check: Callable[[Tree], object]
     removed: Callable[[jax.Array | None, Leaves], Wide]
-    default: Where = picking.layers
+    default: Where = picked_leaves.layers
 
 
 def resolve(sparsity: Sparsity, structure: Structure, scope: str) -> Amount:
@@ -109,10 +109,10 @@ def _uniform(schedule: Schedule, scope: str) -> Callable[[jax.Array | None, Leav
         fraction: Number = schedule(count)  # type: ignore[arg-type, assignment]
         arguments.scalar(fraction, "sparsity", _REMEDY)
         if scope == "global":
-            return counts.of_fraction(fraction, _together(leaves))
+            return exact_counts.of_fraction(fraction, _together(leaves))
         if scope == "leaf":
-            return counts.of_fraction(fraction, leaves.sizes)
-        return counts.of_fraction(_erdos_renyi(fraction, leaves), leaves.sizes)
+            return exact_counts.of_fraction(fraction, leaves.sizes)
+        return exact_counts.of_fraction(_erdos_renyi(fraction, leaves), leaves.sizes)
 
     return removed
 
@@ -128,7 +128,7 @@ def _leaf_by_leaf(sparsity: Tree) -> Amount:
     """The counts for fractions by path."""
 
     def fractions(owners: Tree) -> dict[str, Number]:
-        found = picking.values(sparsity, owners)
+        found = picked_leaves.values(sparsity, owners)
         missing = [path for path, _ in trees.governed(owners) if path not in found]
         remedy = "Leave the others out with `where`."
         arguments.require(not missing, "sparsity", "name every picked leaf", missing, remedy)
@@ -138,7 +138,7 @@ def _leaf_by_leaf(sparsity: Tree) -> Amount:
 
     def removed(count: jax.Array | None, leaves: Leaves) -> Wide:
         found = fractions(dict(leaves.owners))
-        return counts.of_fraction([found[path] for path, _ in leaves.owners], leaves.sizes)
+        return exact_counts.of_fraction([found[path] for path, _ in leaves.owners], leaves.sizes)
 
     def asked(owners: Tree) -> jax.Array:
         return jnp.asarray(list(fractions(owners).values()) or 0.0, jnp.float32)
@@ -150,9 +150,9 @@ def _picks_own(sparsity: Tree) -> Where:
     """Leaves with a fraction of their own, embeddings too; a tree must name all others that are picked by default."""
     if isinstance(sparsity, PerLeaf):
         fn = sparsity.fn
-        return lambda path, leaf: picking.weights(path, leaf) and fn(path, leaf) is not None
+        return lambda path, leaf: picked_leaves.weights(path, leaf) and fn(path, leaf) is not None
     named = dict(trees.governed(sparsity))
-    return lambda path, leaf: picking.layers(path, leaf) or (picking.weights(path, leaf) and path in named)
+    return lambda path, leaf: picked_leaves.layers(path, leaf) or (picked_leaves.weights(path, leaf) and path in named)
 
 
 def _erdos_renyi(sparsity: Number, leaves: Leaves) -> Number | list[float]:

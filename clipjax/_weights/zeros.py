@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipjax._arrays import arguments, elementwise, picking, trees
+from clipjax._arrays import arguments, elementwise, picked_leaves, trees
 from clipjax._weights import masks
+from clipjax._weights.allowed_values import Fact
 from clipjax._weights.constraints import Constraint
-from clipjax._weights.facts import Fact
 from clipjax.typing import Context, Projection, State, Tree, Where
 
 
@@ -90,5 +90,5 @@ def _check_named(mask: Tree, params: Tree) -> None:
 def masked_leaves(mask: Tree, where: Where | None) -> Where:
     """The leaves for which a mask is given."""
     given = {path for path, m in trees.governed(mask) if m is not True}
-    picked = picking.resolve(where, picking.everything)
+    picked = picked_leaves.resolve(where, picked_leaves.everything)
     return lambda path, leaf: path in given and picked(path, leaf)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import clipjax
-from clipjax._arrays import arguments, dtypes, elementwise, picking, trees
+from clipjax._arrays import arguments, dtypes, elementwise, picked_leaves, trees
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -56,19 +56,19 @@ def test_a_leaf_named_value_keeps_its_name():
     ],
 )
 def test_weights_are_matrices_not_named_like_biases(path, leaf, picked):
-    assert picking.weights(path, leaf) is picked
+    assert picked_leaves.weights(path, leaf) is picked
 
 
 def test_pick_leaves_out_integers_none_and_empty():
     tree = {"e": jnp.ones((0, 2)), "f": jnp.ones(2), "i": jnp.ones(2, jnp.int32), "n": None, "s": jnp.float32(1)}
-    assert picking.pick(picking.everything, tree) == [False, True, False, False, True]
+    assert picked_leaves.pick(picked_leaves.everything, tree) == [False, True, False, False, True]
 
 
 def test_restrict_and_merge_are_inverse():
-    picks = picking.pick(picking.weights, TREE)
-    only = picking.restrict(TREE, picks)
+    picks = picked_leaves.pick(picked_leaves.weights, TREE)
+    only = picked_leaves.restrict(TREE, picks)
     assert only["enc"]["lin"]["bias"] is None and only["enc"]["lin"]["kernel"] is not None
-    merged = picking.merge(TREE, jax.tree.map(lambda x: 2 * x, only), picks)
+    merged = picked_leaves.merge(TREE, jax.tree.map(lambda x: 2 * x, only), picks)
     assert float(merged["enc"]["lin"]["kernel"][0, 0]) == 2 and float(merged["enc"]["lin"]["bias"][0]) == 1
     assert merged["enc"]["none"] is None and jax.tree.structure(merged) == jax.tree.structure(TREE)
 
@@ -134,8 +134,8 @@ def test_find_digs_through_any_optimizer_state():
 
 
 def test_per_leaf_resolves_and_other_values_stay():
-    assert picking.for_leaf(arguments.per_leaf(lambda path, leaf: path + "!"), "a/b", None) == "a/b!"
-    assert picking.for_leaf(3, "a", None) == 3
+    assert picked_leaves.for_leaf(arguments.per_leaf(lambda path, leaf: path + "!"), "a/b", None) == "a/b!"
+    assert picked_leaves.for_leaf(3, "a", None) == 3
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

@@ -5,7 +5,7 @@ from breaks.mutant import Mutant
 MUTANTS = (
     Mutant("_arrays/elementwise.py", "jax.jit(fn, inline=True)", "jax.jit(fn)", "trees", "traced_once"),
     Mutant(
-        "_arrays/picking.py",
+        "_arrays/picked_leaves.py",
         "and leaf.size > 0",
         "",
         "contract_numbers",
@@ -23,7 +23,7 @@ MUTANTS = (
         "_arrays/trees.py", 'BOX_FIELDS = ("value", "raw_value")', "BOX_FIELDS = ()", "contract_models", "nnx_optimizer"
     ),
     Mutant(
-        "_arrays/picking.py",
+        "_arrays/picked_leaves.py",
         '("bias", "b", "scale", "offset")',
         '("b", "scale", "offset")',
         "contract_models",
@@ -56,7 +56,7 @@ MUTANTS = (
     ),
     Mutant("_arrays/trees.py", "node[path if behind_leaf else last]", "node[last]", "trees", "keeps_every_path"),
     Mutant(
-        "_arrays/picking.py",
+        "_arrays/picked_leaves.py",
         "jnp.issubdtype(dtype, jnp.complexfloating)",
         "not jnp.issubdtype(dtype, jnp.inexact)",
         "wrong_calls",
@@ -75,8 +75,8 @@ MUTANTS = (
     Mutant("_arrays/stacks.py", "return jax.typeof(x), x.sharding", "return x.shape, x.sharding", "stacks", "alike"),
     Mutant("_arrays/stacks.py", r're.sub(r"\d+", "0", name)', '""', "stacks", "alike"),
     Mutant("_arrays/stacks.py", "x.size > LARGEST", "x.size > 2 * LARGEST", "stacks", "large"),
-    Mutant("_arrays/picking.py", "or parts[-1] in EMBEDDINGS", "", "choosing", "embeddings"),
-    Mutant("_arrays/picking.py", "part.startswith(", "not part.startswith(", "choosing", "embeddings"),
+    Mutant("_arrays/picked_leaves.py", "or parts[-1] in EMBEDDINGS", "", "choosing", "embeddings"),
+    Mutant("_arrays/picked_leaves.py", "part.startswith(", "not part.startswith(", "choosing", "embeddings"),
     Mutant(
         "_arrays/arguments.py", 'called(value, name, "a width or a format")', "pass", "quantizing_formats", "refused"
     ),

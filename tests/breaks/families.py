@@ -30,7 +30,7 @@ MUTANTS = (
         "pruning",
         "unit",
     ),
-    Mutant("steps.py", "0.7 * fitting.mean_size", "0.0 * fitting.mean_size", "steps", "twn"),
+    Mutant("steps.py", "0.7 * step_fitting.mean_size", "0.0 * step_fitting.mean_size", "steps", "twn"),
     Mutant(
         "steps.py",
         "fitting.over(jnp.max, jnp.abs(x), axes) / grids.top(bits)",

@@ -3,14 +3,14 @@
 from breaks.mutant import Mutant
 
 MUTANTS = (
-    Mutant("_files/one_entry.py", "self._sum != self._expected", "False", "one_entry", "damage"),
+    Mutant("_files/small_trees.py", "self._sum != self._expected", "False", "one_entry", "damage"),
     Mutant(
-        "_files/one_entry.py", "if zlib.crc32(entry[4:], _VERSION) != checksum:", "if False:", "one_entry", "damage"
+        "_files/small_trees.py", "if zlib.crc32(entry[4:], _VERSION) != checksum:", "if False:", "one_entry", "damage"
     ),
-    Mutant("_files/one_entry.py", "len(set(names)) != len(names)", "False", "one_entry", "damage"),
-    Mutant("_files/one_entry.py", "if not coder.eof or", "if", "one_entry", "inflates"),
-    Mutant("_files/one_entry.py", "if len(rows) > _MOST_LEAVES:", "if False:", "one_entry", "does_not_take"),
-    Mutant("_files/one_entry.py", "if len(name) > _LONGEST_NAME:", "if False:", "one_entry", "does_not_take"),
+    Mutant("_files/small_trees.py", "len(set(names)) != len(names)", "False", "one_entry", "damage"),
+    Mutant("_files/small_trees.py", "if not coder.eof or", "if", "one_entry", "inflates"),
+    Mutant("_files/small_trees.py", "if len(rows) > _MOST_LEAVES:", "if False:", "one_entry", "does_not_take"),
+    Mutant("_files/small_trees.py", "if len(name) > _LONGEST_NAME:", "if False:", "one_entry", "does_not_take"),
     Mutant("_files/saving.py", "writer.size <= SMALL", "True", "one_entry", "large_tree"),
     Mutant(
         "_files/byte_stream.py",

@@ -2,7 +2,7 @@
 
 from breaks.mutant import Mutant
 
-SCALING, RESCALING = "_gradients/scaling.py", "_gradients/rescaling.py"
+SCALING, RESCALING = "_gradients/scaling_to_norm.py", "_gradients/rescaling.py"
 SKIPPING, THRESHOLDS = "_gradients/skipping.py", "_gradients/threshold_state.py"
 MUTANTS = (
     Mutant(SKIPPING, "streak >= patience", "streak > patience", "watching", "patience_is_lost"),

@@ -11,22 +11,24 @@ MUTANTS = (
         "needs_a_word",
     ),
     Mutant("_programs/analysis.py", "if models.is_module(apply_fn):", "if False:", "analysis", "in_the_place"),
-    Mutant("_programs/tapping.py", "total if part is None else total + part", "total", "sensitivities", "hidden"),
     Mutant(
-        "_programs/tapping.py",
+        "_programs/squared_inputs.py", "total if part is None else total + part", "total", "sensitivities", "hidden"
+    ),
+    Mutant(
+        "_programs/squared_inputs.py",
         "sorted(range(len(kernel)), key=kernel.__getitem__)",
         "range(len(kernel))",
         "sensitivities",
         "experts or way",
     ),
     Mutant(
-        "_programs/tapping.py",
+        "_programs/squared_inputs.py",
         "shape[out] // groups, axis=0",
         "shape[out] // groups, axis=1",
         "sensitivities",
         "experts",
     ),
-    Mutant("_programs/tapping.py", "jnp.sum(totals, axis=0)", "totals[0]", "sensitivities", "stacked"),
+    Mutant("_programs/squared_inputs.py", "jnp.sum(totals, axis=0)", "totals[0]", "sensitivities", "stacked"),
     Mutant("_programs/sensitivities.py", "jnp.maximum(number, 1)", "1", "sensitivities", "twice"),
     Mutant("_programs/group_leaves.py", "has_score[found[0].position]", "has_score != []", "groups", "bad_groups"),
     Mutant("_programs/group_leaves.py", "ok = size == wanted and", "ok = size % units == 0 and", "groups", "chance"),

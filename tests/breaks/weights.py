@@ -2,7 +2,7 @@
 
 from breaks.mutant import Mutant
 
-COSTS, RATING, GRID = "_maths/code_costs.py", "_weights/rating.py", "_weights/leaf_grid.py"
+COSTS, RATING, GRID = "_maths/code_costs.py", "_weights/code_rates.py", "_weights/leaf_grid.py"
 LOGITS = "_weights/logit_clipping.py"
 MUTANTS = (
     Mutant(LOGITS, "jnp.sqrt(jnp.max(gammas", "jnp.sqrt(jnp.min(gammas", "logit_clipping", "factor_of_its_head"),
@@ -146,10 +146,10 @@ MUTANTS = (
         "quantizing",
         "allow",
     ),
-    Mutant("_weights/leaf_grid.py", "facts.settled(x, known), plan", "x, plan", "refreshing", "same_update"),
+    Mutant("_weights/leaf_grid.py", "allowed_values.settled(x, known), plan", "x, plan", "refreshing", "same_update"),
     Mutant("_weights/refreshing.py", "| (changed & (since >= 0))", "", "refreshing", "on_resume"),
     Mutant("_weights/refreshing.py", "lambda: fresh(memory())", "lambda: fresh(target)", "refreshing", "memory"),
-    Mutant("_weights/facts.py", "and array() is update", "", "refreshing", "belongs"),
+    Mutant("_weights/allowed_values.py", "and array() is update", "", "refreshing", "belongs"),
     Mutant(
         "_weights/pruning.py",
         "since = context.count - pruning.cycle.start",
@@ -168,8 +168,8 @@ MUTANTS = (
     Mutant("_weights/masks.py", "ranking.countable(leaf.shape)", "True", "masks", "refused"),
     Mutant(
         "_weights/quantized_params.py",
-        "code = code + blocks.spread(zero, leaf.shape)",
-        "code = code + 0 * blocks.spread(zero, leaf.shape)",
+        "code = code + split_axes.spread(zero, leaf.shape)",
+        "code = code + 0 * split_axes.spread(zero, leaf.shape)",
         "leaf_grid",
         "affine",
     ),
@@ -193,9 +193,13 @@ MUTANTS = (
     Mutant("_weights/checking.py", ' if path or "" in leaves', "", "checking", "picks_nothing"),
     Mutant("_weights/checking.py", "images = [nearer(p, q, z)", "images = [q + 0 * z", "checking", "what_holds"),
     Mutant(
-        "_weights/holding.py", "_LATE if visited.stop is None else visited.stop, jnp", "0, jnp", "checking", "as_at"
+        "_weights/holding_once.py",
+        "_LATE if visited.stop is None else visited.stop, jnp",
+        "0, jnp",
+        "checking",
+        "as_at",
     ),
-    Mutant("_weights/holding.py", "if given:  # masks", "if False:  # masks", "checking", "average"),
+    Mutant("_weights/holding_once.py", "if given:  # masks", "if False:  # masks", "checking", "average"),
     Mutant(
         "_weights/quantized_params.py",
         "arguments.require(not int(entries)",
@@ -221,19 +225,23 @@ MUTANTS = (
     Mutant("_weights/leaf_format.py", "if plan.rounded else x", "if False else x", "formats_held", "fixed_point"),
     Mutant(
         "_weights/leaf_format.py",
-        "settled = facts.settled(",
+        "settled = allowed_values.settled(",
         "settled = (lambda x, _: x)(",
         "formats_held",
         "same_update",
     ),
-    Mutant("_weights/holding.py", "given or constraint.once is None", "True", "formats_held", "once"),
+    Mutant("_weights/holding_once.py", "given or constraint.once is None", "True", "formats_held", "once"),
     Mutant("_weights/leaf_levels.py", "any(fact.zeros for fact in of_leaf)", "False", "formats_held", "remedy"),
     Mutant("_weights/leaf_levels.py", "2.0**-22 if", "0.0 if", "formats_held", "nf4"),
-    Mutant("_weights/choosing.py", "bits + 32 * steps_of / leaf.size", "bits", "choosing_formats", "steps"),
+    Mutant("_weights/choosing_bits.py", "bits + 32 * steps_of / leaf.size", "bits", "choosing_formats", "steps"),
     Mutant(
-        "_weights/choosing.py", "form.scale_bits * math.prod(plan.placed.counts)", "0", "choosing_formats", "divides"
+        "_weights/choosing_bits.py",
+        "form.scale_bits * math.prod(plan.placed.counts)",
+        "0",
+        "choosing_formats",
+        "divides",
     ),
-    Mutant("_weights/choosing.py", "raise refused", "pass", "choosing_formats", "divides"),
+    Mutant("_weights/choosing_bits.py", "raise refused", "pass", "choosing_formats", "divides"),
     Mutant("_weights/projecting.py", "state.projection, visit is not None)", "state.projection, False)", "leaf_format"),
     Mutant("_weights/leaf_format.py", "_shown(own.scales) == _shown(want)", "True", "leaf_format", "layout"),
     Mutant(
@@ -259,7 +267,7 @@ MUTANTS = (
         "alike",
     ),
     Mutant(
-        "_weights/holding.py",
+        "_weights/holding_once.py",
         "visiting.require_fit(tx, trees.pure(params), trees.pure(state), extra)",
         "pass",
         "leaf_format",

@@ -10,13 +10,13 @@ from on_format import on_format
 
 import clipjax
 from clipjax import formats
-from clipjax._exports import naming
+from clipjax._exports import tensor_names
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((64, 32), np.float32))
 
 
 def tensors(params, rename=None, opt_state=None, axis=None):
-    return naming.tensors(params, opt_state, rename, axis, ".")
+    return tensor_names.tensors(params, opt_state, rename, axis, ".")
 
 
 def test_paths_are_names_and_contracted_axes_come_last():

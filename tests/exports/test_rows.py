@@ -7,7 +7,7 @@ import pytest
 from on_format import on_format
 
 from clipjax import dequantize, formats
-from clipjax._exports import rows
+from clipjax._exports import leaf_rows
 from clipjax._maths import format_blocks
 
 RNG = np.random.default_rng(0)
@@ -36,9 +36,9 @@ def test_floats_are_the_rows_of_the_leaf(index, dtype):
     x = stack(dtype)
     order = RNG.permutation(len(reference(x, index)))
     for permutation in (None, order, order.tolist()):
-        picked = rows.pick(x, (0, 2, 3), index, permutation, WHERE)
+        picked = leaf_rows.pick(x, (0, 2, 3), index, permutation, WHERE)
         want = reference(x, index, permutation)
-        found = rows.take(x, picked)
+        found = leaf_rows.take(x, picked)
         assert (found.dtype, found.shape, picked.shape) == (want.dtype, want.shape, want.shape)
         np.testing.assert_array_equal(found, want)
 
@@ -46,7 +46,7 @@ def test_floats_are_the_rows_of_the_leaf(index, dtype):
 def put_back(x, picked, part, of_scales=None):
     """Rows that are put back are where they were, and nothing else is written."""
     x, found = np.asarray(x), np.full(x.shape, np.nan)  # holds every code and scale
-    rows.put(found, picked, part, of_scales)
+    leaf_rows.put(found, picked, part, of_scales)
     written = ~np.isnan(found)
     np.testing.assert_array_equal(found[written], x[written])
     assert written.sum() == part.size
@@ -60,9 +60,9 @@ FORMS = [formats.q4_0(), formats.q4_1(), formats.nvfp4(), formats.int4(None), fo
 def test_codes_and_scales_decode_to_the_rows_of_the_values(form, index):
     q = on_format(form, stack(), axis=(0, 2, 3))
     order = RNG.permutation(len(reference(q.codes, index)))
-    picked = rows.with_blocks(rows.pick(q.codes, (0, 2, 3), index, order, WHERE), q, form, WHERE)
-    put_back(q.codes, picked, rows.take(q.codes, picked))
-    codes, scales = rows.take(q.codes, picked), [rows.take_scale(s, q.codes, picked) for s in q.scales]
+    picked = leaf_rows.with_blocks(leaf_rows.pick(q.codes, (0, 2, 3), index, order, WHERE), q, form, WHERE)
+    put_back(q.codes, picked, leaf_rows.take(q.codes, picked))
+    codes, scales = leaf_rows.take(q.codes, picked), [leaf_rows.take_scale(s, q.codes, picked) for s in q.scales]
     np.testing.assert_array_equal(codes, reference(q.codes, index, order))
     each = [s if s.ndim == 0 else s.repeat(WIDTH // s.shape[1], 1) for s in scales]
     whole = [s if s.ndim == 0 else np.broadcast_to(s, codes.shape) for s in each]
@@ -75,8 +75,8 @@ def test_blocks_of_several_outputs_stay_together():
     assert q.scales[0].shape == (2, 2, 2)
 
     def taken(index, permutation=None):
-        picked = rows.with_blocks(rows.pick(q.codes, (0, 2), index, permutation, WHERE), q, form, WHERE)
-        scales = rows.take_scale(q.scales[0], q.codes, picked)
+        picked = leaf_rows.with_blocks(leaf_rows.pick(q.codes, (0, 2), index, permutation, WHERE), q, form, WHERE)
+        scales = leaf_rows.take_scale(q.scales[0], q.codes, picked)
         put_back(q.scales[0], picked, scales, of_scales=2)
         return scales
 
@@ -103,44 +103,44 @@ def test_default_outputs():
         ("norm/weight", (8,), (0,)),
         ("temperature", (), ()),
     ):
-        assert rows.outputs(None, path, jax.ShapeDtypeStruct(shape, jnp.float32)) == want
-    assert rows.outputs((0, -1), "kernel", jax.ShapeDtypeStruct((3, 8, 4), jnp.float32)) == (0, 2)
+        assert leaf_rows.outputs(None, path, jax.ShapeDtypeStruct(shape, jnp.float32)) == want
+    assert leaf_rows.outputs((0, -1), "kernel", jax.ShapeDtypeStruct((3, 8, 4), jnp.float32)) == (0, 2)
 
 
 def test_blocks_along_another_axis_than_the_file_needs_are_refused():
     """Codes in blocks of 32 along one axis are no blocks along another one."""
     q = on_format(formats.q8_0(), jnp.zeros((64, 32)))
-    assert rows.outputs(None, "dense/kernel", q) == rows.outputs(-1, "dense/kernel", q) == (1,)
-    assert rows.outputs(1, "embed/embedding", q) == (1,)
+    assert leaf_rows.outputs(None, "dense/kernel", q) == leaf_rows.outputs(-1, "dense/kernel", q) == (1,)
+    assert leaf_rows.outputs(1, "embed/embedding", q) == (1,)
     for path, axis in (("dense/kernel", 0), ("embed/embedding", None)):
         with pytest.raises(ValueError, match=r"`axis` must name the outputs of every leaf on a format, got \(0,\)"):
-            rows.outputs(axis, path, q)
+            leaf_rows.outputs(axis, path, q)
 
 
 def test_an_axis_that_names_no_outputs_is_that_of_a_table():
     """So an analysis says of what is looked up, and of biases; a file has the rows of the one, all of the others."""
     for path, shape, want in (("wte", (96, 64), (0,)), ("embed/embedding", (96, 64), (0,)), ("q/bias", (4, 8), (0, 1))):
-        assert rows.outputs((), path, jax.ShapeDtypeStruct(shape, jnp.float32)) == want
+        assert leaf_rows.outputs((), path, jax.ShapeDtypeStruct(shape, jnp.float32)) == want
     assert format_blocks.resolve(formats.int8(None), (), "embed/embedding", jnp.zeros((96, 64))).counts == (96, 1)
     assert format_blocks.resolve(formats.int8(None), (), "wte", jnp.zeros((96, 64))).counts == (1, 1)
     q = on_format(formats.q8_0(), jnp.zeros((96, 64)), axis=(), path="wte")
-    assert rows.own_outputs(q) == () and rows.outputs((), "wte", q) == rows.outputs(0, "wte", q) == (0,)
+    assert leaf_rows.own_outputs(q) == () and leaf_rows.outputs((), "wte", q) == leaf_rows.outputs(0, "wte", q) == (0,)
     across = on_format(formats.q8_0(), jnp.zeros((96, 16)), axis=(), path="wte")
     for leaf, axis, want in ((q, None, r"\(1,\)"), (q, 1, r"\(1,\)"), (across, (), r"\(0,\)")):
         with pytest.raises(ValueError, match=rf"outputs of every leaf on a format, got {want}.*leave the axes \(\)"):
-            rows.outputs(axis, "wte", leaf)
+            leaf_rows.outputs(axis, "wte", leaf)
 
 
 def test_vectors_of_layers_and_scalars():
     """A layer of [layers, outputs] is [outputs], of [layers, inputs] it is [inputs], of [layers] a scalar."""
     x = jnp.arange(12.0).reshape(3, 4)
     for outputs in ((0, 1), (0,)):
-        picked = rows.pick(x, outputs, 1, None, WHERE)
-        assert rows.take(x, picked).tolist() == [4.0, 5.0, 6.0, 7.0] and picked.shape == (4,)
-    assert rows.take(x[:, 0], rows.pick(x[:, 0], (0,), 2, None, WHERE)).shape == ()
-    assert rows.take(x, rows.pick(x, (0, 1), (0, slice(1, 3)), [1, 0], WHERE)).tolist() == [2.0, 1.0]
-    assert rows.take(jnp.float32(3), rows.pick(jnp.float32(3), (), None, None, WHERE)).shape == ()
-    assert rows.take(jnp.zeros((0, 4)), rows.pick(jnp.zeros((0, 4)), (1,), None, None, WHERE)).shape == (4, 0)
+        picked = leaf_rows.pick(x, outputs, 1, None, WHERE)
+        assert leaf_rows.take(x, picked).tolist() == [4.0, 5.0, 6.0, 7.0] and picked.shape == (4,)
+    assert leaf_rows.take(x[:, 0], leaf_rows.pick(x[:, 0], (0,), 2, None, WHERE)).shape == ()
+    assert leaf_rows.take(x, leaf_rows.pick(x, (0, 1), (0, slice(1, 3)), [1, 0], WHERE)).tolist() == [2.0, 1.0]
+    assert leaf_rows.take(jnp.float32(3), leaf_rows.pick(jnp.float32(3), (), None, None, WHERE)).shape == ()
+    assert leaf_rows.take(jnp.zeros((0, 4)), leaf_rows.pick(jnp.zeros((0, 4)), (1,), None, None, WHERE)).shape == (4, 0)
 
 
 @pytest.mark.parametrize(
@@ -163,20 +163,22 @@ def test_vectors_of_layers_and_scalars():
 )
 def test_indices_that_do_not_fit(index, permutation, error):
     with pytest.raises((ValueError, TypeError), match=error):
-        rows.pick(stack(), (0, 2, 3), index, permutation, WHERE)
+        leaf_rows.pick(stack(), (0, 2, 3), index, permutation, WHERE)
 
 
 def test_a_layer_lies_along_the_first_axis_though_it_is_an_input():
     """As by default, and by an analysis, which leaves out axes that a loop runs over."""
     x = jnp.asarray(RNG.standard_normal((3, 64, 8), np.float32))
-    np.testing.assert_array_equal(rows.take(x, rows.pick(x, (2,), 1, None, WHERE)), np.asarray(x)[1].T)
+    np.testing.assert_array_equal(leaf_rows.take(x, leaf_rows.pick(x, (2,), 1, None, WHERE)), np.asarray(x)[1].T)
     for form in (formats.q8_0(), formats.int4(None)):  # blocks of 32, and one scale for the inputs of all layers
         q = on_format(form, x)
-        picked = rows.with_blocks(rows.pick(x, (2,), 1, None, WHERE), q, form, WHERE)
-        scales = rows.take_scale(q.scales[0], q.codes, picked)
+        picked = leaf_rows.with_blocks(leaf_rows.pick(x, (2,), 1, None, WHERE), q, form, WHERE)
+        scales = leaf_rows.take_scale(q.scales[0], q.codes, picked)
         put_back(q.scales[0], picked, scales, of_scales=3)
         wide = scales.repeat(64 // scales.shape[1], 1)
-        np.testing.assert_array_equal(form.decode(rows.take(q.codes, picked), (wide,)), np.asarray(dequantize(q))[1].T)
+        np.testing.assert_array_equal(
+            form.decode(leaf_rows.take(q.codes, picked), (wide,)), np.asarray(dequantize(q))[1].T
+        )
     q = on_format(formats.q8_0(), jnp.zeros((4, 16, 8)))
     with pytest.raises(ValueError, match="`rename` must pick a layer of whole blocks, got 'q8_0'"):
-        rows.with_blocks(rows.pick(q.codes, (2,), 1, None, WHERE), q, formats.q8_0(), WHERE)
+        leaf_rows.with_blocks(leaf_rows.pick(q.codes, (2,), 1, None, WHERE), q, formats.q8_0(), WHERE)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import clipjax
-from clipjax._files import byte_stream, container, one_entry, saving
+from clipjax._files import byte_stream, container, saving, small_trees
 from clipjax._maths.grids import short
 
 RNG = np.random.default_rng(0)
@@ -171,10 +171,10 @@ def hostile(rng):
 def hostile_one(rng):
     """One entry whose head or leaves are changed, with the checksum of its bytes made right again."""
     start = 8 + struct.unpack("<Q", ONE[:8])[0]
-    *_, begin = one_entry.unpack(ONE[start:])
+    *_, begin = small_trees.unpack(ONE[start:])
     cursor = byte_stream.Cursor(ONE[start + 4 :])
     check = bytes(cursor.take(2))
-    coder = zlib.decompressobj(-15, zdict=one_entry._WORDS)
+    coder = zlib.decompressobj(-15, zdict=small_trees._WORDS)
     head, leaves = bytearray(coder.decompress(cursor.take(cursor.whole(cursor.left)))), bytearray(ONE[start + begin :])
     for _ in range(rng.choice([1, 1, 2, 5])):
         part = head if rng.random() < 0.6 else leaves
@@ -182,12 +182,12 @@ def hostile_one(rng):
         part[at] = rng.choice([part[at] ^ (1 << rng.randrange(8)), 0, 255, 127, 128, rng.randrange(256)])
     if rng.random() < 0.1:
         del head[rng.randrange(len(head)) :]
-    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, one_entry._WORDS)
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, small_trees._WORDS)
     small = coder.compress(bytes(head)) + coder.flush()
     if rng.random() < 0.1:
         small = bytes(rng.randbytes(1)[0] if rng.random() < 0.02 else b for b in small)
     body = check + byte_stream.whole(len(small)) + small + leaves
-    return container.alone(one_entry.NAME, zlib.crc32(body, one_entry._VERSION).to_bytes(4, "little") + body)
+    return container.alone(small_trees.NAME, zlib.crc32(body, small_trees._VERSION).to_bytes(4, "little") + body)
 
 
 CHUNK = [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, CHUNKS))]

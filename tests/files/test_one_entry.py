@@ -12,7 +12,7 @@ import safetensors.numpy
 
 import clipjax
 from clipjax import __main__
-from clipjax._files import byte_stream, container, one_entry, saving
+from clipjax._files import byte_stream, container, saving, small_trees
 
 RNG = np.random.default_rng(0)
 
@@ -58,7 +58,7 @@ def listed(tree):
 def opened(data):
     """Where the entry begins, and what its head says."""
     start = 8 + struct.unpack("<Q", data[:8])[0]
-    return start, *one_entry.unpack(data[start:])
+    return start, *small_trees.unpack(data[start:])
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -107,12 +107,12 @@ def changed(head=None, leaves=None, check=None):
     cursor = byte_stream.Cursor(data[start + 6 :])
     small = bytes(cursor.take(cursor.whole(cursor.left)))
     if head is not None:
-        coder = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=one_entry._WORDS)
-        plain = zlib.decompressobj(-15, zdict=one_entry._WORDS).decompress(small)
+        coder = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=small_trees._WORDS)
+        plain = zlib.decompressobj(-15, zdict=small_trees._WORDS).decompress(small)
         small = coder.compress(head(plain)) + coder.flush()
     rest = data[start + begin :] if leaves is None else leaves(data[start + begin :])
     body = (known if check is None else check).to_bytes(2, "little") + byte_stream.whole(len(small)) + small + rest
-    return container.alone("clipjax", zlib.crc32(body, one_entry._VERSION).to_bytes(4, "little") + body)
+    return container.alone("clipjax", zlib.crc32(body, small_trees._VERSION).to_bytes(4, "little") + body)
 
 
 @pytest.mark.parametrize(

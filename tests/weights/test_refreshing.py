@@ -10,7 +10,7 @@ import pytest
 
 import clipjax
 from clipjax import scores, steps
-from clipjax._weights import facts
+from clipjax._weights import allowed_values
 
 KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)), jnp.float32)
 PARAMS = {"a": {"bias": jnp.zeros(5), "kernel": KERNEL}, "b": {"kernel": KERNEL[:, :3].T}}
@@ -63,17 +63,19 @@ def test_a_branch_reads_memory_alone(tx, dtype):
 def test_a_note_belongs_to_its_array():
     """Another array, at the same place in memory or with the same values, has none."""
     update = jnp.ones(3)
-    fact = facts.Fact(lambda x, _: jnp.abs(x), ())
-    facts.note(update, (fact,))
-    assert facts.of(update) == (fact,) and facts.of(update + 0) == () and facts.of(None) == ()
-    number, (_, settles) = id(update), facts._notes[id(update)]
+    fact = allowed_values.Fact(lambda x, _: jnp.abs(x), ())
+    allowed_values.note(update, (fact,))
+    assert (
+        allowed_values.of(update) == (fact,) and allowed_values.of(update + 0) == () and allowed_values.of(None) == ()
+    )
+    number, (_, settles) = id(update), allowed_values._notes[id(update)]
     del update
-    assert number not in facts._notes
-    facts._notes[number] = (lambda: None, settles)  # an array that went without a trace
+    assert number not in allowed_values._notes
+    allowed_values._notes[number] = (lambda: None, settles)  # an array that went without a trace
     other = jnp.ones(3)
-    facts._notes[id(other)] = facts._notes.pop(number)
-    assert facts.of(other) == ()
-    del facts._notes[id(other)]
+    allowed_values._notes[id(other)] = allowed_values._notes.pop(number)
+    assert allowed_values.of(other) == ()
+    del allowed_values._notes[id(other)]
 
 
 def test_a_mask_follows_a_constant_that_was_changed_on_resume():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments, leaf_axes
-from clipjax._exports import casting, naming, rows
+from clipjax._exports import casting, leaf_rows, tensor_names
 from clipjax._maths import format_blocks, integers
 from clipjax._maths.integers import Quantized
 from clipjax.typing import Axis, Format, PerLeaf, Rename, Tree
@@ -35,7 +35,7 @@ class Part(NamedTuple):
     """Which rows of a leaf a tensor has."""
 
     name: str
-    picked: rows.Pick
+    picked: leaf_rows.Pick
 
 
 def alone(stored: Stored, dequantize: bool) -> Any:
@@ -78,9 +78,9 @@ def assemble(
         the dtype of a leaf does not have, and formats whose blocks do not fit a leaf.
     """
     leaf_axes.check(axis)
-    rename, unread = naming.resolve(rename, separator), set(names)
+    rename, unread = tensor_names.resolve(rename, separator), set(names)
     known = set(unread)
-    plan = {path: _parts(rename, axis, path, leaf) for path, leaf in naming.whole_leaves(like)}
+    plan = {path: _parts(rename, axis, path, leaf) for path, leaf in tensor_names.whole_leaves(like)}
     missing = sorted({part.name for parts in plan.values() for part in parts} - known)
     arguments.require(not missing, "like", "have the tensors of the file", missing[:8], "The file lacks these.")
     unread -= {part.name for parts in plan.values() for part in parts} | {*spare}
@@ -90,29 +90,29 @@ def assemble(
     def leaf(path: str, template: Any) -> Any:
         if plan[path]:
             return _leaf(path, template, [(part, read(part.name)) for part in plan[path]], axis, dequantize)
-        if not math.prod(rows.described(template).shape):
+        if not math.prod(leaf_rows.described(template).shape):
             return _array(np.zeros(template.shape, template.dtype), template)
         remedy = "`rename` leaves it out: give the array itself in `like`."
         arguments.require(not isinstance(template, jax.ShapeDtypeStruct), "like", "have a value", path, remedy)
         return template
 
-    return naming.map_whole_leaves(leaf, like)
+    return tensor_names.map_whole_leaves(leaf, like)
 
 
 def _parts(rename: Rename, axis: Axis | PerLeaf, path: str, template: Any) -> list[Part]:
-    like = rows.described(template)
+    like = leaf_rows.described(template)
     if not math.prod(like.shape):  # nothing of it is in a file
         return []
-    outputs, where = rows.outputs(axis, path, template), f"Leaf {path!r} of shape {like.shape}"
+    outputs, where = leaf_rows.outputs(axis, path, template), f"Leaf {path!r} of shape {like.shape}"
     return [
-        Part(name, rows.pick(like, outputs, index, permutation, where))
-        for name, index, permutation in naming.entries(rename(path, like), path)
+        Part(name, leaf_rows.pick(like, outputs, index, permutation, where))
+        for name, index, permutation in tensor_names.entries(rename(path, like), path)
     ]
 
 
 def _leaf(path: str, template: Any, found: list[tuple[Part, Stored]], axis: Axis | PerLeaf, dequantize: bool) -> Any:
     """One leaf from the rows of its tensors."""
-    like = rows.described(template)
+    like = leaf_rows.described(template)
     forms = {stored.form for _, stored in found}
     form = forms.pop() if len(forms) == 1 and not dequantize else None
     there = np.zeros(like.shape, bool)
@@ -123,12 +123,12 @@ def _leaf(path: str, template: Any, found: list[tuple[Part, Stored]], axis: Axis
         fits = merged in (picked.shape, picked.shape or (1,))
         remedy = f"The file has {list(have)} as {name!r}: another model, or `axis` or `rename` differ."
         arguments.require(fits, "like", f"have the shapes of the file at {path!r}", list(picked.shape), remedy)
-        rows.put(there, picked, np.ones(picked.shape, bool))
+        leaf_rows.put(there, picked, np.ones(picked.shape, bool))
         part = stored.values if form else _floats(stored)
         lost = casting.lost(part, values.dtype)
         remedy = f"Tensor {name!r} has {lost}, which would be another number: give leaf {path!r} another dtype."
         arguments.require(lost is None, "like", "have dtypes that hold the file", values.dtype.name, remedy)
-        rows.put(values, picked, part)
+        leaf_rows.put(values, picked, part)
     remedy = "The names that `rename` returns for it have a part of its rows: name all of them, or leave the leaf out."
     arguments.require(there.all(), "rename", "find all of a leaf in the file", path, remedy)
     if form is None:
@@ -139,8 +139,8 @@ def _leaf(path: str, template: Any, found: list[tuple[Part, Stored]], axis: Axis
 def _on_format(
     path: str, template: Any, form: Format, codes: np.ndarray, found: list[tuple[Part, Stored]], axis: Axis | PerLeaf
 ) -> Quantized:
-    like = rows.described(template)
-    outputs = rows.outputs(axis, path, template)
+    like = leaf_rows.described(template)
+    outputs = leaf_rows.outputs(axis, path, template)
     try:
         placed = format_blocks.resolve(form, outputs, path, like)
     except ValueError:
@@ -152,7 +152,7 @@ def _on_format(
     for (_, picked), stored in found:
         for scale, part in zip(scales, stored.scales, strict=True):
             if scale.ndim:
-                rows.put(scale, picked, part, of_scales=like.shape[0])
+                leaf_rows.put(scale, picked, part, of_scales=like.shape[0])
     return integers.formed(form, _array(codes, template), tuple(jnp.asarray(s) for s in scales), outputs)
 
 

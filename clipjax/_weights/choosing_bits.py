@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax import steps, widths
-from clipjax._arrays import arguments, dtypes, picking, trees
-from clipjax._maths import format_blocks, known_formats, levels, spectra, step_groups
+from clipjax._arrays import arguments, dtypes, picked_leaves, trees
+from clipjax._maths import format_blocks, grid_errors, known_formats, levels, step_groups
 from clipjax._weights import leaf_format
 from clipjax._weights.leaf_format import FormatPlan
 from clipjax.typing import Axis, Format, PerLeaf, StepSize, Tree, Where
 
-_compiled_spectrum = jax.jit(spectra.spectrum, static_argnames=("rule", "axes", "allowed"))
+_compiled_spectrum = jax.jit(grid_errors.spectrum, static_argnames=("rule", "axes", "allowed"))
 
 
 def choose_bits(
@@ -73,8 +73,8 @@ def choose_bits(
     one = (target_db is None) != (budget is None)
     arguments.require(one, "target_db", "be given, or else `budget`, not both", target_db, "Try 20.")
     width = widths.sqnr(target_db, allowed) if budget is None else widths.budget(budget, allowed)  # type: ignore[arg-type]
-    picks = picking.pick(picking.resolve(where, picking.layers), params)
-    picked = trees.governed(picking.restrict(params, picks))
+    picks = picked_leaves.pick(picked_leaves.resolve(where, picked_leaves.layers), params)
+    picked = trees.governed(picked_leaves.restrict(params, picks))
     counts_for = dict(trees.governed(sensitivity))
     kinds = tuple(known_formats.register(k) if isinstance(k, Format) else k for k in width.allowed)
     found = []
@@ -122,7 +122,7 @@ def _candidates(
 ) -> _Candidates:
     """The errors and bits of one leaf."""
     x = jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)).astype(jnp.float32)
-    energy = spectra.weighted(jnp.square(x), sensitivity)
+    energy = grid_errors.weighted(jnp.square(x), sensitivity)
     noise: dict[int | Format, jax.Array] = {}
     costs: dict[int | Format, float] = {}
     numbers = tuple(kind for kind in kinds if not isinstance(kind, Format))
@@ -158,7 +158,7 @@ def _error(x: jax.Array, plan: FormatPlan, sensitivity: jax.Array | None) -> jax
     else:
         level = leaf_format.once(plan, x)
     level = dtypes.narrowed(level, plan.dtype)
-    return spectra.weighted(jnp.square(level.astype(jnp.float32) - x), sensitivity)
+    return grid_errors.weighted(jnp.square(level.astype(jnp.float32) - x), sensitivity)
 
 
 _compiled_error = jax.jit(_error, static_argnames=("plan",))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from clipjax._arrays import arguments, leaf_axes, picking
+from clipjax._arrays import arguments, leaf_axes, picked_leaves
 from clipjax._maths import format_blocks, known_formats
 from clipjax._maths.integers import Quantized
 from clipjax.typing import Axis, Format, Index, Leaf, PerLeaf
@@ -60,10 +60,10 @@ def outputs(axis: Axis | PerLeaf, path: str, leaf: AnyLeaf) -> tuple[int, ...]:
     named = leaf_axes.resolve(axis, path, like) if like.ndim else ()
     coded = isinstance(leaf, Quantized) and leaf.format is not None
     last, others = (like.ndim - 1,), tuple(range(like.ndim - 1))
-    if not (coded or picking.weights(path, like)):
+    if not (coded or picked_leaves.weights(path, like)):
         return tuple(sorted({*named})) if named else tuple(range(like.ndim))
     if named is None:
-        table = picking.weights(path, like) and picking.table(path)
+        table = picked_leaves.weights(path, like) and picked_leaves.table(path)
         wanted = others if table else (own_outputs(leaf) or last) if coded else last
     else:
         wanted = tuple(sorted({*named})) or others

@@ -10,7 +10,7 @@ import optax
 
 from clipjax._arrays import arguments, dtypes, elementwise, trees
 from clipjax._gradients import incoming, rescaling, threshold_state
-from clipjax._maths import drawing
+from clipjax._maths import random_draws
 from clipjax.typing import Number, Schedule, Tree
 
 
@@ -92,7 +92,7 @@ def scale_to_norm(
     ) -> tuple[Tree, ScaleState]:
         trees.check_kind(state, ScaleState)
         incoming.check_real(updates)
-        chosen = drawing.choose(drawing.resolve(None), updates, None, state.count)
+        chosen = random_draws.choose(random_draws.resolve(None), updates, None, state.count)
         measured = rescaling.measured(updates, chosen, state.place if each else None)
         norm = rescaling.norm_of(measured, 2, axis_name, each)
         wanted = jnp.asarray(arguments.schedule(target)(state.count)).astype(norm.dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments, dtypes
-from clipjax._maths import counts, grids, wide
+from clipjax._maths import exact_counts, grids, wide
 
 _ROUNDS, _POINTS = 3, 8  # the last passes of a least-squares fit: rounds around the best step so far, and their trials
 
@@ -50,7 +50,7 @@ def order_statistic(x: jax.Array, percent: float, axes: tuple[int, ...]) -> jax.
     keys = jax.lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7FFFFFFF)  # |x|, where a float's could flush
     count = wide.count(keys > 0, axes)
     none = wide.equal(count, wide.of(0))
-    rank = count if percent >= 100 else counts.of_fraction(jnp.float32(percent / 100), count)
+    rank = count if percent >= 100 else exact_counts.of_fraction(jnp.float32(percent / 100), count)
     rank = wide.where(wide.equal(rank, wide.of(0)), wide.of(1), rank)
 
     def halve(_: Any, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments, elementwise, stacks, trees
-from clipjax._maths import blocks, code_costs, grids, line_classes
+from clipjax._maths import code_costs, grids, line_classes, split_axes
 from clipjax._weights import leaf_grid, quantize_state
 from clipjax._weights.leaf_grid import LeafGrid, Measured, Plan
 from clipjax._weights.quantize_state import LeafLevels, QuantizeState, RateState
@@ -151,10 +151,10 @@ def _bytes(plan: Plan, codes: jax.Array, counts: jax.Array) -> jax.Array:
     found = jnp.where(levels > 1, jnp.minimum(packed, coded), 0)
     alive, at = (codes != 0).astype(jnp.float32), plan.groups.at
     if at is not None:  # the array of which this is a view
-        alive = blocks.join(alive, at, codes.shape[at] * codes.shape[at + 1])
+        alive = split_axes.join(alive, at, codes.shape[at] * codes.shape[at + 1])
     if alive.ndim < 2 or alive.shape[-1] < 2 or alive.size < 2 * alive.shape[-1]:
         return found
     zero = jnp.arange(counts.size) == counts.size // 2
     values = code_costs.information(jnp.where(zero, 0, counts)) / 8 + levels + _FLUSH
-    rows = blocks.flattened(alive, tuple(range(alive.ndim - 1)))[0]
+    rows = split_axes.flattened(alive, tuple(range(alive.ndim - 1)))[0]
     return jnp.minimum(found, values + line_classes.size(rows))

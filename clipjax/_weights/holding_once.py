@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from clipjax._arrays import arguments, dtypes, elementwise, trees
-from clipjax._maths import drawing
-from clipjax._weights import checking, facts, latents, visiting
+from clipjax._maths import random_draws
+from clipjax._weights import allowed_values, checking, latents, visiting
 from clipjax._weights.projecting import ProjectState
 from clipjax._weights.visiting import Visited
 from clipjax.typing import State, Tree
@@ -86,7 +86,7 @@ def hold_once(
         raise
 
 
-_Found: TypeAlias = dict[str, tuple[jax.Array, facts.Facts]]
+_Found: TypeAlias = dict[str, tuple[jax.Array, allowed_values.Facts]]
 """By path the value that a leaf has so far, and what the transformations so far make of any other."""
 
 
@@ -104,7 +104,7 @@ def _held(visited: Visited, found: _Found, given: bool) -> State:
     last = jnp.asarray(_LATE if visited.stop is None else visited.stop, jnp.int32)
     context = context._replace(
         count=last,
-        key=drawing.key_at(visited.key, last),
+        key=random_draws.key_at(visited.key, last),
         params=params,
         landed=target,
         refresh=True,
@@ -120,7 +120,7 @@ def _held(visited: Visited, found: _Found, given: bool) -> State:
     new = latents.rounded(made(target, projected, context._replace(refresh=False)), params)
     finite = jax.tree.map(lambda n, z: elementwise.where(jnp.isfinite(z), n, z), new, target)
     governed = trees.governed(params)
-    own: list[facts.Fact | None] = [None] * len(governed)
+    own: list[allowed_values.Fact | None] = [None] * len(governed)
     if constraint.facts is not None:
         own = list(constraint.facts(target, state.projection, projected, context))
     for (path, p), value, fact in zip(governed, jax.tree.leaves(finite), own, strict=True):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax._arrays import arguments, leaf_axes, trees
-from clipjax._exports import rows
+from clipjax._exports import leaf_rows
 from clipjax._maths import integers, known_formats
 from clipjax._maths.integers import Quantized
 from clipjax._weights.quantized_params import quantized
@@ -34,7 +34,7 @@ class Tensor(NamedTuple):
     path: str
     leaf: Any
     form: Format | None
-    picked: rows.Pick
+    picked: leaf_rows.Pick
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,17 +44,19 @@ class Tensor(NamedTuple):
     @property
     def dtype(self) -> np.dtype:
         """Of the leaf, and f32 for what a format decodes to."""
-        return np.dtype(rows.described(self.leaf).dtype)
+        return np.dtype(leaf_rows.described(self.leaf).dtype)
 
     def values(self) -> np.ndarray:
         """The entries, in the dtype of the leaf; of a format what its codes decode to, in f32."""
         leaf = integers.dequantize(self.leaf) if isinstance(self.leaf, Quantized) else self.leaf
-        return rows.take(leaf, self.picked)
+        return leaf_rows.take(leaf, self.picked)
 
     def codes(self) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         """Codes [outputs, inputs] and scales [blocks of outputs, blocks of inputs]; one for all is a scalar."""
         q = self.leaf
-        return rows.take(q.codes, self.picked), tuple(rows.take_scale(s, q.codes, self.picked) for s in q.scales)
+        return leaf_rows.take(q.codes, self.picked), tuple(
+            leaf_rows.take_scale(s, q.codes, self.picked) for s in q.scales
+        )
 
 
 def tensors(
@@ -149,15 +151,15 @@ class _Held:
 def _tensors(rename: Rename, axis: Axis | PerLeaf, path: str, leaf: Any) -> list[Tensor]:
     """What one leaf becomes."""
     form = known_formats.named(leaf.format) if isinstance(leaf, Quantized) and leaf.format else None
-    like, found = rows.described(leaf), []
+    like, found = leaf_rows.described(leaf), []
     where = f"Leaf {path!r} of shape {like.shape}"
     for name, index, permutation in entries(rename(path, like), path):
         _check_real(path, like)
-        picked = rows.pick(like, rows.outputs(axis, path, leaf), index, permutation, where)
+        picked = leaf_rows.pick(like, leaf_rows.outputs(axis, path, leaf), index, permutation, where)
         if form is not None:
-            picked = rows.with_blocks(picked, leaf, form, where)
+            picked = leaf_rows.with_blocks(picked, leaf, form, where)
         found.append(Tensor(name, path, leaf, form, picked))
-    rows.require_whole([one.picked for one in found], where)
+    leaf_rows.require_whole([one.picked for one in found], where)
     return found
 
 
