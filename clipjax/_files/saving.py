@@ -33,9 +33,9 @@ def save(path: str | os.PathLike[str], params: Tree) -> None:
     Each leaf takes the smallest of three forms: raw; a codebook of the bit patterns that repeat; or codes :math:`k`
     where every value is :math:`k \cdot s`, with a step s for the array, for each column or for each group of rows.
     Codes are packed or entropy coded; the entropy coder exploits that rows and columns differ in how many zeros they
-    have. The file is a safetensors file: other tools can list what it holds, and `load` decodes it. Where the leaves
-    take 64 KiB or less, all of them are one entry, as names and shapes would take much of the file. An existing file is
-    replaced atomically, after the new one is fully written.
+    have. The file is a safetensors file: other tools can list its entries, one for each leaf, and `load` decodes it.
+    Trees whose coded leaves take 64 KiB or less together are one entry, as names and shapes would take much of the
+    file. An existing file is replaced atomically, after the new one is fully written.
 
     Args:
       path: where to write.

@@ -63,22 +63,23 @@ def clip_norm(
     accumulated in f32 (f64), of scaled entries where their squares would overflow or vanish: it is right wherever a
     float can hold it.
 
-    A norm that is NaN or infinite makes all selected entries NaN, even with C = inf, and the state counts the update
-    (`nonfinite` in `clipjax.report`). To leave such updates out instead, use `skip_spikes`. ``clip_norm(math.inf)``
-    clips no gradient of finite norm, and `clipjax.report` then gives the norms.
+    A norm that is NaN or infinite makes all selected entries that it is the norm of NaN, even with C = inf, and the
+    state counts the update (`nonfinite` in `clipjax.report`). To leave such updates out instead, use `skip_spikes`.
+    ``clip_norm(math.inf)`` clips no gradient of finite norm, and `clipjax.report` then gives the norms.
 
     Args:
-      threshold: C >= 0, in the unit of the norm: a number (may be traced; below 0 it then counts as 0), a schedule
-        count -> C, or a rule of `clipjax.thresholds` such as `zscore()`, which computes C from the norms before the
-        clip. Norms that are 0 or
-        not finite are never added to a rule's history. A rule's C <= 0 clips nothing; a C of 0 from a number or a
-        schedule makes the selected entries of every gradient of finite norm 0. With per="leaf" also `per_leaf`, or a
-        tree such as a dict path -> C, of numbers or schedules; leaves that it does not name are not clipped.
+      threshold: C >= 0, in the unit of the norm: a number (may be traced), a schedule count -> C, or a rule of
+        `clipjax.thresholds` such as `zscore()`, which computes C from the norms before the clip. Traced numbers and
+        schedules that are below 0 count as 0. Norms that are 0 or not finite are never added to a rule's history. A
+        rule's C <= 0 clips nothing; a C of 0 from a number or a schedule makes the selected entries of every gradient
+        of finite norm 0. With per="leaf" each array may have a C of its own, a number or a schedule: give
+        ``clipjax.per_leaf(lambda path, leaf: C)``, a dict such as ``{"dense/kernel": C}``, or a tree like the params;
+        leaves without a C are not clipped.
       per: "global": one norm and one factor for all arrays together. "leaf": one for each array, compared with the same
         C; a rule then keeps a state and computes a C for each array.
       ord: p > 0 in :math:`n = (\sum |g|^p)^{1/p}`; 2 is the Euclidean norm, `math.inf` the largest magnitude. Or "rms":
         :math:`n = \sqrt{\sum g^2 / m}` over m (selected) entries, so that C does not depend on the size of an array:
-        ``clip_norm(1.0, per="leaf", ord="rms")`` behind the optimizer is Adafactor's clipping of updates, as
+        ``clip_norm(1.0, per="leaf", ord="rms")``, chained after the optimizer, is Adafactor's clipping of updates, as
         `optax.clip_by_block_rms` does it for a constant C. Static.
       eps: ε >= 0, added to n where C is divided by it, so that the clipped norm falls short of C by about C ε / n. May
         be traced.
@@ -86,13 +87,14 @@ def clip_norm(
         every update: n is the norm of the selected entries, and only these are rescaled; the others pass unchanged. By
         default all are selected.
       carry: True for error feedback: the state keeps the part of g that the clip removed and adds it to the next
-        gradient before the next norm is computed, see `clip`. Costs 4 bytes a parameter. Static.
+        gradient before the next norm is computed, see `clip`. An update whose norm is not finite leaves that part as it
+        is. Costs 4 bytes a parameter. Static.
       axis_name: only needed inside `jax.shard_map`, where a device holds only its shard: the name or names of the mesh
-        axes that gradients are split over. The sums behind n are then taken across these axes, for each array across
-        those of them over which `shard_map` knows the array to vary. ``shard_map(check_vma=False)`` does not know this
-        of any array: there every array is summed across all names, and a replicated one would count several times.
-        Then pass ``axis_name=clipjax.per_leaf(lambda path, leaf: names)`` with the names for each array, None or () for
-        a replicated one.
+        axes that gradients are split over. The sum (or the maximum) behind n then runs over the devices of these axes;
+        an array that `shard_map` knows to be replicated along an axis counts once there. ``shard_map(check_vma=False)``
+        does not know this of any array: every array is summed across all names, and a replicated one counts several
+        times. There pass ``axis_name=clipjax.per_leaf(lambda path, leaf: names)`` with the names for each array, None
+        or () for a replicated one.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.

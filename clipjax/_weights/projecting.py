@@ -50,16 +50,18 @@ def project(
 
     corrected so that :math:`p + u'` in floating point is the projected value itself. With ``carry=True`` the state
     keeps the weights before projection, the latent weights z in f32: :math:`z \leftarrow z + u,\ u' = P(z) - p`. Small
-    updates then add up in z although the params move in jumps. The stored z is used only if the projection of the last
-    update (its state, its key) maps z to the current parameter. Otherwise the parameter was edited, or loaded from
-    elsewhere, and replaces z, unless it is 0: then a mask may have set it to 0, and may let it go again.
+    updates then add up in z although the params move in jumps. For each entry, z is used only if the projection of the
+    last update (its state, its key) maps z to the current parameter. Otherwise the parameter was edited, or loaded from
+    elsewhere, and replaces z. An entry that is exactly 0 keeps its z: a mask may have set it to 0, and may let it go
+    again. To set weights to 0 by hand, make a new state by `init`.
 
-    A weight transformation stands outside of `optax.apply_if_finite` and other wrappers that skip updates, as in
-    ``optax.chain(optax.apply_if_finite(optimizer, 5), project(...))``: the weights then stay in the set also where an
-    update is skipped. Inside, it is refused where gradients are narrower than f32.
+    Transformations that hold weights (`project`, `clamp_weights`, `prune_mask`, `fake_quantize`) belong outside of
+    `optax.apply_if_finite` and other wrappers that skip updates, as in ``optax.chain(optax.apply_if_finite(optimizer,
+    5), project(...))``: the weights are then in the set behind a skipped update too. Inside, a skipped update leaves
+    the weights as they are, and with gradients narrower than f32 `update` raises TypeError.
 
-    Derivatives pass through u' as through P(p + u) - p. Masks, the steps and widths of a grid, and the level that a
-    weight is rounded to are constants in them.
+    A derivative of u' is that of P(p + u) - p, or of P(z) - p, in which masks, the steps and widths of a grid, and the
+    level that a weight is rounded to count as constants: P of a rounded weight has the derivative 0.
 
     Args:
       projection: a plain function params -> params, which is given the tree with None where `where` picks no leaf, in
@@ -76,10 +78,11 @@ def project(
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; its updates are f32 where parameters are narrower. Its `update` takes
-      two extra arguments: `grad`, see `with_gradient`; and `refresh`, a static bool: True computes masks and
-      steps anew at this update, whatever its count; False compiles an update without the code for it; None (the
-      default) does it at the counts that `start`, `every` and `stop` of `prune_mask` and `fake_quantize` give. Before
-      the first refresh weights stay as they are, but for those of a rounding that hardens.
+      two extra arguments, as those of `prune_mask` and `fake_quantize` do: `grad`, the gradient for scores that need
+      one, see `with_gradient`; and `refresh`, a static bool for masks and steps: True computes them anew at this
+      update, whatever its count; False compiles an update without the code for it; None (the default) does it at the
+      counts that their `start`, `every` and `stop` give. Until the first refresh nothing is pruned or rounded, except
+      by a rule of `clipjax.roundings` that moves weights onto the grid gradually.
 
     Raises:
       TypeError: for something that is no projection; at init for a complex leaf that `where` picks; at update inside of

@@ -56,25 +56,28 @@ def prune_mask(
 
     The mask is chosen at each *refresh*. Refreshes are the updates c from `start` to `stop` with (c - start) divisible
     by `every`, and `stop` itself; without `every` a constant sparsity is applied at `start`, and at `stop` if that is
-    given. A refresh reads the weights as they are before the update, and its mask holds after it; with static
-    ``every=1`` and no `stop` it reads params + updates. It removes the round(sparsity * n) units of lowest score among
-    n; of equal scores the earlier position is kept. A unit is what `structure` removes together: a single weight by
-    default. A refresh needs no sort and no gather, only a few counting passes over the weights.
+    given. A refresh chooses the mask by the weights as they are before the update; the weights after this update are
+    the first ones that it sets to 0. Only a static ``every=1`` without `stop` chooses it by params + updates. It
+    removes the round(sparsity * n) units of lowest score among n; of equal scores the earlier position is kept. A unit
+    is what `structure` removes together: a single weight by default. A refresh needs no sort and no gather, only a few
+    counting passes over the weights.
 
-    A removed weight stays removed, so that there are more zeros than round(sparsity * n) where the sparsity falls.
+    A removed weight stays removed: when a schedule lowers the sparsity, there are more zeros than round(sparsity * n).
     There are two exceptions. With ``carry=True`` the state keeps the float weights behind the mask, the *latent
     weights*: they go on learning, and a weight comes back when its score is high enough again (straight-through
     pruning). With `regrow` each refresh exchanges a part of the kept weights for removed ones.
 
-    With `inner=optimizer` and without `carry` the moments of removed weights are set to 0, so that a weight that grows
-    again starts at 0 without momentum: every array of the optimizer's state that has the shape of its param is cleared;
-    factored moments are not. Init refuses an optimizer in whose state no moments can be told from params, as SM3.
+    With `inner=optimizer` and without `carry` every update sets the moments of removed weights to 0, so that a weight
+    that grows again begins at 0 without momentum: each array of the optimizer's state that has the shape of its param
+    is cleared; factored moments are not. Init refuses an optimizer such as SM3, in whose state `optax.tree.map_params`
+    does not find the arrays that belong to a param.
 
     Args:
       sparsity: the fraction of zeros, in [0, 1): a number (may be traced); a schedule count -> fraction, which is
         evaluated at count - start; ``clipjax.per_leaf(lambda path, leaf: fraction)``, None for a leaf that is left out;
-        or a tree like the params with a fraction at each leaf that is pruned. None with `mask`, and for a structure
-        that fixes it. A constant may change between runs: a state whose mask was made for another refreshes at once.
+        or a tree like the params with a fraction at each leaf that is pruned. With `mask`, and with a structure that
+        fixes it, such as `structures.n_of_m`, it must be None. A run that is resumed with another constant refreshes at
+        its first update.
       score: how much each weight matters, `scores.magnitude()` by default; the lowest go first.
       structure: what is removed together, `structures.element()`, single weights, by default.
       scope: which weights are compared: "global" ranks the scores of all picked leaves together, without normalizing
@@ -83,9 +86,10 @@ def prune_mask(
         leaves together keep 1 - sparsity. Where `sparsity` gives leaves fractions of their own, each is pruned by
         itself.
       where: `where(path, leaf) -> bool` picks the leaves; a path is a string such as "dense/kernel". By default arrays
-        of rank >= 2 that are not named bias, b, scale or offset, and are no embeddings: a part of the path begins with
-        "embed", in any case, or its last name is one like "pos_embedding" or "cls". Embeddings to which `per_leaf` or a
-        tree gives a sparsity are pruned.
+        of rank >= 2 that are not named bias, b, scale or offset, and are no embeddings. An embedding is a leaf with a
+        name in its path that begins with "embed" (in upper or lower case), or whose last name is pos_embedding,
+        pos_embed, position_embedding(s), cls or cls_token. Embeddings to which `per_leaf` or a tree gives a sparsity
+        are pruned.
       start: the first update that prunes, counted from 0; may be traced.
       every: the number of updates between two refreshes; may be traced. None means 100 for a schedule; for a
         constant, refreshes are then at `start`, and at `stop` if that is given.
@@ -93,20 +97,21 @@ def prune_mask(
         given.
       carry: keep latent weights, 4 bytes a weight, so that a removed weight can come back at a refresh. Static.
       inner: the optimizer. With `carry` it is given the latent weights as its params, see `project`; without, its
-        moments are cleared as above. The gradient that arrives at `inner` is also the one that gradient scores use,
-        unless `update` is given another as `grad`.
+        moments are cleared as above. Scores that need a gradient, such as `scores.taylor()`, then use the one that
+        arrives at `inner`; without `inner` put the whole chain into `with_gradient`, or call `update` with `grad=`.
       regrow: the fraction of kept weights that each refresh exchanges, in [0, 1), a number or a schedule, e.g.
-        `optax.cosine_decay_schedule(0.3, stop)`; needs `inner`. 0 exchanges none, but lets weights grow again when the
-        sparsity falls (AC/DC).
+        `optax.cosine_decay_schedule(0.3, stop)`; needs `inner`. With any `regrow`, weights grow again when a schedule
+        lowers the sparsity; with 0 only then (AC/DC).
       grow: with `regrow`, which removed weights grow first: those of highest `scores.gradient(decay=0.0)` by default
         (RigL); `scores.random()` gives SET.
       select: a selection of `clipjax.selections`, evaluated at each refresh: only the units that it selects may be
-        removed then, and sparsity is a fraction of these. Without `carry` and `regrow`, what earlier refreshes removed
-        stays removed, so that several refreshes can remove more than `sparsity` of all; with either, a unit that a
-        refresh does not select is kept by it.
+        removed then, and sparsity is a fraction of these. With `carry` or `regrow` all other units are kept, those too
+        that an earlier refresh removed. With neither, removed units stay removed, so that several refreshes can remove
+        more than `sparsity` of all.
       mask: a tree of bool arrays, True keeps, that is used from `start` on instead of a chosen mask; may be traced.
-        Leaves without one, and those that `where` does not pick, are not pruned. It lies in the state: to go on with
-        another one, start with `tx.init(params)`.
+        Leaves without one, and those that `where` does not pick, are not pruned. It is copied into the state, from
+        which every update takes it: a resumed run goes on with the old mask. For another one call `tx.init(params)`
+        again.
       key: PRNG key for random scores and selections; each update folds it with the count. `jax.random.key(0)` by
         default, as in `fake_quantize`.
 

@@ -59,43 +59,47 @@ def fake_quantize(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Hold weights on a grid: :math:`w \leftarrow \mathrm{round}(w/s)\,s` (D4), while float weights learn behind it.
 
-    After `optax.apply_updates` every picked weight is exactly code * s, rounded once to its dtype; the code is a whole
-    number, and s > 0 is the step. (`step` and `rounding` below name one exception each.) Rounding weights in place
-    would stop the training: an update is usually much smaller than half a step, so no weight would reach its next
-    level. With ``carry=True`` the state therefore keeps the weights before rounding, the *latent weights*: they take
-    every update in full, and the params are their rounded values.
+    After `optax.apply_updates` every picked weight is code * s, a product in f32 (f64 for f64 params) that is rounded
+    once to the dtype of the weight. The code is a whole number, and s > 0 is the step. (There are two exceptions, one
+    each at `step` and `rounding` below.) Rounding weights in place would stop the training: an update is usually much
+    smaller than half a step, so no weight would reach its next level. With ``carry=True`` the state therefore keeps the
+    weights before rounding, the *latent weights*: they take every update in full, and the params are their rounded
+    values.
 
     A width of b bits has the codes :math:`-(2^{b-1} - 1), \dots, 2^{b-1} - 1`; b = 1 has the codes -1 and 1. A *level*
     is a code times s. The step s follows from the latent weights as they are before a *refresh*. Refreshes are the
     updates c from `start` to `stop` with (c - start) divisible by `every`, and `stop` itself, after which s is frozen.
 
-    In a chain, constraints of the transformations before this one still hold. For every width of `bits`, codes are left
-    out whose levels lie beyond the bound that `clamp_weights`, directly before it or before a `prune_mask` there, sets
-    at the last refresh. A bound that shrinks between refreshes needs the optimizer and the clamp as `inner`. A weight
+    In ``optax.chain(optimizer, clamp_weights(C), prune_mask(...), fake_quantize(b))`` the clamp and the mask hold
+    behind the rounding too, with both of them or with one. Levels beyond the bound that the clamp had at the latest
+    refresh are left out; if the bound shrinks between refreshes, give the optimizer and the clamp as `inner`. A weight
     that `prune_mask` sets to 0 stays 0, even for b = 1, whose grid has no 0, and has no part in the step. With
-    ``carry=False`` no level grows after the first refresh, as the weights themselves are then on the grid.
+    ``carry=False`` a refresh fits the grid to weights that lie on the grid of the last one, whose largest level it does
+    not exceed.
 
     Args:
       bits: the width b, 1 to 16. Or ``clipjax.per_leaf(lambda path, leaf: b)``; or a tree from `choose_bits`, whose
         None leaves are left out; or a rule of `clipjax.widths`, which chooses the width of each leaf from its weights
         at every refresh; or None, the default, for codes of any size, for which `step` must be a number (the formula
-        of D4). In the place of a width a format of `clipjax.formats`: params are then the decode of its bytes (but see
-        `formats.q4_1`), with scales for blocks along the inputs, and `group` and `rounding` are its own. Static. A
-        width, a number as `step`, and a format among those of the same blocks and scales may change between runs: a
-        state that was made for another refreshes at once.
+        of D4). Or a format of `clipjax.formats`, such as `formats.q4_0()` of llama.cpp: params are then what the bytes
+        of that format decode to (but see `formats.q4_1`), with a scale for each block of inputs; `group` and `rounding`
+        belong to the format, and must be left out. Static. A run that is resumed with another width, another number as
+        `step`, or another format of the same blocks and scales refreshes at its first update.
       step: how s follows from the weights: a rule of `clipjax.steps`, `mse()` by default, or a number, which may be
         traced. With a number, a weight that jumps over several levels in one update may land one unit in the last place
-        beside its level. The next update corrects this, and its latent weight starts again at the param. With a format
-        None is the rule of its reference for the scale, and `steps.mse()` a search for that of least squared error,
-        which cuts the largest weights; in 32 passes over them, so not with ``every=1``.
+        beside its level; the next update corrects this, and sets the latent weight of this entry to the param. With a
+        format None takes the scale by the rule of the format's reference. `steps.mse()` then searches for the scale of
+        least squared error, under which the largest weights take the outermost level; it reads the weights 32 times,
+        and warns with ``every=1``.
       axis: the axis or axes along which each index has a step of its own: -1 gives one step per output unit of a Flax
         kernel; None, without `group`, one step per leaf. Or `per_leaf`, as ``analysis.outputs`` of `clipjax.analyze`.
-        With a format the output axes: its blocks run along all others, flattened in order; None is the last axis, and
-        of an embedding all but the last. Static.
-      group: the number g of neighbours that share a step, along all axes but those of `axis` (the last one by default)
-        flattened in order: the inputs of the kernel. They are those of f32[d, heads, head_dim] along d with the axes
-        (-2, -1), of f32[heads, head_dim, d] along heads * head_dim with -1. Along each axis g, or what is left of it,
-        divides the size, or is a multiple of it and goes on along the axis before. Or `per_leaf`. Static.
+        With a format, the output axes: its blocks run along all others, flattened in order. None then means that the
+        last axis is the output; in an embedding the last axis is the one that blocks run along. Static.
+      group: the number g of neighbouring inputs that share a step. The inputs are all axes but those of `axis` (all but
+        the last one by default), flattened in order: d in f32[d, heads, head_dim] with ``axis=(-2, -1)``, heads *
+        head_dim in f32[heads, head_dim, d] with ``axis=-1``. g divides the size of the last input axis, or is a
+        multiple of it; g over that size then does the same with the input axis before, and so on. Or `per_leaf`.
+        Static.
       rounding: "nearest" (halves to even), "half_away" (halves away from zero, as in D4), "stochastic", or a rule of
         `clipjax.roundings`, which moves weights onto the grid gradually: until it ends they lie between levels. Static.
       where: `where(path, leaf) -> bool` picks the leaves; a path is a string such as "dense/kernel". By default arrays
@@ -103,13 +107,14 @@ def fake_quantize(
         which `per_leaf` gives a width are quantized. With a tree of bits, `where` is ignored.
       start: the first update that quantizes, counted from 0; may be traced.
       every: the number of updates between two refreshes of the steps; may be traced. With None, refreshes are at
-        `start`, and at `stop` if that is given. Where a leaf on a format had nothing but zeros, scales are fitted again
-        1, 2, 4, 8, … updates after `start` too, up to `stop`.
+        `start`, and at `stop` if that is given. If a leaf on a format had nothing but zeros at a refresh, the scales of
+        all leaves are also fitted 1, 2, 4, 8, … updates after `start`, up to `stop`.
       stop: the update of the last refresh; may be traced. Weights are rounded after it too, with the last step. None
         sets no end.
       carry: keep latent weights, 4 bytes a weight. False rounds in place, which loses small updates. Static.
-      inner: the optimizer, for steps and levels that follow the latent weights alone; with ``carry=True`` it is given
-        these as its params. See `project`.
+      inner: the optimizer, or a chain that ends in `clamp_weights` or `prune_mask`, which then act on the latent
+        weights. With ``carry=True`` it is given the latent weights as its params, and steps follow them alone. See
+        `project`.
       key: PRNG key of stochastic rounding; each update folds it with the count. The default, `jax.random.key(0)`, draws
         the same numbers in every run and every transformation: give each its own key to have them differ.
 
