@@ -232,7 +232,7 @@ def sphere(radius: Number | PerLeaf | None = None, *, axis: Axis | PerLeaf = Non
 
     def held(path: str, x: jax.Array, r: jax.Array) -> jax.Array:
         scaled, power, norm = square_sums.norm(x, over(path, x))
-        r = r.astype(x.dtype)
+        r = jnp.asarray(r if (own := picked_leaves.for_leaf(radius, path, x)) is None else own).astype(x.dtype)
         return jnp.where(jnp.isfinite(x) & (r > 0) & (power > 0), scaled * (r / norm), x)
 
     def apply(target: Tree, state: State, context: Context | None) -> tuple[Tree, State]:

@@ -263,6 +263,12 @@ def _placer(sharding: Placement) -> Callable[[str, np.ndarray | Quantized], Any]
     else:
         names, targets, _ = layouts.flatten(sharding)
         codes = [target.codes if isinstance(target, Quantized) else target for target in targets]
+        for target in codes:
+            if not isinstance(target, jax.sharding.Sharding | jax.Device):
+                raise TypeError(
+                    "`sharding` must be a sharding, a device, a function of path and shape, or a tree of these, got"
+                    f" {target!r}. Give one for all leaves: `jax.devices()[0]`."
+                )
         by_name = dict(zip(names, codes, strict=True))
         chosen = lambda name, x: by_name.get(name)  # noqa: E731
 

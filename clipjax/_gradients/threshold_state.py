@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import DTypeLike
 
 from clipjax._arrays import arguments, dtypes, elementwise, trees
@@ -68,7 +69,7 @@ def for_norms(threshold: LeafThreshold | None, *, each: bool = False) -> NormThr
         return NormThresholds(
             lambda norms: (),
             lambda count, norms, state, named, weights: (_of_leaves(threshold, count, norms, named), ()),
-            lambda params: _check_leaves(threshold, trees.governed(params)),
+            lambda params: _check_leaves(threshold, params),
         )
     return NormThresholds(
         lambda norms: (),
@@ -263,7 +264,8 @@ def _given(threshold: object, named: Named) -> list[object]:
     return [by_path.get(path) for path, _ in named]
 
 
-def _check_leaves(threshold: object, named: Named) -> None:
+def _check_leaves(threshold: object, params: Tree) -> None:
+    named = trees.governed(params)
     values = [value for value in _given(threshold, named) if value is not None]
     rules = [x for x in (*values, *_leaves(threshold)) if isinstance(x, Rule)]
     if rules:
@@ -272,6 +274,13 @@ def _check_leaves(threshold: object, named: Named) -> None:
             ' with per="leaf" it keeps a history of each leaf.'
         )
     arguments.require(values or not named, "threshold", "have a value for a leaf", threshold, "Keys are paths: 'a/b'.")
+    left = (
+        [] if isinstance(threshold, PerLeaf) else {path for path, _ in trees.governed(threshold)} - dict(named).keys()
+    )
+    masked = trees.find(params, optax.MaskedNode)  # leaves of another group, which may have a threshold too
+    arguments.require(
+        not left or masked, "threshold", "name leaves of the params", sorted(left), "Keys are paths: 'a/b'."
+    )
     for value in values:
         arguments.called(value, "threshold", "a number or a schedule for each leaf")
         _check_number(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import jax
@@ -118,8 +120,34 @@ def check(
 
 def _of_optimizer(params: Tree, opt_state: State, tx: optax.GradientTransformation) -> list[_Row]:
     """The rows of all transformations that a visit reaches; of the state where it does not reach all of them."""
-    labels: list[tuple[str, str, str]] = []
-    visits = [-1]
+    arrays, traced = _program(tx) if isinstance(tx, Hashable) else _program.__wrapped__(tx)
+    params, opt_state = trees.pure(params), trees.pure(opt_state)
+    try:
+        visiting.require_fit(tx, params, opt_state, {})
+        found = arrays(params, opt_state)
+        labels, visits = traced[_shapes(params, opt_state)]
+    except jax.errors.UnexpectedTracerError:  # a wrapper calls its transformation in a branch of its own
+        found, labels, visits = [], [], -1
+    if visits != len(states(opt_state)):
+        return [*_of_state(params, opt_state), _unchecked("", "tx")]
+    return [_Row(*label, *pair) for label, pair in zip(labels, found, strict=True)]
+
+
+_Traced = dict[tuple[object, ...], tuple[list[tuple[str, str, str]], int]]
+
+
+def _shapes(*trees_: Tree) -> tuple[object, ...]:
+    """What a program is compiled for."""
+    leaves, treedef = jax.tree.flatten(trees_)
+    return treedef, *[(jnp.shape(x), x.dtype if hasattr(x, "dtype") else jnp.result_type(x)) for x in leaves]
+
+
+@functools.lru_cache(maxsize=4)
+def _program(
+    tx: optax.GradientTransformation,
+) -> tuple[Callable[[Tree, State], list[tuple[jax.Array, jax.Array]]], _Traced]:
+    """The numbers of all rows as one program, compiled once for an optimizer; and by shapes its labels and visits."""
+    traced: _Traced = {}
 
     @jax.jit
     def arrays(params: Tree, opt_state: State) -> list[tuple[jax.Array, jax.Array]]:
@@ -135,18 +163,11 @@ def _of_optimizer(params: Tree, opt_state: State, tx: optax.GradientTransformati
         places = {id(state.count): i for i, state in enumerate(states(opt_state))}
         found.sort(key=lambda visited: places.get(id(visited.state.count), len(places)))
         rows = [row for visited in found for row in _missed(visited, _numbered(visited.constraint.name, times))]
-        labels[:] = [(row.path, row.rule, row.kind) for row in rows]
-        visits[0] = sum(times.values())
+        labels = [(row.path, row.rule, row.kind) for row in rows]
+        traced[_shapes(params, opt_state)] = labels, sum(times.values())
         return [(row.entries, row.distance) for row in rows]
 
-    try:
-        visiting.require_fit(tx, trees.pure(params), trees.pure(opt_state), {})
-        found = arrays(trees.pure(params), trees.pure(opt_state))
-    except jax.errors.UnexpectedTracerError:  # a wrapper calls its transformation in a branch of its own
-        visits[0] = -1
-    if visits[0] != len(states(opt_state)):
-        return [*_of_state(params, opt_state), _unchecked("", "tx")]
-    return [_Row(*label, *pair) for label, pair in zip(labels, found, strict=True)]
+    return arrays, traced
 
 
 def _missed(visited: Visited, rule: str) -> list[_Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Hashable
 from typing import TypeAlias
 
 import jax
@@ -61,7 +63,25 @@ def hold_once(
     arguments.transformation(tx, "tx")
     _require_reached(tx is not None, None)
     given = opt_state is not None
+    cached = not extra and isinstance(tx, Hashable)
+    hold = _program(tx, given) if cached else _holding(tx, given, extra)
+    state = opt_state if given else tx.init(params)
+    try:
+        if given:
+            visiting.require_fit(tx, trees.pure(params), trees.pure(state), extra)
+        held = hold(trees.pure(params), trees.pure(state))
+        return trees.with_boxes(held[0], params), trees.with_boxes(held[1], state)
+    except jax.errors.UnexpectedTracerError:
+        _require_reached(False, "some in a branch")
+        raise
 
+
+def _holding(
+    tx: optax.GradientTransformation, given: bool, extra: dict[str, object]
+) -> Callable[[Tree, State], tuple[Tree, State]]:
+    """The compiled program: params and a state in, those that are held out."""
+
+    @jax.jit
     def hold(params: Tree, opt_state: State) -> tuple[Tree, State]:
         found: _Found = {path: (p, ()) for path, p in trees.governed(params)}
         times = 0
@@ -71,19 +91,17 @@ def hold_once(
             times += 1
             return _held(visited, found, given)
 
-        new_state = visiting.visit(tx, act, params, opt_state, extra)
+        new_state = visiting.visit(tx, act, params, _at_rest(opt_state), extra)
         _require_reached(times == len(checking.states(opt_state)) > 0, times)
         return trees.map_with_path(lambda path, p: found[path][0], params), _merged(opt_state, new_state)
 
-    state = opt_state if given else tx.init(params)
-    try:
-        if given:
-            visiting.require_fit(tx, trees.pure(params), trees.pure(state), extra)
-        held = jax.jit(hold)(trees.pure(params), trees.pure(state))
-        return trees.with_boxes(held[0], params), trees.with_boxes(held[1], state)
-    except jax.errors.UnexpectedTracerError:
-        _require_reached(False, "some in a branch")
-        raise
+    return hold
+
+
+@functools.lru_cache(maxsize=4)
+def _program(tx: optax.GradientTransformation, given: bool) -> Callable[[Tree, State], tuple[Tree, State]]:
+    """The program of an optimizer without extra arguments, found again at its next call."""
+    return _holding(tx, given, {})
 
 
 _Found: TypeAlias = dict[str, tuple[jax.Array, allowed_values.Facts]]
@@ -128,6 +146,16 @@ def _held(visited: Visited, found: _Found, given: bool) -> State:
     carry = target if jax.tree.leaves(state.carry) else state.carry
     end = jnp.asarray(visited.start if visited.stop is None else visited.stop, jnp.int32)
     return state._replace(count=jnp.maximum(state.count, end + 1), carry=carry, projection=projected)
+
+
+def _at_rest(opt_state: State) -> State:
+    """The state with the schedules of `optax.inject_hyperparams` at counts at which they have come to rest."""
+
+    def late(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
+        names = [getattr(key, "name", None) for key in path]
+        return jnp.full_like(leaf, _LATE) if "hyperparams_states" in names and names[-1] == "count" else leaf
+
+    return jax.tree_util.tree_map_with_path(late, opt_state)
 
 
 def _merged(old: State, new: State) -> State:

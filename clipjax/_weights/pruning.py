@@ -16,7 +16,7 @@ from clipjax._arrays import arguments, picked_leaves, trees
 from clipjax._maths import random_draws
 from clipjax._weights import allowed_values, masks, projecting, refreshing, sparsities, zeros
 from clipjax._weights.constraints import Constraint
-from clipjax._weights.zeros import NEVER, PruneState, zeroed
+from clipjax._weights.zeros import NEVER, OTHER, PruneState, zeroed
 from clipjax.typing import (
     Context,
     Count,
@@ -168,6 +168,10 @@ def prune_mask(
             )
             cycle = cycle._replace(every=100 if every is None else every)
             refreshing.check_ramp("sparsity", sparsity, cycle)  # type: ignore[arg-type]
+            last = refreshing.at_stop(sparsity, cycle)  # type: ignore[arg-type]
+            if last is not None:
+                arguments.fraction(last, "sparsity", "The schedule has this value at `stop`; it gives fractions.")
+                amount = amount._replace(asked=lambda owners: jnp.asarray(last, jnp.float32))
         where = picked_leaves.resolve(where, picked_leaves.weights if structure.holds else amount.default)
         exchange = None if regrow is None else arguments.schedule(regrow)
         if callable(regrow):
@@ -254,7 +258,9 @@ def _pruned(pruning: Pruning, carry: bool) -> Constraint:
 
         here = here._replace(refresh=None, memory=None, known=())
         inputs = state.mask, new_score, new_grow, here, since, asked
-        old, changed = (state.mask, state.asked), jnp.any(asked != state.asked)
+        # one for all leaves may have become one for each, or the other way round
+        before = state.asked if state.asked.shape == asked.shape else jnp.full_like(asked, OTHER)
+        old, changed = (state.mask, before), jnp.any(asked != before)
         mask, asked = refreshing.refreshed(pruning.cycle, context, refresh, inputs, old, target, changed)
         new = PruneState(mask, asked, new_score, new_grow)
         return zeroed(target, kept(target, state, new)), new

@@ -30,7 +30,7 @@ def quantized(params: Tree, opt_state: State) -> Tree:
     Raises:
       ValueError: where the state holds no `fake_quantize` or belongs to other params, and where a finite weight is
         farther from its level, naming leaf and distance: the params are an average, of another checkpoint, or changed
-        behind the quantizer.
+        behind the quantizer. Also for codes of 2**31 and more, which `bits=None` allows.
 
     Example:
       >>> import clipjax, jax.numpy as jnp
@@ -83,6 +83,9 @@ def _integers(path: str, leaf: jax.Array, grid: leaf_grid.LeafGrid) -> integers.
     # One landing late, a weight from far outside is beside its level by units in the last place of where it was.
     step, zero = (step_groups.per_block(x, leaf.shape) for x in (grid.step, grid.zero_point))
     _require_on_levels(path, leaf, level, split_axes.spread(step, leaf.shape).astype(level.dtype) / 256)
+    remedy = f"Weights of {path!r} are too many steps from 0: take a larger step."
+    largest = float(jnp.max(jnp.abs(jnp.where(jnp.isfinite(code), code, 0)), initial=0))
+    arguments.require(largest < 2**31, "params", "have codes that i32 holds", largest, remedy)
     kept, group = tuple(i for i, n in enumerate(step.shape) if n > 1), None
     at = step_groups.cut_axis(grid.step.shape, leaf.shape)
     if at is not None:

@@ -35,7 +35,12 @@ class Cycle(NamedTuple):
 def cycle(start: Count, every: Count | None, stop: Count | None) -> Cycle:
     """The cycle of these arguments, checked where they are known."""
     arguments.times(start, every, stop)
-    return Cycle(start, every, stop)
+    # A known array becomes a number of Python: compared inside of jit it would be a traced one.
+    return Cycle(_number(start), None if every is None else _number(every), None if stop is None else _number(stop))
+
+
+def _number(count: Count) -> Count:
+    return int(count) if isinstance(count, jax.Array) and not arguments.traced(count) else count
 
 
 def repeated(cycle: Cycle) -> bool:
@@ -164,6 +169,15 @@ def _due(cycle: Cycle, count: Count, changed: jax.Array | bool) -> jax.Array | b
     if stop is not None:
         due = (due & (count <= stop)) | (count == stop)
     return due | (changed & (since >= 0))
+
+
+def at_stop(schedule: Schedule, cycle: Cycle) -> float | None:
+    """The value at `stop` of a schedule that counts from `start`, None where it is not known."""
+    if not (arguments.known(cycle.start) and arguments.known(cycle.stop)):
+        return None
+    with jax.ensure_compile_time_eval():
+        value = schedule(jnp.asarray(int(cycle.stop) - int(cycle.start)))  # type: ignore[arg-type]
+    return None if arguments.traced(value) or np.shape(value) else float(np.asarray(value))
 
 
 def check_ramp(name: str, schedule: Schedule, cycle: Cycle) -> None:

@@ -21,8 +21,9 @@ class PruneState(NamedTuple):
 
     Attributes:
       mask: bool arrays, True keeps, one entry per unit (they broadcast to the weights); None at leaves not governed.
-      asked: f32, the constant sparsity that the mask was made for, or one for each leaf; -1 before the first refresh; 0
-        for a schedule and a given mask; the `kind` of a structure that fixes the sparsity.
+      asked: f32, the constant sparsity that the mask was made for, that of a schedule at `stop`, or one for each leaf;
+        -1 before the first refresh; 0 for a given mask, and for a schedule whose values are traced; the `kind` of a
+        structure that fixes the sparsity.
       score: the state of the score.
       grow: the state of the score by which removed weights grow again; () without `regrow`.
     """
@@ -33,7 +34,7 @@ class PruneState(NamedTuple):
     grow: State
 
 
-NEVER = -1.0  # the sparsity of a mask that was never chosen
+NEVER, OTHER = -1.0, -2.0  # the sparsity of a mask that was never chosen, or for another kind of sparsity
 
 
 def zeroed(target: Tree, kept: Tree) -> Tree:
