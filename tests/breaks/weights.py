@@ -25,7 +25,13 @@ MUTANTS = (
     Mutant("_weights/quantized_params.py", "if i > at] or own", "] or own", "step_groups", "behind_the_cut"),
     Mutant("_weights/sparsities.py", "repr((kind, axes))", "repr(kind)", "structures", "axes_of_each_leaf"),
     Mutant("_weights/sparsities.py", "asarray(kind,", "asarray(0.0,", "changed_arguments", "n_of_m"),
-    Mutant("_weights/checking.py", "trees.pure(opt_state))", "opt_state)", "checking", "nnx"),
+    Mutant(
+        "_weights/checking.py",
+        "trees.pure(params), trees.pure(opt_state)\n",
+        "trees.pure(params), opt_state\n",
+        "checking",
+        "nnx",
+    ),
     Mutant("_weights/zeros.py", "not left or masked", "True or masked", "wrong_calls", "mask_names"),
     Mutant("_weights/latents.py", "off & (w != 0)", "(w != w)", "projecting", "edited"),
     Mutant(
@@ -261,7 +267,7 @@ MUTANTS = (
     Mutant("_weights/leaf_levels.py", "(p.form.name, p.placed.outputs)", "p.form.name", "leaf_format", "alike"),
     Mutant(
         "_weights/checking.py",
-        "visiting.require_fit(tx, trees.pure(params), trees.pure(opt_state), {})",
+        "visiting.require_fit(tx, params, opt_state, {})",
         "pass",
         "leaf_format",
         "alike",
@@ -331,4 +337,19 @@ MUTANTS = (
         "counts_from_start",
     ),
     Mutant("_reports/reporting.py", '"bytes": state.bytes', '"bytes": state.rest', "rating", "budget_is_met"),
+    Mutant("_weights/quantized_params.py", "largest < 2**31", "True", "as_users_call", "i32"),
+    Mutant(
+        "_weights/holding_once.py", 'if "hyperparams_states" in names and', "if False and", "as_users_call", "injected"
+    ),
+    Mutant("_weights/pruning.py", "if last is not None", "if False", "as_users_call", "another_end or no_fractions"),
+    Mutant(
+        "_weights/pruning.py", "if state.asked.shape == asked.shape else", "if True else", "as_users_call", "for_each"
+    ),
+    Mutant("_weights/refreshing.py", "return int(count) if", "return count if", "as_users_call", "array_that_is_known"),
+    Mutant(
+        "_weights/checking.py", "if isinstance(tx, Hashable) else", "if False else", "as_users_call", "compile_once"
+    ),
+    Mutant(
+        "_weights/holding_once.py", "not extra and isinstance(tx, Hashable)", "False", "as_users_call", "compile_once"
+    ),
 )
