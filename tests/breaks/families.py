@@ -87,11 +87,4 @@ MUTANTS = (
     Mutant("widths.py", "(price <= left) & ", "", "choosing_formats", "loses_most"),
     Mutant("widths.py", " & (lost > 0)", "", "choosing_formats", "passed_over"),
     Mutant("widths.py", "np.isfinite(good).any(1)", "True", "choosing_formats", "fewest_bits"),
-    Mutant(
-        "projections.py",
-        "r if (own := picked_leaves.for_leaf(radius, path, x)) is None else own",
-        "r",
-        "as_users_call",
-        "radius",
-    ),
 )

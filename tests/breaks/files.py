@@ -131,11 +131,4 @@ MUTANTS = (
     Mutant("_files/integer_arrays.py", "if sparse else None", "if False else None", "quantized_leaves", "codebook"),
     Mutant("_files/byte_stream.py", "if value > most or shift > 70:", "if value > most:", "symbol_codes", "limits"),
     Mutant("__main__.py", 'print(f"clipjax: {source} {note}", file=sys.stderr)', "pass", "commands", "floats"),
-    Mutant(
-        "_files/saving.py",
-        "if not isinstance(target, jax.sharding.Sharding | jax.Device)",
-        "if False",
-        "as_users_call",
-        "sharding",
-    ),
 )

@@ -114,5 +114,4 @@ MUTANTS = (
         "_gradients/threshold_state.py", "p if math.prod(p.shape) else jnp.zeros(())", "p", "clipping", "empty_leaf"
     ),
     Mutant("_gradients/error_feedback.py", " if np.size(p) else jnp.zeros((), dtype)", "", "clipping", "empty_leaf"),
-    Mutant("_gradients/threshold_state.py", "not left or masked", "True", "as_users_call", "not_there"),
 )

@@ -337,19 +337,4 @@ MUTANTS = (
         "counts_from_start",
     ),
     Mutant("_reports/reporting.py", '"bytes": state.bytes', '"bytes": state.rest', "rating", "budget_is_met"),
-    Mutant("_weights/quantized_params.py", "largest < 2**31", "True", "as_users_call", "i32"),
-    Mutant(
-        "_weights/holding_once.py", 'if "hyperparams_states" in names and', "if False and", "as_users_call", "injected"
-    ),
-    Mutant("_weights/pruning.py", "if last is not None", "if False", "as_users_call", "another_end or no_fractions"),
-    Mutant(
-        "_weights/pruning.py", "if state.asked.shape == asked.shape else", "if True else", "as_users_call", "for_each"
-    ),
-    Mutant("_weights/refreshing.py", "return int(count) if", "return count if", "as_users_call", "array_that_is_known"),
-    Mutant(
-        "_weights/checking.py", "if isinstance(tx, Hashable) else", "if False else", "as_users_call", "compile_once"
-    ),
-    Mutant(
-        "_weights/holding_once.py", "not extra and isinstance(tx, Hashable)", "False", "as_users_call", "compile_once"
-    ),
 )
