@@ -111,19 +111,10 @@ def coded_leaves(params: Tree, opt_state: State | None) -> list[tuple[str, Any]]
     remedy = "Params that are `Quantized` have no state: leave `opt_state` out."
     arguments.require(not given, "params", "hold arrays where there is an `opt_state`", given[:4], remedy)
     coded = whole_leaves(quantized(params, opt_state))
-    broken = [
-        path for (path, p), (_, q) in zip(named, coded, strict=True) if isinstance(q, Quantized) and not _finite(p)
-    ]
-    remedy = "Their codes would be those of 0: export an earlier checkpoint."
-    arguments.require(not broken, "params", "be finite where they are quantized", broken[:4], remedy)
     began = any(isinstance(q, Quantized) for _, q in coded)
     remedy = "Train past its `start`, hold the params by `clipjax.hold_once`, or leave `opt_state` out for floats."
     arguments.require(began, "opt_state", "have quantized a leaf", "the state of a quantizer before `start`", remedy)
     return coded
-
-
-def _finite(leaf: Any) -> bool:
-    return bool(jnp.all(jnp.isfinite(leaf)))
 
 
 def whole_leaves(tree: Tree) -> list[tuple[str, Any]]:

@@ -87,6 +87,7 @@ def round_to_step(x: jax.Array, step: Number, *, rounding: str = "nearest", key:
     grids.check_rounding(rounding, key)
     x = arguments.real(x, "x")
     wide = dtypes.widened(x)
+    arguments.spreads(step, x.shape, "step")
     step = split_axes.spread(jnp.asarray(step), x.shape).astype(wide.dtype)
     level = grids.codes(wide, step, rounding=rounding, key=key) * step
     return jnp.where(jnp.isfinite(wide), level, wide).astype(x.dtype)
@@ -137,6 +138,8 @@ def quantize(
     if bits is not None:
         arguments.bits(bits)
     x = dtypes.widened(arguments.real(x, "x"))
+    for value, name in ((step, "step"), (zero_point, "zero_point")):
+        arguments.spreads(value, x.shape, name)
     step, zero = (split_axes.spread(jnp.asarray(v), x.shape).astype(x.dtype) for v in (step, zero_point))
     whole = grids.codes(x, step, True if bits == 1 else None, rounding=rounding, key=key)
     whole = jnp.where(jnp.isnan(x) | jnp.isnan(whole), jnp.zeros_like(x), whole) + zero

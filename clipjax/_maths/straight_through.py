@@ -98,6 +98,8 @@ def fake_quant(
     wide = dtypes.widened(x)
     step = jnp.asarray(step, wide.dtype)
     fixed, by = jax.lax.stop_gradient((wide, step))
+    for value, name in ((by, "step"), (zero_point, "zero_point")):
+        arguments.spreads(value, x.shape, name)
     s, zero = (split_axes.spread(jnp.asarray(v), x.shape).astype(wide.dtype) for v in (by, zero_point))
     code = grids.codes(fixed, s, True if bits == 1 else None, rounding=rounding, key=key)
     most = math.inf if bits is None else float(grids.top(bits))

@@ -177,6 +177,8 @@ def _missed(visited: Visited, rule: str) -> list[_Row]:
     last = context._replace(count=before, key=random_draws.key_at(visited.key, before), refresh=False)
     kind = _KINDS.get(constraint.state, "projection")
     named = trees.governed(context.params)
+    for path in _own_paths(state.projection):
+        trees.check_state(path in dict(named), f"{path!r}, which the params do not have")
     if not constraint.checkable or (constraint.tolerance and not state.carry):
         return [_unchecked(path, rule) for path, _ in named]
 
@@ -217,6 +219,13 @@ def _of_state(params: Tree, opt_state: State) -> list[_Row]:
         else:
             rows.append(_unchecked("", rule))
     return rows
+
+
+def _own_paths(held: State) -> list[str]:
+    """The leaves that a mask or grids are kept for; one array without a path is left out."""
+    if isinstance(held, QuantizeState):
+        return quantize_state.paths(held)
+    return [path for path, _ in trees.governed(held.mask) if path] if isinstance(held, PruneState) else []
 
 
 def states(opt_state: State) -> list[ProjectState]:

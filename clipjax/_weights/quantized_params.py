@@ -30,7 +30,8 @@ def quantized(params: Tree, opt_state: State) -> Tree:
     Raises:
       ValueError: where the state holds no `fake_quantize` or belongs to other params, and where a finite weight is
         farther from its level, naming leaf and distance: the params are an average, of another checkpoint, or changed
-        behind the quantizer. Also for codes of 2**31 and more, which `bits=None` allows.
+        behind the quantizer. Also for weights that are NaN or
+        infinite, and for codes of 2**31 and more, which `bits=None` allows.
 
     Example:
       >>> import clipjax, jax.numpy as jnp
@@ -61,6 +62,9 @@ def quantized(params: Tree, opt_state: State) -> Tree:
 
 def _require_on_levels(path: str, leaf: jax.Array, level: jax.Array, late: jax.Array) -> None:
     """Raise where a leaf has weights between its levels."""
+    lost = int(jnp.sum(~jnp.isfinite(leaf)))
+    remedy = f"{lost} weights of {path!r} are NaN or infinite, which no code stands for: take an earlier checkpoint."
+    arguments.require(not lost, "params", "be finite", path, remedy)
     entries, distance = landing.missed(leaf, level, late)
     remedy = (
         f"{int(entries)} weights of {path!r} are between its levels, by up to {float(distance):.3g}: an average (EMA),"

@@ -33,4 +33,10 @@ MUTANTS = (
         "as_users_call",
         "sharding",
     ),
+    Mutant("_weights/quantized_params.py", "require(not lost,", "require(True,", "as_users_call", "not_finite"),
+    Mutant(
+        "_weights/checking.py", "check_state(path in dict(named)", "check_state(True", "as_users_call", "other_leaves"
+    ),
+    Mutant("_arrays/arguments.py", "len(own) <= len(shape) and", "True and", "as_users_call", "larger"),
+    Mutant("_arrays/arguments.py", "n == 1 or (n and m % n == 0)", "True", "as_users_call", "larger"),
 )

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import projections
+from clipjax import formats, projections
 
 PARAMS = {"kernel": jnp.linspace(-1, 1, 12).reshape(3, 4)}
 
@@ -122,6 +122,33 @@ def test_checking_and_holding_compile_once_for_an_optimizer():
     assert clipjax.check(*clipjax.hold_once(tx, wider), tx) == []
     (violation, *_) = clipjax.check({"kernel": params["kernel"] + 0.01}, state, tx)
     assert violation.path == "kernel"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bits", [4, formats.q4_0()], ids=["grid", "format"])
+def test_params_that_are_not_finite_have_no_codes(bits, bad):
+    params, state = clipjax.hold_once(clipjax.fake_quantize(bits), {"kernel": jnp.ones((32, 3)).at[1, 2].set(bad)})
+    with pytest.raises(ValueError, match=r"`params` must be finite, got 'kernel'\. 1 weights"):
+        clipjax.quantized(params, state)
+
+
+@pytest.mark.parametrize("tx", [clipjax.prune_mask(0.5), clipjax.fake_quantize(4)], ids=["prune", "quantize"])
+def test_a_state_of_other_leaves_is_refused_by_check(tx):
+    tx = optax.chain(optax.sgd(0.1), tx)
+    params, state = updated(tx, tx.init(PARAMS), PARAMS)
+    for other in ({}, {"renamed": params["kernel"]}, [params["kernel"]]):
+        with pytest.raises(ValueError, match="`state` must belong"):
+            clipjax.check(other, state, tx)
+
+
+def test_a_step_that_is_larger_than_the_array_is_refused():
+    x, step = jnp.ones((1, 3)), jnp.ones((4, 3))
+    for call in (clipjax.round_to_step, clipjax.quantize, lambda x, step: clipjax.quantize(x, 1.0, zero_point=step)):
+        with pytest.raises(ValueError, match=r"must broadcast to the array of shape \(1, 3\), got 'shape \(4, 3\)'"):
+            call(x, step)
+        with pytest.raises(ValueError, match=r"must broadcast to the array of shape \(3,\)"):
+            call(x[0], step)
+    assert clipjax.quantize(jnp.ones((4, 6)), jnp.full((2, 3), 0.5)).tolist() == [[2] * 6] * 4
 
 
 @pytest.mark.parametrize("threshold", [{"kernel": 1.0, "Kernel": 1.0}, {"kernel": 1.0, "b": {"kernel": 2.0}}])

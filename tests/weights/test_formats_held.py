@@ -252,7 +252,7 @@ def test_a_writer_refuses_weights_that_are_not_finite(tmp_path):
     params, state = clipjax.hold_once(
         clipjax.fake_quantize(formats.q8_0()), {"kernel": normal(0, jnp.float32).at[3, 3].set(jnp.nan)}
     )
-    with pytest.raises(ValueError, match=r"be finite where they are quantized, got \['kernel'\]"):
+    with pytest.raises(ValueError, match="`params` must be finite, got 'kernel'"):
         clipjax.export_gguf(tmp_path / "net.gguf", params, state)
     assert not list(tmp_path.iterdir())
 
