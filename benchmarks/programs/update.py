@@ -91,6 +91,10 @@ VARIANTS = {
 }
 
 
+PRODUCTS = ("adam + spectral_cap", "adam + orthonormal")
+"""Matrix products, which take seconds a step on a CPU: run by `--only` alone."""
+
+
 def stepper(tx: optax.GradientTransformation, refresh: bool | None, options: dict | None = None):
     """A donated, jitted update and application."""
     tx = optax.with_extra_args_support(tx)
@@ -125,7 +129,7 @@ def main() -> None:
 
     runs = {}
     for name, (tx, refresh) in VARIANTS.items():
-        if options.only is None or name in (*options.only, "adam"):
+        if name not in PRODUCTS if options.only is None else name in (*options.only, "adam"):
             params = make()
             first, step = stepper(tx, None, compiler), stepper(tx, refresh, compiler)
             state = tx.init(params)

@@ -69,6 +69,15 @@ def static(value: Value, name: str) -> Value:
     return value
 
 
+def hashable(value: object) -> bool:
+    """True for what a cache may find again; a tuple of functions is, unless one of these holds arrays."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
 def finite(value: object) -> bool:
     """True where every entry of a known number is finite."""
     return bool(np.all(np.isfinite(np.asarray(value, np.float64))))

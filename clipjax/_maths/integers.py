@@ -87,10 +87,16 @@ def round_to_step(x: jax.Array, step: Number, *, rounding: str = "nearest", key:
     grids.check_rounding(rounding, key)
     x = arguments.real(x, "x")
     wide = dtypes.widened(x)
-    arguments.spreads(step, x.shape, "step")
-    step = split_axes.spread(jnp.asarray(step), x.shape).astype(wide.dtype)
+    (step,) = spread({"step": step}, x.shape, wide.dtype)
     level = grids.codes(wide, step, rounding=rounding, key=key) * step
     return jnp.where(jnp.isfinite(wide), level, wide).astype(x.dtype)
+
+
+def spread(values: dict[str, Number], shape: tuple[int, ...], dtype: DTypeLike) -> list[jax.Array]:
+    """Steps and zero points, by the names of their arguments, as they apply to every entry of an array."""
+    for name, value in values.items():
+        arguments.spreads(value, shape, name)
+    return [split_axes.spread(jnp.asarray(value), shape).astype(dtype) for value in values.values()]
 
 
 def quantize(
@@ -138,9 +144,7 @@ def quantize(
     if bits is not None:
         arguments.bits(bits)
     x = dtypes.widened(arguments.real(x, "x"))
-    for value, name in ((step, "step"), (zero_point, "zero_point")):
-        arguments.spreads(value, x.shape, name)
-    step, zero = (split_axes.spread(jnp.asarray(v), x.shape).astype(x.dtype) for v in (step, zero_point))
+    step, zero = spread({"step": step, "zero_point": zero_point}, x.shape, x.dtype)
     whole = grids.codes(x, step, True if bits == 1 else None, rounding=rounding, key=key)
     whole = jnp.where(jnp.isnan(x) | jnp.isnan(whole), jnp.zeros_like(x), whole) + zero
     limit = float(2**31 - 128) if bits is None else float(grids.top(bits))
@@ -187,5 +191,6 @@ def dequantize(
         assert codes.step is not None and codes.zero_point is not None
         return dequantize(codes.codes, codes.step, dtype, zero_point=codes.zero_point)
     codes = jnp.asarray(codes)
-    step, zero = (split_axes.spread(jnp.asarray(v), codes.shape).astype(dtypes.wide(dtype)) for v in (step, zero_point))
+    assert step is not None  # of codes alone
+    step, zero = spread({"step": step, "zero_point": zero_point}, codes.shape, dtypes.wide(dtype))
     return ((codes.astype(step.dtype) - zero) * step).astype(dtype)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from clipjax._arrays import arguments, dtypes, elementwise
-from clipjax._maths import format_blocks, grids, intervals, known_formats, split_axes
+from clipjax._maths import format_blocks, grids, integers, intervals, known_formats, split_axes
 from clipjax.typing import Axis, Format, Number
 
 GRADIENTS = ("straight_through", "clipped", "lsq")
@@ -98,9 +98,7 @@ def fake_quant(
     wide = dtypes.widened(x)
     step = jnp.asarray(step, wide.dtype)
     fixed, by = jax.lax.stop_gradient((wide, step))
-    for value, name in ((by, "step"), (zero_point, "zero_point")):
-        arguments.spreads(value, x.shape, name)
-    s, zero = (split_axes.spread(jnp.asarray(v), x.shape).astype(wide.dtype) for v in (by, zero_point))
+    s, zero = integers.spread({"step": by, "zero_point": zero_point}, x.shape, wide.dtype)
     code = grids.codes(fixed, s, True if bits == 1 else None, rounding=rounding, key=key)
     most = math.inf if bits is None else float(grids.top(bits))
     limited = intervals.limit(code, -most - zero, most - zero)

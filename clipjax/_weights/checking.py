@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,7 @@ def check(
 
 def _of_optimizer(params: Tree, opt_state: State, tx: optax.GradientTransformation) -> list[_Row]:
     """The rows of all transformations that a visit reaches; of the state where it does not reach all of them."""
-    arrays, traced = _program(tx) if isinstance(tx, Hashable) else _program.__wrapped__(tx)
+    arrays, traced = _program(tx) if arguments.hashable(tx) else _program.__wrapped__(tx)
     params, opt_state = trees.pure(params), trees.pure(opt_state)
     try:
         visiting.require_fit(tx, params, opt_state, {})
@@ -133,7 +133,7 @@ def _of_optimizer(params: Tree, opt_state: State, tx: optax.GradientTransformati
     return [_Row(*label, *pair) for label, pair in zip(labels, found, strict=True)]
 
 
-_Traced = dict[tuple[object, ...], tuple[list[tuple[str, str, str]], int]]
+_Traced: TypeAlias = dict[tuple[object, ...], tuple[list[tuple[str, str, str]], int]]
 
 
 def _shapes(*trees_: Tree) -> tuple[object, ...]:
@@ -177,8 +177,9 @@ def _missed(visited: Visited, rule: str) -> list[_Row]:
     last = context._replace(count=before, key=random_draws.key_at(visited.key, before), refresh=False)
     kind = _KINDS.get(constraint.state, "projection")
     named = trees.governed(context.params)
+    leaves = dict(named)
     for path in _own_paths(state.projection):
-        trees.check_state(path in dict(named), f"{path!r}, which the params do not have")
+        _leaf(leaves, path)
     if not constraint.checkable or (constraint.tolerance and not state.carry):
         return [_unchecked(path, rule) for path, _ in named]
 

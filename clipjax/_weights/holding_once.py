@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -63,7 +63,7 @@ def hold_once(
     arguments.transformation(tx, "tx")
     _require_reached(tx is not None, None)
     given = opt_state is not None
-    cached = not extra and isinstance(tx, Hashable)
+    cached = not extra and arguments.hashable(tx)
     hold = _program(tx, given) if cached else _holding(tx, given, extra)
     state = opt_state if given else tx.init(params)
     try:

@@ -88,7 +88,7 @@ def _integers(path: str, leaf: jax.Array, grid: leaf_grid.LeafGrid) -> integers.
     step, zero = (step_groups.per_block(x, leaf.shape) for x in (grid.step, grid.zero_point))
     _require_on_levels(path, leaf, level, split_axes.spread(step, leaf.shape).astype(level.dtype) / 256)
     remedy = f"Weights of {path!r} are too many steps from 0: take a larger step."
-    largest = float(jnp.max(jnp.abs(jnp.where(jnp.isfinite(code), code, 0)), initial=0))
+    largest = float(jnp.max(jnp.abs(code), initial=0))
     arguments.require(largest < 2**31, "params", "have codes that i32 holds", largest, remedy)
     kept, group = tuple(i for i, n in enumerate(step.shape) if n > 1), None
     at = step_groups.cut_axis(grid.step.shape, leaf.shape)

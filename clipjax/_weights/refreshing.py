@@ -173,11 +173,20 @@ def _due(cycle: Cycle, count: Count, changed: jax.Array | bool) -> jax.Array | b
 
 def at_stop(schedule: Schedule, cycle: Cycle) -> float | None:
     """The value at `stop` of a schedule that counts from `start`, None where it is not known."""
+    ends = _ends(schedule, cycle)
+    return None if ends is None else ends[0]
+
+
+def _ends(schedule: Schedule, cycle: Cycle) -> list[float] | None:
+    """A schedule's values at stop - start, at stop and at twice that, None where they are not known."""
     if not (arguments.known(cycle.start) and arguments.known(cycle.stop)):
         return None
+    start, stop = int(cycle.start), int(cycle.stop)  # type: ignore[arg-type]
     with jax.ensure_compile_time_eval():
-        value = schedule(jnp.asarray(int(cycle.stop) - int(cycle.start)))  # type: ignore[arg-type]
-    return None if arguments.traced(value) or np.shape(value) else float(np.asarray(value))
+        ends = [schedule(jnp.asarray(count)) for count in (stop - start, stop, 2 * stop)]
+    if any(arguments.traced(end) or np.shape(end) for end in ends):
+        return None
+    return [float(np.asarray(end)) for end in ends]
 
 
 def check_ramp(name: str, schedule: Schedule, cycle: Cycle) -> None:
@@ -186,15 +195,12 @@ def check_ramp(name: str, schedule: Schedule, cycle: Cycle) -> None:
     Schedules count from `start`. One that would still move between the last refresh and the count of `stop`, where it
     has come to rest, was written for counts from 0. One that comes to rest at 0, as AC/DC's do, is no ramp.
     """
-    if not (arguments.known(cycle.start) and arguments.known(cycle.stop)) or not cycle.start:
+    ends = _ends(schedule, cycle)
+    if ends is None or not cycle.start:
         return
-    start, stop = int(cycle.start), int(cycle.stop)  # type: ignore[arg-type]
-    with jax.ensure_compile_time_eval():
-        ends = [schedule(jnp.asarray(count)) for count in (stop - start, stop, 2 * stop)]
-    if any(arguments.traced(end) for end in ends):
-        return
-    last, rest, later = (float(np.asarray(end)) for end in ends)
+    last, rest, later = ends
     if rest and rest == later != last:
+        start, stop = int(cycle.start), int(cycle.stop)  # type: ignore[arg-type]
         warnings.warn(
             f"The schedule of `{name}` is evaluated at count - start and reaches {last:.4g} at `stop`"
             f" ({stop} - {start}), not the {rest:.4g} at which it ends. Shorten it to {stop - start} updates,"

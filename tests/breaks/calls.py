@@ -12,11 +12,9 @@ MUTANTS = (
         "_weights/pruning.py", "if state.asked.shape == asked.shape else", "if True else", "as_users_call", "for_each"
     ),
     Mutant("_weights/refreshing.py", "return int(count) if", "return count if", "as_users_call", "array_that_is_known"),
+    Mutant("_weights/checking.py", "if arguments.hashable(tx) else", "if False else", "as_users_call", "compile_once"),
     Mutant(
-        "_weights/checking.py", "if isinstance(tx, Hashable) else", "if False else", "as_users_call", "compile_once"
-    ),
-    Mutant(
-        "_weights/holding_once.py", "not extra and isinstance(tx, Hashable)", "False", "as_users_call", "compile_once"
+        "_weights/holding_once.py", "not extra and arguments.hashable(tx)", "False", "as_users_call", "compile_once"
     ),
     Mutant(
         "projections.py",
@@ -35,7 +33,11 @@ MUTANTS = (
     ),
     Mutant("_weights/quantized_params.py", "require(not lost,", "require(True,", "as_users_call", "not_finite"),
     Mutant(
-        "_weights/checking.py", "check_state(path in dict(named)", "check_state(True", "as_users_call", "other_leaves"
+        "_weights/checking.py",
+        "        _leaf(leaves, path)\n    if not",
+        "        pass\n    if not",
+        "as_users_call",
+        "other_leaves",
     ),
     Mutant("_arrays/arguments.py", "len(own) <= len(shape) and", "True and", "as_users_call", "larger"),
     Mutant("_arrays/arguments.py", "n == 1 or (n and m % n == 0)", "True", "as_users_call", "larger"),

@@ -100,6 +100,25 @@ def test_a_schedule_that_gives_no_fractions_is_refused(last):
         clipjax.prune_mask(lambda count: last * count / 4, stop=4)
 
 
+class Arrays:
+    """A function with an array in it, as an Equinox module is, which has no hash."""
+
+    __hash__ = None
+
+    def __init__(self, fn):
+        self.fn = fn
+
+    def __call__(self, *args, **extra):
+        return self.fn(*args, **extra)
+
+
+def test_an_optimizer_that_has_no_hash_is_checked_and_held():
+    tx = clipjax.prune_mask(0.5)
+    tx = optax.GradientTransformationExtraArgs(tx.init, Arrays(tx.update))
+    params, state = clipjax.hold_once(tx, PARAMS)
+    assert zeros(params) == 6 and clipjax.check(params, state, tx) == []
+
+
 def test_checking_and_holding_compile_once_for_an_optimizer():
     compiled = []
     listen = functools.partial(lambda found, event, *_, **__: found.append(event), compiled)
@@ -143,7 +162,13 @@ def test_a_state_of_other_leaves_is_refused_by_check(tx):
 
 def test_a_step_that_is_larger_than_the_array_is_refused():
     x, step = jnp.ones((1, 3)), jnp.ones((4, 3))
-    for call in (clipjax.round_to_step, clipjax.quantize, lambda x, step: clipjax.quantize(x, 1.0, zero_point=step)):
+    calls = (
+        clipjax.round_to_step,
+        clipjax.quantize,
+        clipjax.dequantize,
+        lambda x, step: clipjax.fake_quant(x, step, 4),
+    )
+    for call in (*calls, lambda x, step: clipjax.quantize(x, 1.0, zero_point=step)):
         with pytest.raises(ValueError, match=r"must broadcast to the array of shape \(1, 3\), got 'shape \(4, 3\)'"):
             call(x, step)
         with pytest.raises(ValueError, match=r"must broadcast to the array of shape \(3,\)"):
