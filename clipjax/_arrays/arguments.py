@@ -105,7 +105,7 @@ def spreads(value: object, shape: tuple[int, ...], name: str) -> None:
     """Refuse what does not broadcast to an array of this shape, block by block: the result would have another shape."""
     own: tuple[int, ...] = jnp.shape(value)  # type: ignore[arg-type]
     ok = len(own) <= len(shape) and all(
-        n == 1 or (n and m % n == 0) for n, m in zip(own[::-1], shape[::-1], strict=False)
+        n in (1, m) or (n and m % n == 0) for n, m in zip(own[::-1], shape[::-1], strict=False)
     )
     remedy = "Give one number, or one for each index or block of an axis."
     require(ok, name, f"broadcast to the array of shape {shape}", f"shape {own}", remedy)
