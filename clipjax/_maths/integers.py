@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from clipjax._arrays import arguments, dtypes
+from clipjax._arrays import arguments, dtypes, elementwise
 from clipjax._maths import format_blocks, grids, known_formats, split_axes
 from clipjax.typing import Format, Number, Scales
 
@@ -146,7 +146,7 @@ def quantize(
     x = dtypes.widened(arguments.real(x, "x"))
     step, zero = spread({"step": step, "zero_point": zero_point}, x.shape, x.dtype)
     whole = grids.codes(x, step, True if bits == 1 else None, rounding=rounding, key=key)
-    whole = jnp.where(jnp.isnan(x) | jnp.isnan(whole), jnp.zeros_like(x), whole) + zero
+    whole = elementwise.where(jnp.isnan(x) | jnp.isnan(whole), jnp.zeros_like(x), whole) + zero
     limit = float(2**31 - 128) if bits is None else float(grids.top(bits))
     return jnp.clip(whole, -limit, limit).astype(grids.code_dtype(bits))
 

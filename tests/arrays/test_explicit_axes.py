@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import clipjax
-from clipjax import roundings, scores, selections, steps, structures, widths
+from clipjax import roundings, scores, selections, steps, structures, typing, widths
+from clipjax._arrays import sharding
 
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
 FLAT = P(("data", "model"), None)
@@ -102,6 +103,27 @@ def test_the_forward_form_with_groups_over_shards(transform):
     chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(wanted))
     assert got[0].sharding.spec == P("data", "model")
     chex.assert_trees_all_equal(wanted[1][1], jnp.zeros((2, 32)))  # straight through, so the step has no gradient
+
+
+def test_functions_compiled_around_an_array_that_exists_keep_its_sharding():
+    """What JAX makes like an array that is not traced has no sharding in the program."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 32)), jnp.float32)
+    codes = lambda w: jax.jit(lambda step: clipjax.quantize(w, step, 4))(0.25)
+    wanted = codes(w)
+    with jax.set_mesh(MESH):
+        placed = jax.device_put(w, jax.NamedSharding(MESH, P("data", "model")))
+        got = codes(placed)
+        full = jax.jit(lambda value: sharding.filled(value, placed))(0.25)
+    assert full.sharding == got.sharding == placed.sharding
+    chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(wanted))
+
+
+def test_random_scores_are_laid_out_as_their_weights():
+    context = typing.Context(jnp.zeros((), jnp.int32), None, None, None, jax.random.key(0), None, lambda: None, None)
+    with jax.set_mesh(MESH):
+        w = jax.device_put(jnp.zeros((8, 32)), jax.NamedSharding(MESH, P("data", "model")))
+        draws = jax.jit(lambda w: scores.random().score(w, (), context))(w)
+    assert draws.sharding == w.sharding
 
 
 # Eagerly a branch sees arrays that exist, and constants like them are not sharded.

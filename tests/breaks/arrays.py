@@ -69,7 +69,7 @@ MUTANTS = (
         "return laid_as(jnp.broadcast_to(jnp.asarray(value, like.dtype), like.shape), like)",
         "return jnp.full_like(like, value)",
         "explicit_axes",
-        "eager and soft",
+        "around_an_array",
     ),
     Mutant("_arrays/elementwise.py", "placed = max(", "placed = min(", "explicit_axes", "groups or soft"),
     Mutant("_arrays/stacks.py", "return jax.typeof(x), x.sharding", "return x.shape, x.sharding", "stacks", "alike"),

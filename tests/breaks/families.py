@@ -81,6 +81,7 @@ MUTANTS = (
         "sharding.laid_as(jax.random.uniform(k, x.shape), x)",
         "jax.random.uniform(k, x.shape)",
         "explicit_axes",
+        "laid_out_as_their_weights",
     ),
     Mutant("steps.py", "high <= grids.top(bits) * common, common", "high < 0, common", "levels", "bit_for_bit"),
     Mutant("steps.py", "sides=lambda x: (-x, x)", "sides=lambda x: (x, x)", "leaf_grid", "affine"),

@@ -187,6 +187,15 @@ def test_multiples_within_a_limit():
     np.testing.assert_array_equal(got, [0, 1, 2, 14])
 
 
+@pytest.mark.parametrize(
+    ("below", "above", "ends"),
+    [(0.0, 10.0, (0, 6)), (10.0, 0.0, (6, 0)), (5.0, 5.0, (3, 3)), (10.0, 1.0, (6, 0)), (2.0, 4.0, (2, 4))],
+)
+def test_levels_that_a_width_lacks_are_cut_on_both_sides_but_never_beyond_zero(below, above, ends):
+    """Three bits have seven levels."""
+    assert grids.ends(jnp.float32(1), 3, jnp.float32(below), jnp.float32(above)) == ends
+
+
 @pytest.mark.parametrize(("axis", "expected"), [(None, (0, 1, 2)), (-1, (0, 1)), (0, (1, 2)), ((0, -1), (1,))])
 def test_shared_axes(axis, expected):
     assert step_groups.resolve(axis, None, "w", jnp.ones((2, 3, 4))).axes == expected

@@ -9,7 +9,7 @@ import pytest
 
 from clipjax import steps
 from clipjax._arrays import dtypes
-from clipjax._maths import grids, intervals, levels
+from clipjax._maths import grids, intervals, levels, step_fitting
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -73,6 +73,16 @@ def test_weights_on_the_grid_of_a_rule_stay_bit_for_bit(name, n, dtype):
 @pytest.mark.parametrize("rule", [steps.percentile(), steps.sigma()], ids=["percentile", "sigma"])
 def test_zeros_have_the_step_1_whatever_bounds_the_levels(rule):
     np.testing.assert_array_equal(projected(jnp.zeros((2, 4)), jnp.int32(4), rule, jnp.float32)[1], [[1], [1]])
+
+
+@pytest.mark.parametrize("off", [0.995, 1.005])
+def test_the_grid_of_bf16_weights_is_found_with_a_step_that_is_off(off):
+    """Such a step reads the codes of large entries wrongly, those of entries below half of the largest rightly."""
+    code = np.random.default_rng(0).integers(-127, 128, (9, 300))
+    w = dtypes.narrowed(jnp.asarray(code * 0.0123, jnp.float32), jnp.bfloat16)
+    step, found = step_fitting.on_grid(w, jnp.full((9, 1), 0.0123 * off), 8, (1,), jnp.bfloat16)
+    assert found.all()
+    np.testing.assert_array_equal(jnp.round(w / step), code)
 
 
 @pytest.mark.parametrize("n", [6, 300])
