@@ -119,7 +119,7 @@ def test_functions_compiled_around_an_array_that_exists_keep_its_sharding():
 
 
 def test_random_scores_are_laid_out_as_their_weights():
-    context = typing.Context(jnp.zeros((), jnp.int32), None, None, None, jax.random.key(0), None, lambda: None, None)
+    context = typing.Context(jnp.int32(0), None, None, None, jax.random.key(0))
     with jax.set_mesh(MESH):
         w = jax.device_put(jnp.zeros((8, 32)), jax.NamedSharding(MESH, P("data", "model")))
         draws = jax.jit(lambda w: scores.random().score(w, (), context))(w)

@@ -41,4 +41,11 @@ MUTANTS = (
     ),
     Mutant("_arrays/arguments.py", "len(own) <= len(shape) and", "True and", "as_users_call", "larger"),
     Mutant("_arrays/arguments.py", "n in (1, m) or (n and m % n == 0)", "True", "as_users_call", "larger"),
+    Mutant(
+        "_maths/integers.py",
+        "elementwise.where(jnp.isnan(x)",
+        "jnp.where(jnp.isnan(x)",
+        "explicit_axes",
+        "around_an_array",
+    ),
 )
