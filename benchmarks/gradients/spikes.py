@@ -1,9 +1,9 @@
-"""Question: which clipping threshold makes training better, and for which optimizer?
+"""Question: what should be limited to make training better: gradients, updates, weights or logits; for which optimizer?
 
 A small decoder-only transformer (Flax, characters) is trained at learning rates from too low to too high, with a
 constant threshold, rules that follow the history, and subsets. Layer norms follow the residual sums and the warm-up is
 a tenth of the run, because there the unclipped run does break at high rates: it spikes and falls back to predicting
-letter frequencies, and with SGD it overflows at higher ones. The rates decay to 0.
+letter frequencies, and with SGD it overflows at higher ones. The rates decay to 0. SGD, AdamW and Muon are tried with every arm of spike_arms.py.
 
 Every arm has three candidate settings, tried on a seed of their own at two rates, one that no clipping survives and one
 that it does not; the best by validation loss goes to the grid. Constants are multiples of the median norm that the same
@@ -15,6 +15,9 @@ reaches at any rate; "within by" is what the worst of them has to spare. The res
 are too high included. **spikes**: times in a run that the train loss jumps 0.3 nats above the median of its last 20
 steps; steps in a row are one spike. **steps lost**: those at which the median loss of the last 10 stands more than 0.1
 nats above its lowest so far. **failed**: runs that end less than 0.05 nats below letter frequencies.
+
+`--width 64 --arms "no clip" sphere` trains some arms of a narrower model. Where two widths are there, a last table says at
+which rate each arm is best at either width, and what it loses where it takes the other's.
 """
 
 from __future__ import annotations
@@ -33,63 +36,22 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from matplotlib.ticker import NullLocator
+import spike_figures
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from spike_arms import ARMS, OPTIMIZERS, Arm, Course, Optimizer
+
 import clipjax
-from clipjax import selections, thresholds
+import clipjax.flax
 
 BATCH, CONTEXT, WIDTH, LAYERS, HEADS = 8, 64, 128, 2, 4
+WIDTHS = (WIDTH // 2, WIDTH)
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 MARGIN, JUMP = 0.1, 0.3  # nats
 
 Runs = dict[str, dict[str, Any]]  # by optimizer, arm, setting, learning rate and seed; choices by optimizer and arm
-
-
-class Optimizer(NamedTuple):
-    """What follows the clip, its learning rates, and those at which the arms are tuned."""
-
-    build: Callable[[Any], optax.GradientTransformation]
-    rates: tuple[float, ...]
-    tuning: tuple[float, ...]
-
-
-OPTIMIZERS = {
-    "SGD": Optimizer(lambda lr: optax.sgd(lr, momentum=0.9), tuple(0.00625 * 2**i for i in range(10)), (0.05, 0.4)),
-    "AdamW": Optimizer(optax.adamw, tuple(0.00025 * 2**i for i in range(9)), (0.008, 0.032)),
-}
-
-
-class Arm(NamedTuple):
-    """A chain with one setting c, and the candidates for it, multiples of a median norm if `relative`."""
-
-    chain: Callable[[Any, optax.GradientTransformation], optax.GradientTransformation]
-    candidates: tuple[float, ...]
-    relative: bool = False
-
-
-def norms(rule: Callable[[Any], Any], candidates: tuple[float, ...], **options: Any) -> Arm:
-    """A norm is held below a rule of one setting; without a rule of clipjax below the setting itself."""
-    relative = not isinstance(rule(1.0), clipjax.Rule)
-    return Arm(lambda c, inner: optax.chain(clipjax.clip_norm(rule(c), **options), inner), candidates, relative)
-
-
-FIXED = (0.25, 1.0, 4.0)
-ARMS = {  # runs are kept under these names: an arm whose chain changes needs a new one
-    "no clip": Arm(lambda c, inner: inner, (math.inf,)),
-    "constant": norms(lambda c: c, FIXED),
-    "zscore": norms(lambda c: thresholds.zscore(c, warmup=10), (1.0, 2.5, 4.0)),
-    "ema_ratio per leaf": norms(lambda c: thresholds.ema_ratio(c, warmup=10), (1.05, 1.5, 3.0), per="leaf"),
-    "percentile": norms(thresholds.percentile, (10.0, 50.0, 90.0)),
-    "spam per entry": Arm(lambda c, x: optax.chain(clipjax.clip(thresholds.spam(c, decay=0.99)), x), (10, 100, 5000)),
-    "random half": norms(lambda c: c, FIXED, select=selections.bernoulli(0.5)),
-    "largest tenth": norms(lambda c: c, FIXED, select=selections.largest(0.1)),
-    "constant with carry": norms(lambda c: c, FIXED, carry=True),
-    "skip mean_sigma": Arm(lambda c, x: clipjax.skip_spikes(x, thresholds.mean_sigma(c, window=10)), (2, 4, 8)),
-}
 
 
 class Text(NamedTuple):
@@ -120,10 +82,11 @@ def read(path: Path | None) -> Text:
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer whose layer norms follow the residual sums."""
+    """A decoder-only transformer whose layer norms follow the residual sums; it sows its logits with `watched`."""
 
     letters: int
     width: int = WIDTH
+    watched: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -131,43 +94,71 @@ class Decoder(nn.Module):
         place = self.param("place", nn.initializers.normal(0.02), (CONTEXT, self.width))
         x = nn.Embed(self.letters, self.width)(tokens) + place[None]
         for _ in range(LAYERS):
-            x = nn.LayerNorm()(x + nn.MultiHeadDotProductAttention(HEADS)(x, mask=nn.make_causal_mask(tokens)))
+            options = {"attention_fn": clipjax.flax.attention} if self.watched else {}
+            attend = nn.MultiHeadDotProductAttention(HEADS, **options)
+            seen = attend(x, mask=nn.make_causal_mask(tokens), sow_weights=self.watched)
+            x = nn.LayerNorm()(x + seen)
             x = nn.LayerNorm()(x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(x))))
         return nn.Dense(self.letters)(x)
 
 
-def trainer(text: Text, optimizer: Optimizer, arm: Arm, steps: int) -> Callable[..., tuple[jax.Array, ...]]:
+class Setup(NamedTuple):
+    """What all runs of a folder have in common: they are kept under its hash."""
+
+    steps: int
+    width: int
+
+    def digest(self, text: Text) -> str:
+        """A name for what is trained on what."""
+        shape = (text.digest, self.steps, BATCH, CONTEXT, self.width, LAYERS, HEADS)
+        return hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
+
+
+def trainer(
+    text: Text, optimizer: Optimizer, arm: Arm, setup: Setup, watched: bool
+) -> Callable[..., tuple[jax.Array, ...]]:
     """One program for an arm: `train(c, lr, seed)` is losses f32[steps], the median norm and the final loss."""
-    model = Decoder(text.letters)
+    steps, width = setup
+    model = Decoder(text.letters, width, watched)
     share = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps)
+    blank = model.init(jax.random.key(0), text.windows[:1, :-1])["params"]
+    plain = Decoder(text.letters, width)
+    analysis = clipjax.analyze(lambda params, x: plain.apply({"params": params}, x), blank, text.windows[:1, :-1])
+    pairs = {f"{name}/query/kernel": f"{name}/key/kernel" for name in blank if name.startswith("MultiHead")}
 
     def loss_fn(params, windows):
-        logits = model.apply(params, windows[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+        logits, sown = model.apply({"params": params}, windows[:, :-1], mutable=["intermediates"])
+        largest = clipjax.flax.max_logits(sown["intermediates"]) if watched else {}
+        return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean(), largest
 
     @jax.jit
     def train(c, lr, seed):
         key = jax.random.key(seed)
-        params = model.init(key, text.windows[:1, :-1])
-        tx = arm.chain(c, optimizer.build(lambda count: lr * share(count)))
+        params = model.init(key, text.windows[:1, :-1])["params"]
+        course = Course(optimizer.direction(), lambda count: lr * share(count), analysis, pairs)
+        tx = optax.with_extra_args_support(arm.chain(c, course))
 
         def step(carry, count):
             params, state = carry
             starts = jax.random.randint(jax.random.fold_in(key, count), (BATCH, 1), 0, len(text.train) - CONTEXT)
-            loss, grads = jax.value_and_grad(loss_fn)(params, text.train[starts + jnp.arange(CONTEXT + 1)])
-            updates, state = tx.update(grads, state, params)
+            batch = text.train[starts + jnp.arange(CONTEXT + 1)]
+            (loss, largest), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+            updates, state = tx.update(grads, state, params, max_logits=largest)
             return (optax.apply_updates(params, updates), state), (loss, optax.tree.get(state, "norm_pre", 0.0))
 
         (params, _), (losses, norms) = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))
-        return losses, jnp.median(norms), loss_fn(params, text.windows)
+        return losses, jnp.median(jnp.asarray(jax.tree.leaves(norms))), loss_fn(params, text.windows)[0]
 
     return train
 
 
-def measure(text: Text, plan: dict[str, Optimizer], steps: int, runs: Runs, save: Callable[[], None]) -> Iterator[str]:
+def measure(
+    text: Text, plan: dict[str, Optimizer], arms: list[str], setup: Setup, runs: Runs, save: Callable[[], None]
+) -> Iterator[str]:
     """Train what is missing, and say after each run of the grid what it was for."""
-    for (name, optimizer), (arm_name, arm) in itertools.product(plan.items(), ARMS.items()):
-        train, prefix = trainer(text, optimizer, arm, steps), f"{name}|{arm_name}"
+    for (name, optimizer), arm_name in itertools.product(plan.items(), arms):
+        arm, prefix = ARMS[arm_name], f"{name}|{arm_name}"
+        train = trainer(text, optimizer, arm, setup, watched=arm_name == "logits")
 
         def run(c, lr, seed, train=train, prefix=prefix):
             key = f"{prefix}|{c:g}|{lr:g}|{seed}"
@@ -270,30 +261,16 @@ def render(table: dict[str, Row], name: str, rates: tuple[float, ...]) -> tuple[
     return f"### {name}\n\n{body}", "\n".join(verdict)
 
 
-COLORS = ("#000000", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d1f", "#7f7f7f", "#6a3d9a")
-
-
-def draw(tables: dict[str, dict[str, Row]], plan: dict[str, Optimizer], frequencies: float, path: Path) -> None:
-    """Final loss against learning rate, and beside it the stable range of every arm in the color of its line."""
-    figure, axes = plt.subplots(len(tables), 2, figsize=(12, 4.4 * len(tables)), layout="constrained", squeeze=False)
-    for (name, table), (left, right) in zip(tables.items(), axes, strict=True):
-        rates = plan[name].rates
-        left.axhspan(0, table["no clip"].loss.min() + MARGIN, color="#eeeeee", zorder=0)
-        left.axhline(frequencies, color="#999999", linestyle=":", linewidth=1)
-        left.text(rates[0], frequencies, "letter frequencies", color="#777777", va="bottom")
-        for i, r in enumerate(table.values()):
-            look = {"color": COLORS[i], "marker": "osDv^<>PXh"[i], "markersize": 5}
-            left.plot(rates, r.loss, linestyle="-" if i else "--", linewidth=1.3 if i else 2.2, **look)
-            right.plot(r.stable, [-i] * len(r.stable), linewidth=4, **look)
-        left.set_ylim(min(r.loss.min() for r in table.values()) - 0.05, frequencies + 0.25)
-        left.set_title(f"{name}: final validation loss, nats (grey: stable)", loc="left")
-        right.set_title("Stable learning rates, largest over smallest", loc="left")
-        right.set_yticks([-i for i in range(len(table))], [f"{arm}  {r.width:g}x" for arm, r in table.items()])
-        for axis in (left, right):
-            axis.set(xscale="log", xlabel="learning rate, log scale", xlim=(rates[0] / 1.2, rates[-1] * 1.2))
-            axis.set_xticks(rates, [f"{lr:g}" for lr in rates], fontsize=8)
-            axis.xaxis.set_minor_locator(NullLocator())
-    figure.savefig(path, dpi=130)
+def transfer(text: Text, name: str, optimizer: Optimizer, widths: dict[int, Runs]) -> str:
+    """Of each arm the best rate at both widths, and what the wider model loses by that of the narrower one."""
+    small, large = (rows(text, name, optimizer, runs) for runs in widths.values())
+    lines = [f"| {name}: arm | best rate, width {', '.join(map(str, widths))} | loss there | loss at the narrower's |"]
+    lines.append("| --- | ---: | ---: | ---: |")
+    for arm in [arm for arm in large if arm in small]:
+        first, second = (int(table[arm].loss.argmin()) for table in (small, large))
+        loss, rates = large[arm].loss, optimizer.rates
+        lines.append(f"| {arm} | {rates[first]:g}, {rates[second]:g} | {loss[second]:.3f} | {loss[first]:.3f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -302,6 +279,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="plain text to train on; the source of optax by default")
     parser.add_argument("--out", type=Path, help="folder of the results, out/spikes or out/spikes-quick by default")
     parser.add_argument("--quick", action="store_true", help="SGD only, three learning rates, half the steps")
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the model")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="these alone; and no clip")
     parser.add_argument("--print", action="store_true", help="train nothing, print what is there")
     options = parser.parse_args()
     if options.text and not options.text.is_file():
@@ -311,8 +290,9 @@ def main() -> None:
         plan, steps = {"SGD": OPTIMIZERS["SGD"]._replace(rates=(0.05, 0.2, 0.8), tuning=(0.2,))}, 100
     out = options.out or Path(__file__).parents[2] / "out" / ("spikes-quick" if options.quick else "spikes")
     out.mkdir(parents=True, exist_ok=True)
-    shape = (text.digest, steps, BATCH, CONTEXT, WIDTH, LAYERS, HEADS)
-    setup = hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
+    arms = list(dict.fromkeys(["no clip", *options.arms]))
+    training = Setup(steps, options.width)
+    setup = training.digest(text)
     path, fresh = out / "runs.json", out / f"runs.{os.getpid()}"
     runs: Runs = {}
 
@@ -326,14 +306,14 @@ def main() -> None:
     if not options.print:
         columns = TextColumn("{task.description:26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         with Progress(*columns) as progress:
-            bar = progress.add_task("", total=sum(len(ARMS) * len(o.rates) * len(SEEDS) for o in plan.values()))
-            for doing in measure(text, plan, steps, runs, save):
+            bar = progress.add_task("", total=sum(len(arms) * len(o.rates) * len(SEEDS) for o in plan.values()))
+            for doing in measure(text, plan, arms, training, runs, save):
                 progress.update(bar, advance=1, description=doing.replace("|", ", "))
 
     tables = {name: table for name, o in plan.items() if (table := rows(text, name, o, runs))}
     if not tables:
         raise SystemExit(f"{out} holds no arm of this setup whose runs are all there. Run without --print first.")
-    shapes = jax.eval_shape(Decoder(text.letters).init, jax.random.key(0), text.windows[:1, :-1])
+    shapes = jax.eval_shape(Decoder(text.letters, options.width).init, jax.random.key(0), text.windows[:1, :-1])
     parts = [render(table, name, plan[name].rates) for name, table in tables.items()]
     head = (
         f"{sum(x.size for x in jax.tree.leaves(shapes)):,} params, {steps} steps of {BATCH} x {CONTEXT} characters of "
@@ -341,9 +321,13 @@ def main() -> None:
         f"{np.median([run['seconds'] for run in runs.values() if 'seconds' in run]):.1f} s a run. "
         f"Guessing evenly costs {math.log(text.letters):.3f} nats, letter frequencies {text.frequencies:.3f}."
     )
-    output = "\n\n".join([head, *(table for table, _ in parts), *(verdict for _, verdict in parts)])
+    saved = json.loads(path.read_text())
+    widths = {w: saved[key] for w in WIDTHS if (key := Setup(steps, w).digest(text)) in saved}
+    moved = [transfer(text, name, o, widths) for name, o in plan.items()] if len(widths) > 1 else []
+    output = "\n\n".join([head, *(table for table, _ in parts), *moved, *(verdict for _, verdict in parts)])
     (out / "table.md").write_text(output + "\n")
-    draw(tables, plan, text.frequencies, out / "spikes.png")
+    if options.width == WIDTH:
+        spike_figures.draw(tables, plan, text.frequencies, out / "spikes.png")
     print(output)
 
 
