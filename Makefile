@@ -56,7 +56,7 @@ mutants: $(VENV)/.test
 # TEXT=FILE is what the transformers read.
 TRAINED := lenet lenet_grids headline claims spikes text_bytes
 # Those of real/ need models and files that other packages ship, and say in their headers where from.
-PARTS := $(addsuffix .py,%_cases %_chains %_figures %_training) benchmarks/real/%
+PARTS := $(addsuffix .py,%_arms %_cases %_chains %_figures %_training) benchmarks/real/%
 TIMED := $(filter-out $(addprefix %/,$(addsuffix .py,$(TRAINED) aot compiled)) $(PARTS),$(wildcard benchmarks/*/*.py))
 RUNS := $(if $(DATA),--data-dir $(DATA),--table)
 READ := $(if $(TEXT),--text $(TEXT))

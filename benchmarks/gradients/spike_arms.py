@@ -1,4 +1,4 @@
-"""What spikes.py compares: optimizers with their learning rates, and chains that limit gradients, updates or weights."""
+"""What spikes.py compares: optimizers with their rates, and chains that limit gradients, updates, weights or logits."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Question: what should be limited to make training better: gradients, updates, weights or logits; for which optimizer?
 
 A small decoder-only transformer (Flax, characters) is trained at learning rates from too low to too high, with a
-constant threshold, rules that follow the history, and subsets. Layer norms follow the residual sums and the warm-up is
-a tenth of the run, because there the unclipped run does break at high rates: it spikes and falls back to predicting
-letter frequencies, and with SGD it overflows at higher ones. The rates decay to 0. SGD, AdamW and Muon are tried with every arm of spike_arms.py.
+constant threshold, rules that follow the history, and subsets. Layer norms follow the residual sums and the warm-up
+is a tenth of the run, because there the unclipped run does break at high rates: it spikes and falls back to
+predicting letter frequencies, and with SGD it overflows at higher ones. The rates decay to 0. SGD, AdamW and Muon are
+tried with every arm of spike_arms.py.
 
 Every arm has three candidate settings, tried on a seed of their own at two rates, one that no clipping survives and one
 that it does not; the best by validation loss goes to the grid. Constants are multiples of the median norm that the same
@@ -16,8 +17,8 @@ are too high included. **spikes**: times in a run that the train loss jumps 0.3 
 steps; steps in a row are one spike. **steps lost**: those at which the median loss of the last 10 stands more than 0.1
 nats above its lowest so far. **failed**: runs that end less than 0.05 nats below letter frequencies.
 
-`--width 64 --arms "no clip" sphere` trains some arms of a narrower model. Where two widths are there, a last table says at
-which rate each arm is best at either width, and what it loses where it takes the other's.
+`--width 64 --arms "no clip" sphere` trains some arms of a narrower model. Where two widths are there, a last table
+says at which rate each arm is best at either width, and what it loses where it takes the other's.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ import numpy as np
 import optax
 import spike_figures
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from spike_arms import ARMS, OPTIMIZERS, Arm, Course, Optimizer
 
 import clipjax
