@@ -157,6 +157,8 @@ def measure(
 ) -> Iterator[str]:
     """Train what is missing, and say after each run of the grid what it was for."""
     for (name, optimizer), arm_name in itertools.product(plan.items(), arms):
+        if arm_name not in optimizer.arms:
+            continue
         arm, prefix = ARMS[arm_name], f"{name}|{arm_name}"
         train = trainer(text, optimizer, arm, setup, watched=arm_name == "logits")
 
@@ -306,7 +308,8 @@ def main() -> None:
     if not options.print:
         columns = TextColumn("{task.description:26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         with Progress(*columns) as progress:
-            bar = progress.add_task("", total=sum(len(arms) * len(o.rates) * len(SEEDS) for o in plan.values()))
+            grid = [(rate, arm) for o in plan.values() for rate in o.rates for arm in arms if arm in o.arms]
+            bar = progress.add_task("", total=len(grid) * len(SEEDS))
             for doing in measure(text, plan, arms, training, runs, save):
                 progress.update(bar, advance=1, description=doing.replace("|", ", "))
 
