@@ -23,12 +23,12 @@ class Optimizer(NamedTuple):
 
 
 def muon() -> optax.GradientTransformation:
-    """Muon for the kernels of the blocks, with the size of Adam's updates; Adam for all else."""
+    """Muon for all kernels, the readout's too, with the size of Adam's updates and no decay; Adam for all else."""
 
     def matrices(params: Any) -> Any:
         def numbers(path: Any, leaf: jax.Array) -> Any:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if not name.endswith("kernel") or name.startswith("params/Dense_4"):
+            if not name.endswith("kernel"):
                 return None
             # The kernels of queries, keys and values are [in, heads, size], the one behind them [heads, size, out].
             outputs = (1, 2) if leaf.ndim == 3 and "/out/" not in name else (leaf.ndim - 1,)

@@ -3,12 +3,13 @@
 A small decoder-only transformer (Flax, characters) is trained at learning rates from too low to too high, with a
 constant threshold, rules that follow the history, and subsets. Layer norms follow the residual sums and the warm-up
 is a tenth of the run, because there the unclipped run does break at high rates: it spikes and falls back to
-predicting letter frequencies, and with SGD it overflows at higher ones. The rates decay to 0. SGD, AdamW and Muon are
-tried with every arm of spike_arms.py.
+predicting letter frequencies, and with SGD it overflows at higher ones. The rates decay to 0. SGD and AdamW are tried
+with every arm of spike_arms.py, Muon with nine.
 
-Every arm has three candidate settings, tried on a seed of their own at two rates, one that no clipping survives and one
-that it does not; the best by validation loss goes to the grid. Constants are multiples of the median norm that the same
-chain records at the lowest rate, clipping nothing. Histories start after 10 steps, as the runs are short.
+Every arm that has a setting has three candidates for it, tried on a seed of their own at two rates, one that no
+clipping survives and one that it does not; the best by validation loss goes to the grid. Constants are multiples of the
+median norm that the same chain records at the lowest rate, clipping nothing. Histories start after 10 steps, as the
+runs are short.
 
 **loss**: final validation loss in nats, mean over seeds; a run that ends worse than guessing evenly counts as that.
 **stable**: the widest unbroken stretch of learning rates whose loss is within 0.1 nats of the best that no clipping
