@@ -110,7 +110,7 @@ def attention(
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
     *,
-    module: Any = None,
+    module: nn.Module | nnx.Module | None = None,
     **kwargs: Any,
 ) -> jax.Array:
     """Flax's `dot_product_attention` that also sows the largest logit of each head, for `clipjax.clip_logits`.
@@ -144,7 +144,7 @@ def attention(
     in_nnx = "is_causal" in kwargs or isinstance(module, nnx.Module)
     if module is not None:
         logits = largest_logits(query, key, mask, bool(kwargs.get("is_causal")))
-        module.sow(nnx.Intermediate if in_nnx else "intermediates", _NAME, logits)
+        module.sow(nnx.Intermediate if in_nnx else "intermediates", _NAME, logits)  # type: ignore[arg-type]
     fn = nnx.dot_product_attention if in_nnx else nn.dot_product_attention
     attended: jax.Array = fn(query, key, value, bias=bias, mask=mask, **kwargs)
     return attended
