@@ -9,15 +9,15 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator
 from spike_arms import ARMS
 
-MARGIN = 0.1  # nats
 
-
-def draw(tables: dict[str, dict[str, Any]], plan: dict[str, Any], frequencies: float, path: Path) -> None:
+def draw(
+    tables: dict[str, dict[str, Any]], plan: dict[str, Any], frequencies: float, margin: float, path: Path
+) -> None:
     """Final loss against learning rate, and beside it the stable range of every arm in the color of its line."""
     figure, axes = plt.subplots(len(tables), 2, figsize=(12, 4.4 * len(tables)), layout="constrained", squeeze=False)
     for (name, table), (left, right) in zip(tables.items(), axes, strict=True):
         rates = plan[name].rates
-        left.axhspan(0, table["no clip"].loss.min() + MARGIN, color="#eeeeee", zorder=0)
+        left.axhspan(0, table["no clip"].loss.min() + margin, color="#eeeeee", zorder=0)
         left.axhline(frequencies, color="#999999", linestyle=":", linewidth=1)
         left.text(rates[0], frequencies, "letter frequencies", color="#777777", va="bottom")
         for row, (arm, r) in enumerate(table.items()):

@@ -331,7 +331,7 @@ def main() -> None:
     output = "\n\n".join([head, *(table for table, _ in parts), *moved, *(verdict for _, verdict in parts)])
     (out / "table.md").write_text(output + "\n")
     if options.width == WIDTH:
-        spike_figures.draw(tables, plan, text.frequencies, out / "spikes.png")
+        spike_figures.draw(tables, plan, text.frequencies, MARGIN, out / "spikes.png")
     print(output)
 
 
